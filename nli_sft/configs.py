@@ -1,0 +1,327 @@
+"""What a recipe may say: small dataclasses beside TRL's, and a parser that takes nothing else.
+
+A recipe is one flat YAML file. Its keys are the fields of the dataclasses that a script asks for; flags on the command
+line have the same names and win over the file.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import yaml
+from trl import TrlParser
+
+from .labels import LABELS
+
+Config = TypeVar("Config")
+
+
+@dataclass
+class DataConfig:
+    """Where pairs come from."""
+
+    dataset_name: str = field(metadata={"help": "Hub id, folder or file of premise-hypothesis pairs."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit of a Hub data set: a moving set is a moving result."}
+    )
+    premise_column: str | None = field(default=None, metadata={"help": "Column of the premise, if unusual."})
+    hypothesis_column: str | None = field(default=None, metadata={"help": "Column of the hypothesis, if unusual."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the label, if unusual."})
+    uid_column: str | None = field(default=None, metadata={"help": "Column of the pair's id, if unusual."})
+    label_spellings: list[str] | None = field(
+        default=None, metadata={"help": f"How the set writes the labels, in the order {', '.join(LABELS)}."}
+    )
+
+    def columns(self) -> dict[str, str]:
+        """The columns named by the user, as `sources.load_pairs` takes them."""
+        named = {role: getattr(self, f"{role}_column") for role in ("premise", "hypothesis", "label", "uid")}
+        return {role: column for role, column in named.items() if column is not None}
+
+
+@dataclass
+class TrainDataConfig(DataConfig):
+    """Where training pairs come from, and how many."""
+
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many pairs, taken by premise, with the label shares of the whole."},
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Validate on so many pairs, taken in the same way."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of premises held out where the source has no validation split."}
+    )
+
+
+@dataclass
+class PromptConfig:
+    """How a pair becomes text."""
+
+    prompt: str = field(
+        default="plain", metadata={"help": "A built-in prompt, or a .yaml or .json file with your own."}
+    )
+    label_words: list[str] | None = field(
+        default=None, metadata={"help": f"What the model says for {', '.join(LABELS)}, in that order."}
+    )
+    train_on_end: bool = field(
+        default=False, metadata={"help": "Whether the end of the turn is part of the answer that is trained."}
+    )
+    drop_too_long: bool = field(
+        default=False, metadata={"help": "Drop (and count) rows longer than max_length instead of stopping."}
+    )
+
+
+@dataclass
+class BatchConfig:
+    """How pairs are put before the model."""
+
+    batching: str = field(
+        default="trie",
+        metadata={
+            "help": "trie computes each shared prefix once; padded is for models that cannot (chosen by itself then).",
+            "choices": ["trie", "padded"],
+        },
+    )
+    max_row_tokens: int = field(default=512, metadata={"help": "The longest row of a trie, in tokens."})
+
+
+@dataclass
+class EvalConfig(DataConfig):
+    """What to judge a run on."""
+
+    run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, folder or file to judge on; the source of the run by default."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split to judge on: test by default, or all of a single file."}
+    )
+    max_samples: int | None = field(
+        default=None,
+        metadata={"help": "Judge on so many pairs, taken by premise, with the label shares of the whole."},
+    )
+    free_samples: int = field(
+        default=200, metadata={"help": "So many pairs are also answered without constraints, to see what is said."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=64, metadata={"help": "Prompts a forward pass; halved by itself if they do not fit in memory."}
+    )
+    batching: str | None = field(
+        default=None, metadata={"help": "trie or padded; as in training by default.", "choices": ["trie", "padded"]}
+    )
+    seed: int = field(default=42, metadata={"help": "Seed of max_samples."})
+
+    def __post_init__(self):
+        if not self.run:
+            raise ValueError("run is missing; give the run folder as --run outputs/<model>-<method>")
+
+
+MACHINE = ("bf16", "fp16", "use_cpu")
+
+# Never written to a run folder, a card or W&B.
+SECRETS = ("hub_token",)
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that cannot be meant; the message names the key and the mend."""
+
+
+def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+    """Parse the command line, and the YAML file that `--config` names, into one instance of each type.
+
+    Stricter than `TrlParser`, through which it goes: unknown and repeated keys, abbreviated flags, values of the wrong
+    type or outside a field's choices are errors in one sentence, with the nearest right name.
+
+    Args:
+        types: dataclass types, without a field in common.
+        argv: the arguments; those of the process by default.
+
+    Returns:
+        One instance of each type, in order.
+
+    Raises:
+        SystemExit: with the sentence on stderr and status 2, as argparse does, if `argv` is `None`.
+        RecipeError: with the same sentence otherwise.
+    """
+    try:
+        return _parse(types, sys.argv[1:] if argv is None else list(argv))
+    except RecipeError as error:
+        if argv is not None:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)
+
+
+def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
+    """Everything that parsed configs say beyond the defaults, flat: dumped as YAML, it is a recipe for the same run."""
+    resolved = {}
+    for config in configs:
+        defaults = _untouched(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
+        for f in fields(config):
+            value = getattr(config, f.name)
+            if f.init and f.name not in SECRETS and value != defaults.get(f.name, MISSING):
+                resolved[f.name] = value.value if isinstance(value, Enum) else value
+    return resolved
+
+
+def from_recipe(config_type: type[Config], recipe: Mapping[str, object]) -> Config:
+    """Build one dataclass from the keys that it knows in a resolved recipe, such as that of a run folder."""
+    names = {f.name for f in fields(config_type) if f.init}
+    return config_type(**{key: value for key, value in recipe.items() if key in names})
+
+
+def _untouched(config_type: type, values: dict[str, object]) -> dict[str, object]:
+    """What the fields hold after `__post_init__` when the user sets only what has no default.
+
+    Device and precision are always part of a resolved recipe: their defaults depend on the machine.
+    """
+    given = {
+        f.name: values[f.name]
+        for f in fields(config_type)
+        if f.init and (f.name in MACHINE or (f.default is MISSING and f.default_factory is MISSING))
+    }
+    instance = config_type(**given)
+    return {f.name: getattr(instance, f.name) for f in fields(config_type) if f.name not in given}
+
+
+class _Parser(TrlParser):
+    """TRL's parser, saying what is wrong instead of printing the usage of 200 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        # argparse names all spellings of a flag; a recipe knows one.
+        message = re.sub(r"^argument --(\w+)(/\S+)?: ", r"\1: ", message)
+        missing = re.match(r"the following arguments are required: --(\w+)", message)
+        raise RecipeError(
+            f"{missing[1]} is missing; give it in the recipe or as --{missing[1]}" if missing else message
+        )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, of which the plain loader keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise RecipeError(
+                    f"key {key!r} stands on lines {seen[key]} and {key_node.start_mark.line + 1}; keep one"
+                )
+            seen[key] = key_node.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def _parse(types: Sequence[type], argv: list[str]) -> tuple:
+    parser = _Parser(list(types), allow_abbrev=False)
+    # TRL's default is bf16 on every machine, and stops where there is no GPU unless it is told so.
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    if "--bf16" in actions:
+        parser.set_defaults(bf16=_has_native_bf16(), use_cpu=not torch.accelerator.is_available())
+    argv, config_path = _take_config_flag(argv)
+    tokens = []
+    if config_path is not None:
+        recipe = _read_yaml(config_path)
+        try:
+            for key, value in recipe.items():
+                tokens += _as_flags(str(key), value, actions)
+            # The file by itself first, so that what is wrong in it is told as such.
+            parser.parse_args([*tokens, *_stand_ins(parser, tokens)])
+        except RecipeError as error:
+            raise RecipeError(f"{config_path}: {error}") from None
+    for token in argv:
+        if token.startswith("--"):
+            _check_known(token.split("=")[0], actions)
+    return _run(parser, [*tokens, *argv])
+
+
+def _has_native_bf16() -> bool:
+    """Whether bf16 is fast here, on GPU or CPU; `torch.cuda.is_bf16_supported()` also counts slow emulation."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
+    rest, path = [], None
+    arguments = iter(argv)
+    for token in arguments:
+        if token == "--config" or token.startswith("--config="):
+            value = token.partition("=")[2] or next(arguments, None)
+            if value is None or path is not None:
+                raise RecipeError("--config takes one recipe file, once")
+            path = Path(value)
+        else:
+            rest.append(token)
+    return rest, path
+
+
+def _read_yaml(path: Path) -> dict[str, object]:
+    try:
+        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except OSError as error:
+        raise RecipeError(f"--config {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path}: expected lines of the form key: value")
+    return recipe
+
+
+def _check_known(flag: str, actions: dict[str, argparse.Action]) -> None:
+    if flag in actions:
+        return
+    near = difflib.get_close_matches(flag, actions, n=5, cutoff=0.6)
+    near.sort(key=lambda name: -len(os.path.commonprefix([name, flag])))  # lora_rank means lora_r, not local_rank
+    raise RecipeError(f"unknown key {flag[2:]!r}{f'; did you mean {near[0][2:]!r}?' if near else ''}")
+
+
+def _as_flags(key: str, value: object, actions: dict[str, argparse.Action]) -> list[str]:
+    """One line of a recipe as command line flags, so that file and flags are checked by the same rules."""
+    flag = f"--{key}"
+    _check_known(flag, actions)
+    action = actions[flag]
+    takes_list = action.nargs == "+"
+    if value is None:
+        if action.default is None:
+            return []
+        raise RecipeError(f"{key} is empty; give a value or remove the line")
+    if isinstance(value, list):
+        if not takes_list:
+            raise RecipeError(f"{key} takes one value, not a list")
+        return [flag, *map(str, value)]
+    if isinstance(value, bool) and action.choices is not None:
+        word = "no" if value is False else "yes"
+        raise RecipeError(f'{key}: YAML reads an unquoted {word} as {str(value).lower()}; write {key}: "{word}"')
+    if isinstance(value, dict):
+        value = json.dumps(value)
+    return [flag, str(value)] if takes_list else [f"{flag}={value}"]
+
+
+def _stand_ins(parser: _Parser, tokens: list[str]) -> list[str]:
+    """Values for required fields that a recipe leaves to the command line."""
+    said = {token.split("=")[0] for token in tokens}
+    required = [action.option_strings[0] for action in parser._actions if action.required]
+    return [f"{flag}=x" for flag in required if flag not in said]
+
+
+def _run(parser: _Parser, tokens: list[str]) -> tuple:
+    try:
+        return parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:  # raised by the dataclasses' own checks
+        raise RecipeError(" ".join(str(error).split())) from error

@@ -1,0 +1,276 @@
+"""Constrained answers: the only texts a judge may say are its three label words.
+
+Two ways that must agree, and one control:
+
+- `generate_labels` runs `model.generate` with `prefix_allowed_tokens_fn`: what a deployed model does.
+- `score_prompts` reads the log-probability of every token of every answer from forward passes; `LabelScores` turns them
+  into the same choice, the probability of each label, and the mass that the unrestricted model puts on the labels.
+- `generate_freely` lets the model say what it likes, for the share of answers that name no label.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate.utils import gather_object
+from accelerate.utils.memory import should_reduce_batch_size
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import trie
+
+logger = logging.getLogger(__name__)
+
+# Plain greedy decoding, whatever a model's generation_config.json asks for: a repetition penalty would punish the label
+# words that the prompt lists.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
+Answers = list[list[int]]  # token ids of each label's answer, in label order; none begins another
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """What a model thinks of n pairs.
+
+    Attributes:
+        choice: (n,) int64. The label that constrained greedy generation says.
+        log_probs: (n, labels) float32. Log-probability of each label under constrained generation: at every step only
+            tokens that continue some answer are allowed, and a label's probability is the product over its steps.
+        joint: (n, labels) float32. Sum of the unrestricted log-probabilities of an answer's tokens, which is what
+            lm-evaluation-harness compares for `acc`.
+    """
+
+    choice: torch.Tensor
+    log_probs: torch.Tensor
+    joint: torch.Tensor
+
+    @classmethod
+    def from_token_log_probs(cls, token_log_probs: torch.Tensor, answers: Answers) -> "LabelScores":
+        """From (n, labels, longest answer) log-probabilities, as `score_prompts` returns them.
+
+        Dividing by the mass of the allowed tokens turns an unrestricted probability into a restricted one, so no logits
+        are needed: the normaliser of the full vocabulary cancels.
+        """
+        restricted = torch.zeros_like(token_log_probs)
+        alive = torch.ones(token_log_probs.shape[:2], dtype=torch.bool)  # answers that greedy has not left
+        for step in range(token_log_probs.shape[2]):
+            for start, options in _branches(answers, step).items():
+                # One column for each distinct next token, through any of the answers that take it.
+                columns = [labels[0] for labels in options.values()]
+                step_log_probs = torch.log_softmax(token_log_probs[:, columns, step], dim=1)
+                best = step_log_probs.argmax(dim=1)
+                for column, labels in enumerate(options.values()):
+                    restricted[:, labels, step] = step_log_probs[:, [column]]
+                    alive[:, labels] &= (best == column)[:, None]
+        choice = alive.int().argmax(dim=1)  # greedy has left all answers but one
+        return cls(choice, restricted.sum(dim=2), token_log_probs.sum(dim=2))
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """(n,) probability that the unrestricted model says any of the label words."""
+        return self.joint.exp().sum(dim=1)
+
+
+def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, list[int]]]:
+    """For every beginning of `step` tokens: each token that may come next -> the labels whose answers take it."""
+    branches: dict[tuple[int, ...], dict[int, list[int]]] = {}
+    for label, answer in enumerate(answers):
+        if step < len(answer):
+            branches.setdefault(tuple(answer[:step]), {}).setdefault(answer[step], []).append(label)
+    return branches
+
+
+def allowed_tokens(
+    answers: Answers, prompt_length: int, end_token_id: int
+) -> Callable[[int, torch.Tensor], list[int]]:
+    """The `prefix_allowed_tokens_fn` of `generate` that walks down the answers, then ends.
+
+    Args:
+        answers: token ids of each label's answer.
+        prompt_length: tokens before the answer, padding included (all rows padded on the left).
+        end_token_id: allowed once an answer is complete.
+    """
+
+    def allowed(_batch_index: int, ids: torch.Tensor) -> list[int]:
+        said = tuple(ids[prompt_length:].tolist())
+        return list(_branches(answers, len(said)).get(said, {end_token_id: []}))
+
+    return allowed
+
+
+@torch.inference_mode()
+def generate_labels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], answers: Answers
+) -> list[int]:
+    """Constrained greedy generation: the label id said for each prompt."""
+    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        prefix_allowed_tokens_fn=allowed_tokens(answers, input_ids.shape[1], end),
+        max_new_tokens=max(map(len, answers)),
+        pad_token_id=tokenizer.pad_token_id,
+        **GREEDY,
+    )
+    said = output[:, input_ids.shape[1] :].tolist()
+    return [next(label for label, answer in enumerate(answers) if row[: len(answer)] == answer) for row in said]
+
+
+def score_prompts(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    answers: Answers,
+    pad_token_id: int,
+    *,
+    batch_size: int,
+    max_row_tokens: int | None,
+    progress: str | None = None,
+) -> LabelScores:
+    """Score any number of prompts and return the scores in the order given.
+
+    A batch that does not fit in memory is halved, and stays halved: no pair is lost or scored twice.
+
+    Args:
+        batch_size: prompts a forward pass, at first.
+        max_row_tokens: the longest row of a trie, or `None` for padded batches.
+        progress: the text before a progress bar; no bar without it.
+    """
+    if max_row_tokens is None:
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    else:
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)  # prompts that share a premise stand together
+    log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
+    done = 0
+    with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None) as bar:
+        while done < len(order):
+            batch = order[done : done + batch_size]
+            chosen = [prompts[index] for index in batch]
+            try:
+                if max_row_tokens is None:
+                    log_probs[batch] = score_padded(model, chosen, answers, pad_token_id)
+                else:
+                    log_probs[batch] = score_trie(model, chosen, answers, max_row_tokens)
+            except RuntimeError as error:
+                if len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+                batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+                logger.info("out of memory: scoring goes on with %d prompts a batch", batch_size)
+                continue
+            done += len(batch)
+            bar.update(len(batch))
+    return LabelScores.from_token_log_probs(log_probs, answers)
+
+
+@torch.inference_mode()
+def score_trie(model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> torch.Tensor:
+    """What `score_padded` returns, from one pass over a trie of all prompts with all answers below each."""
+    batch = trie.pack_scoring(prompts, answers, max_row_tokens)
+    batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    with trie.logits_at(model, batch["predict"]):
+        logits = model(**trie.model_inputs(model, batch), use_cache=False).logits[0]
+    return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"]).cpu()
+
+
+@torch.inference_mode()
+def score_padded(
+    model: PreTrainedModel, prompts: list[list[int]], answers: Answers, pad_token_id: int
+) -> torch.Tensor:
+    """Log-probability of every token of every answer after every prompt, by padded forward passes.
+
+    The last token of an answer is predicted but never fed, so answers of one token cost a single pass a prompt.
+
+    Returns:
+        (prompts, labels, longest answer) float32 on the CPU, 0 beyond an answer's end.
+    """
+    fed = [answer[:-1] for answer in answers]
+    # Answers that are fed nothing, or the beginning of what another is fed, are read from that other's pass.
+    paths = [path for i, path in enumerate(fed) if not any(_begins(path, other, i, j) for j, other in enumerate(fed))]
+    rows = [prompt + path for prompt in prompts for path in paths]
+    input_ids, attention_mask = pad_left(rows, pad_token_id)
+    width = input_ids.shape[1]
+    flat, targets, where = [], [], []
+    for index in range(len(prompts)):
+        for label, answer in enumerate(answers):
+            path = next(i for i, path in enumerate(paths) if path[: len(answer) - 1] == answer[:-1])
+            row = index * len(paths) + path
+            for step, token in enumerate(answer):
+                flat.append(row * width + width - 1 - len(paths[path]) + step)
+                targets.append(token)
+                where.append((index, label, step))
+    with trie.logits_at(model, torch.tensor(flat, device=model.device)):
+        logits = model(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0).to(model.device),
+            use_cache=False,
+        ).logits[0]
+    log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
+    log_probs[tuple(torch.tensor(where).T)] = token_log_probs(
+        logits, torch.tensor(targets, device=logits.device)
+    ).cpu()
+    return log_probs
+
+
+def _begins(path: list[int], other: list[int], i: int, j: int) -> bool:
+    """Whether `path` is covered by `other`; of equal ones the first covers the rest."""
+    return i != j and other[: len(path)] == path and (len(path) < len(other) or j < i)
+
+
+def gather_scores(own: LabelScores, total: int, process_index: int, num_processes: int) -> LabelScores:
+    """Put together the scores of all processes, of which each has judged every `num_processes`-th pair."""
+    if num_processes == 1:
+        return own
+    parts = gather_object([(process_index, own)])
+    whole = LabelScores(*(torch.empty(total, *part.shape[1:], dtype=part.dtype) for part in vars(own).values()))
+    for index, part in parts:
+        for name, values in vars(part).items():
+            getattr(whole, name)[index::num_processes] = values
+    return whole
+
+
+def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Log-probability in float32 of one token a row: (n, vocabulary), (n,) -> (n,)."""
+    logits = logits.float()
+    return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+
+
+@torch.inference_mode()
+def generate_freely(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """Greedy generation without constraints: what the model says of its own accord."""
+    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **GREEDY,
+    )
+    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def named_label(text: str, label_words: tuple[str, ...]) -> int | None:
+    """The one label whose word stands in the first line of `text`, or `None` if none does, or several do."""
+    first_line = text.strip().partition("\n")[0]
+    named = [
+        label
+        for label, word in enumerate(label_words)
+        if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", first_line, re.IGNORECASE)
+    ]
+    return named[0] if len(named) == 1 else None
+
+
+def pad_left(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, attention mask), both (rows, longest). On the left whatever the tokenizer pads: answers start in one column."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask

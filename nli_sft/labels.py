@@ -1,0 +1,63 @@
+"""The three labels of natural language inference: their order, their names, and how they are read from data."""
+
+import math
+
+# SNLI's order and ids. Everything in this package that has one entry a label has it in this order.
+LABELS = ("entailment", "neutral", "contradiction")
+
+# Sets such as HANS do not tell neutral from contradiction. A three-way prediction is mapped to them by `to_two_way`.
+TWO_WAY_LABELS = ("entailment", "non-entailment")
+
+UNLABELLED = -1
+
+_SPELLINGS = {
+    **{name: index for index, name in enumerate(LABELS)},
+    **{name[0]: index for index, name in enumerate(LABELS)},
+    **{str(index): index for index in range(len(LABELS))},
+}
+_TWO_WAY_SPELLINGS = {
+    "entailment": 0,
+    "non-entailment": 1,
+    "non_entailment": 1,
+    "not_entailment": 1,
+    "not-entailment": 1,
+}
+_UNLABELLED_SPELLINGS = {"", "-", "-1", "none", "nan"}
+
+
+def parse_label(value: object, spellings: list[str] | None = None, two_way: bool = False) -> int:
+    """Read a gold label as the id that SNLI gives it, or `UNLABELLED` where annotators did not agree on one.
+
+    Args:
+        value: an id, a name in any case, a first letter, or one of the signs for "no label" (`-`, `-1`, empty, `None`).
+        spellings: how this set writes its labels, in the order of `LABELS` (of `TWO_WAY_LABELS` for a two-way set).
+        two_way: whether the set has two labels, `TWO_WAY_LABELS`.
+
+    Raises:
+        ValueError: for anything else, with what was expected.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return UNLABELLED
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().lower()
+    if spellings is not None:
+        known = {spelling.strip().lower(): index for index, spelling in enumerate(spellings)}
+    else:
+        known = _TWO_WAY_SPELLINGS if two_way else _SPELLINGS
+    if text in known:
+        return known[text]
+    if text in _UNLABELLED_SPELLINGS:
+        return UNLABELLED
+    expected = spellings or (TWO_WAY_LABELS if two_way else (*LABELS, "0", "1", "2", "e", "n", "c"))
+    raise ValueError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label")
+
+
+def is_two_way_name(value: object) -> bool:
+    """Whether `value` is a name that only two-way sets use."""
+    return _TWO_WAY_SPELLINGS.get(str(value).strip().lower()) == 1
+
+
+def to_two_way(label: int) -> int:
+    """Map a three-way label id to `TWO_WAY_LABELS`: neutral and contradiction both count as non-entailment."""
+    return min(label, 1)

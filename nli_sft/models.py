@@ -1,0 +1,119 @@
+"""Tokenizer, base model, adapter: loading them, and counting what they hold."""
+
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_quantization_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How large a model is.
+
+    Attributes:
+        total: parameters, each 4-bit weight counted as the one weight it is.
+        trainable: those that training changes.
+        stored: elements of the tensors that hold them. bitsandbytes keeps two 4-bit weights in a byte, so
+            `sum(p.numel())`, which many tools print as the total, gives this.
+    """
+
+    total: int
+    trainable: int
+    stored: int
+
+    @property
+    def trainable_share(self) -> float:
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        line = f"{self.trainable:,} trainable of {self.total:,} parameters ({self.trainable_share:.2%})"
+        return line if self.stored == self.total else f"{line}, stored as {self.stored:,} elements"
+
+    def as_dict(self) -> dict[str, int | float]:
+        return asdict(self) | {"trainable_share": self.trainable_share}
+
+
+def count_parameters(model: torch.nn.Module) -> ParameterCounts:
+    """Count the distinct parameters of a model, on any device, the meta device included.
+
+    A 4-bit parameter is packed when its weights are quantised. On the meta device none is yet: it is counted as it will
+    be stored.
+    """
+    total = trainable = stored = 0
+    for parameter in model.parameters():  # tied weights are given once
+        elements = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            per_element = 2 * parameter.quant_storage.itemsize
+            weights = elements * per_element if parameter.bnb_quantized else elements
+            stored += weights // per_element
+        else:
+            weights = elements
+            stored += elements
+        total += weights
+        trainable += weights if parameter.requires_grad else 0
+    return ParameterCounts(total, trainable, stored)
+
+
+def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token: the end-of-sequence token where it has none of its own.
+
+    Sharing the two is safe here: labels are masked by position, not by token.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ValueError(f"{name}: the tokenizer has neither a padding nor an end-of-sequence token")
+    return tokenizer
+
+
+def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The base model of a recipe on this process's device, quantised if the recipe says so."""
+    quantization = get_quantization_config(args)
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        args.model_name_or_path,
+        revision=args.model_revision,
+        trust_remote_code=trust_remote_code,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        quantization_config=quantization,
+        # Each process holds a whole quantised model on its own device; the Trainer places any other.
+        device_map={"": PartialState().device} if quantization is not None else None,
+    )
+    return model
+
+
+def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The tuned model of a run folder: its adapter on its base, or the full model, ready for evaluation."""
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        base = load_model(model_args, trust_remote_code)
+        model = PeftModel.from_pretrained(base, path, config=PeftConfig.from_pretrained(path))
+    else:
+        model = load_model(
+            ModelConfig(
+                model_name_or_path=str(path),
+                dtype=model_args.dtype,
+                attn_implementation=model_args.attn_implementation,
+            )
+        )
+    return model.to(PartialState().device).eval()
+
+
+def _from_pretrained(auto_class: type, name: str, **arguments):
+    try:
+        return auto_class.from_pretrained(name, **arguments)
+    except (OSError, ValueError) as error:
+        # transformers explains at length; the first line says what was not found, or what is missing.
+        what = "tokenizer" if auto_class is AutoTokenizer else "model"
+        raise ValueError(
+            f"model_name_or_path {name}: cannot load the {what} ({str(error).splitlines()[0]})"
+        ) from error

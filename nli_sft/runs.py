@@ -1,0 +1,91 @@
+"""The run folder: one training and all that is known of it, complete on its own.
+
+outputs/<model>-<method>/
+  adapter_model.safetensors, adapter_config.json, tokenizer files     (or the full model)
+  recipe.yaml        the recipe as resolved: running it again makes this run again
+  prompt.json        the prompt, as `prompts.load_prompt` reads it back
+  run.json           fingerprints, versions, git state, parameters, history, time
+  eval/<source>-<split>/metrics.json, predictions.parquet
+"""
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+import yaml
+
+from . import __version__
+from .prompts import Prompt, load_prompt
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Write whole or not at all: a reader, or a crash, never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+    os.replace(file.name, path)
+
+
+def write_run(path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapping) -> None:
+    """Write the files of a run folder that say what the run was."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+    launch = f"# accelerate launch recipes/sft.py --config {path / 'recipe.yaml'}\n"
+    (path / "recipe.yaml").write_text(launch + text, encoding="utf-8")
+    write_json(path / "prompt.json", asdict(prompt))
+    write_json(path / "run.json", record)
+
+
+def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
+    """(recipe, prompt, record) of a run folder.
+
+    Raises:
+        ValueError: naming the folder and the file that is missing.
+    """
+    path = Path(path)
+    for name in ("recipe.yaml", "prompt.json", "run.json"):
+        if not (path / name).is_file():
+            raise ValueError(f"{path} is not a run folder: it has no {name}; recipes/sft.py writes one when it ends")
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    return recipe, load_prompt(str(path / "prompt.json")), record
+
+
+def evaluation_folder(path: str | Path, source: str, split: str) -> Path:
+    """Where a run keeps what it did on one split of one source."""
+    name = Path(source).name
+    for suffix in (".gz", ".jsonl", ".csv", ".tsv", ".parquet"):
+        name = name.removesuffix(suffix)
+    return Path(path) / "eval" / f"{name}-{split}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can move a number."""
+    installed = {"nli-sft": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
+
+
+def git_state() -> dict[str, object] | None:
+    """Commit of the working folder and whether it has uncommitted changes; `None` outside a repository."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()

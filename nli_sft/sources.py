@@ -1,0 +1,412 @@
+"""Pairs from the Hub or from files, checked row by row.
+
+A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, or a single file.
+Whatever it is, `load_pairs` gives the same four columns, and says which file and row is wrong when one is.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value, get_dataset_split_names, load_dataset
+
+from .configs import DataConfig, EvalConfig, TrainDataConfig
+from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+
+# The names under which the usual NLI sets keep our columns; the first one that a set has is taken.
+COLUMN_NAMES = {
+    "premise": ("premise", "sentence1", "context", "sentence_A"),
+    "hypothesis": ("hypothesis", "sentence2", "sentence_B"),
+    "label": ("gold_label", "label", "entailment_label", "entailment_judgment"),
+    "uid": ("uid", "pairID", "pair_ID", "id"),
+}
+# Columns that name a slice of pairs are kept where a source has them.
+SLICE_COLUMNS = {"hard": Value("bool"), "subset": Value("string"), "subcase": Value("string"), "rule": Value("string")}
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "dev", "val", "valid"),
+    "test": ("test",),
+}
+
+
+def load_pairs(
+    source: str,
+    split: str | None = None,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    columns: dict[str, str] | None = None,
+    label_spellings: list[str] | None = None,
+    dropped: Counter | None = None,
+) -> Dataset:
+    """Load the labelled pairs of one split.
+
+    Args:
+        source: Hub id, folder or file. A folder has one file a split (or shards of one), the split's name being a word
+            of the file's name, as in `snli_1.0_dev.jsonl`.
+        split: `train`, `validation` (also `dev`), `test`, or another split that the source names. `None` takes the
+            whole of a single file.
+        config, revision: Hub configuration and commit, as in `datasets.load_dataset`.
+        columns: where a set has unusual column names, `{"premise": its name, ...}` for any of premise, hypothesis,
+            label and uid.
+        label_spellings: how the set writes its labels, in the order of `labels.LABELS`; needed only where they are
+            neither names, first letters nor SNLI's ids.
+        dropped: a counter whose `unlabelled` is raised by the number of pairs left out because annotators did not agree
+            on a label.
+
+    Returns:
+        `Dataset[uid, premise, hypothesis, label]` in the order of the source, `label` a `ClassLabel` over `LABELS` (over
+        `TWO_WAY_LABELS` for a set such as HANS), with the columns of `SLICE_COLUMNS` that the source has.
+
+    Raises:
+        ValueError: naming file (or Hub id) and row, for a row that cannot be used; or naming what was looked for, where
+            a column or split is missing.
+        FileNotFoundError: where `source` is a path, and nothing is there.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        files = _split_files(path, split)
+        rows = ((f"{file.name} row {number}", row) for file in files for number, row in _read_rows(file))
+        names = None
+        column_names = _file_columns(files[0])
+    elif _looks_like_path(source):
+        raise FileNotFoundError(
+            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)})"
+        )
+    else:
+        hub = _load_from_hub(source, config, split, revision)
+        rows = ((f"{source} row {number}", row) for number, row in enumerate(hub, start=1))
+        column_names = hub.column_names
+        names = _hub_label_names(hub, _find_columns(source, column_names, columns)["label"])
+    found = _find_columns(source, column_names, columns)
+    pairs, unlabelled = _check_rows(rows, found, names, label_spellings, f"{path.stem}-{split or 'all'}")
+    if not pairs["uid"]:
+        raise ValueError(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
+    if unlabelled:
+        logger.info("%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
+    if dropped is not None:
+        dropped["unlabelled"] += unlabelled
+    return pairs_dataset(pairs)
+
+
+def pairs_dataset(pairs: dict[str, list]) -> Dataset:
+    """A `Dataset` with our column types from lists of uid, premise, hypothesis, label name, and any slice columns."""
+    two_way = any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
+    features = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
+    features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else LABELS))
+    features |= {name: feature for name, feature in SLICE_COLUMNS.items() if name in pairs}
+    return Dataset.from_dict({name: pairs[name] for name in features}, features=Features(features))
+
+
+def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
+    """Whether `source` names a split of that kind. A single file is one split only."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return False
+    if path.is_dir():
+        return any(_is_split_file(file, split) for file in _data_files(path))
+    names = get_dataset_split_names(source, config, revision=revision)
+    return any(name in names for name in SPLIT_NAMES[split])
+
+
+def load_train_and_validation(
+    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None
+) -> dict[str, Dataset]:
+    """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on the latter, so it is never a test split.
+
+    Where the source has no validation split, `args.validation_fraction` of the training premises is held out.
+    """
+    options = {
+        "config": args.dataset_config,
+        "revision": args.dataset_revision,
+        "columns": args.columns(),
+        "label_spellings": args.label_spellings,
+        "dropped": dropped,
+    }
+    train = load_pairs(args.dataset_name, "train", **options)
+    if has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
+        validation = load_pairs(args.dataset_name, "validation", **options)
+    else:
+        train, validation = hold_out(train, args.validation_fraction, seed)
+        logger.warning(
+            "%s has no validation split: %s pairs are held out from training, by premise",
+            args.dataset_name,
+            f"{len(validation):,}",
+        )
+    if args.max_train_samples is not None:
+        train = subsample(train, args.max_train_samples, seed)
+    if args.max_eval_samples is not None:
+        validation = subsample(validation, args.max_eval_samples, seed)
+    return {"train": train, "validation": validation}
+
+
+def load_evaluation_pairs(args: EvalConfig, *, trained_on: DataConfig) -> tuple[Dataset, str, str, Counter]:
+    """(pairs, source, split, what was dropped) to judge a run on: by default the test split of its own source."""
+    data = trained_on if args.dataset_name is None else args
+    is_file = Path(data.dataset_name).expanduser().is_file()
+    split = args.split or (None if is_file and args.dataset_name is not None else "test")
+    dropped: Counter = Counter()
+    pairs = load_pairs(
+        data.dataset_name,
+        split,
+        config=data.dataset_config,
+        revision=data.dataset_revision,
+        columns=data.columns(),
+        label_spellings=data.label_spellings,
+        dropped=dropped,
+    )
+    if args.max_samples is not None:
+        pairs = subsample(pairs, args.max_samples, args.seed)
+    return pairs, data.dataset_name, split or "all", dropped
+
+
+def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
+    """Take `n` pairs, premise by premise in seeded order, with the label shares of the whole.
+
+    Pairs of one premise stay together (the last premises taken may lose some), because they are not independent: a
+    sample by pair would tell the same premises in training and, after a split, in validation.
+    """
+    if n >= len(pairs):
+        return pairs
+    labels = np.asarray(pairs["label"])
+    counts = np.bincount(labels, minlength=pairs.features["label"].num_classes)
+    # Largest remainders: the quotas add up to n exactly.
+    exact = n * counts / counts.sum()
+    quotas = np.floor(exact).astype(int)
+    quotas[np.argsort(quotas - exact, kind="stable")[: n - quotas.sum()]] += 1
+    chosen = []
+    for index in _premise_order(pairs, seed):
+        if quotas[labels[index]]:
+            quotas[labels[index]] -= 1
+            chosen.append(index)
+    return pairs.select(sorted(chosen))
+
+
+def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Split into (kept, held out) such that no premise is in both; for sources that bring no validation split."""
+    order = _premise_order(pairs, seed)
+    premises = list(pairs["premise"])
+    cut = max(1, round(len(order) * fraction))
+    while cut < len(order) and premises[order[cut]] == premises[order[cut - 1]]:
+        cut += 1
+    if cut >= len(order):
+        raise ValueError(
+            f"{len(pairs)} pairs on too few premises to hold some out for validation; give a validation split"
+        )
+    return pairs.select(sorted(order[cut:])), pairs.select(sorted(order[:cut]))
+
+
+def fingerprint(pairs: Dataset) -> str:
+    """16 hexadecimal digits that change when any uid, text, label or the order of the pairs does."""
+    digest = hashlib.sha256()
+    for batch in pairs.select_columns(["uid", "premise", "hypothesis", "label"]).iter(batch_size=10_000):
+        digest.update(json.dumps(batch, ensure_ascii=False).encode())
+    return digest.hexdigest()[:16]
+
+
+def _premise_order(pairs: Dataset, seed: int) -> list[int]:
+    """Row numbers with the rows of a premise together and the premises in seeded order."""
+    _, premise_ids = np.unique(np.asarray(pairs["premise"], dtype=object), return_inverse=True)
+    shuffled = np.random.default_rng(seed).permutation(premise_ids.max() + 1)
+    return np.argsort(shuffled[premise_ids], kind="stable").tolist()
+
+
+def _looks_like_path(source: str) -> bool:
+    # A Hub id is "name" or "owner/name", and never starts with a dot, a tilde or a slash.
+    return source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+
+
+def _is_split_file(file: Path, split: str) -> bool:
+    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    stem = file.name.lower()
+    return any(re.search(rf"(^|[^a-z]){re.escape(name.lower())}([^a-z]|$)", stem) for name in names)
+
+
+def _split_files(path: Path, split: str | None) -> list[Path]:
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
+        if split not in (None, "train") and not _is_split_file(path, split):
+            raise ValueError(
+                f"{path} is a single file, so it has no {split} split; name another file for it, or a folder with "
+                f"train, validation and test files"
+            )
+        return [path]
+    files = _data_files(path)
+    if split is None:
+        raise ValueError(f"{path} is a folder: say which split to take")
+    chosen = [file for file in files if _is_split_file(file, split)]
+    if not chosen:
+        there = ", ".join(file.name for file in files) or f"no {', '.join(SUFFIXES)} file"
+        raise ValueError(f"{path} has no file for split {split}; it has {there}")
+    if len(chosen) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in chosen):
+        raise ValueError(
+            f"{path}: {' and '.join(f.name for f in chosen)} could each be split {split}; keep one, or name a file"
+        )
+    return chosen
+
+
+def _open_text(file: Path):
+    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8", newline="")
+
+
+def _csv_reader(file: Path, lines):
+    # Tab-separated NLI sets (SNLI, SICK, GLUE) do not quote: a lone " in a sentence is text.
+    is_tsv = file.suffix == ".tsv"
+    return csv.DictReader(
+        lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
+    )
+
+
+def _file_columns(file: Path) -> list[str]:
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(file).names
+    if file.suffix in (".csv", ".tsv"):
+        with _open_text(file) as lines:
+            return list(_csv_reader(file, lines).fieldnames or [])
+    _, first = next(_read_rows(file), (0, {}))
+    return list(first)
+
+
+def _read_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (line or row number from 1, row). Numbers of text files are lines, so that an editor finds them."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        yield from enumerate(rows, start=1)
+        return
+    try:
+        with _open_text(file) as lines:
+            if file.suffix in (".csv", ".tsv"):
+                reader = _csv_reader(file, lines)
+                for row in reader:
+                    if None in row or None in row.values():
+                        raise ValueError(
+                            f"{file.name} row {reader.line_num}: {len(row)} fields where the heading has "
+                            f"{len(reader.fieldnames)}; is a separator or quote missing?"
+                        )
+                    yield reader.line_num, row
+            else:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield number, _parse_json_line(file, number, line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 text ({error}); save it as UTF-8") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise ValueError(f"{file.name} is not a whole gzip file ({error}); fetch it again") from error
+
+
+def _parse_json_line(file: Path, number: int, line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name} row {number}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{file.name} row {number}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def _load_from_hub(source: str, config: str | None, split: str | None, revision: str | None) -> Dataset:
+    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    try:
+        there = get_dataset_split_names(source, config, revision=revision)
+    except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
+        raise ValueError(
+            f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    chosen = next((name for name in names if name in there), None)
+    if chosen is None:
+        raise ValueError(f"{source} has no split {split}; it has {', '.join(there)}")
+    return load_dataset(source, config, split=chosen, revision=revision)
+
+
+def _hub_label_names(hub: Dataset, column: str) -> list[str] | None:
+    """The names behind a Hub set's label ids: sets number their labels in different orders."""
+    feature = hub.features[column]
+    return feature.names if isinstance(feature, ClassLabel) else None
+
+
+def _find_columns(source: str, there: list[str], columns: dict[str, str] | None) -> dict[str, str]:
+    found = {}
+    for role, usual in COLUMN_NAMES.items():
+        named = (columns or {}).get(role)
+        column = named or next((name for name in usual if name in there), None)
+        if role != "uid" and (column is None or column not in there):
+            raise ValueError(
+                f"{source}: no {role} column ({'looked for ' + named if named else 'looked for ' + ', '.join(usual)}); "
+                f"it has {', '.join(there)}; name it with {role}_column"
+            )
+        if column in there:
+            found[role] = column
+    return found
+
+
+def _check_rows(
+    rows: Iterator[tuple[str, dict]],
+    columns: dict[str, str],
+    names: list[str] | None,
+    spellings: list[str] | None,
+    uid_prefix: str,
+) -> tuple[dict[str, list], int]:
+    """Check every row; return lists by column (label as a name) and the number of rows without a label."""
+    pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
+    slices: dict[str, list] = {}
+    seen: Counter = Counter()
+    unlabelled = 0
+    two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else any(map(is_two_way_name, names or ()))
+    for index, (where, row) in enumerate(rows):
+        label = row.get(columns["label"])
+        if names is not None and isinstance(label, int) and label >= 0:
+            label = names[label]
+        two_way = two_way or is_two_way_name(label)
+        try:
+            label_id = parse_label(label, spellings, two_way)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if label_id == UNLABELLED:
+            unlabelled += 1
+            continue
+        for role in ("premise", "hypothesis"):
+            text = row.get(columns[role])
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{where}: the {role} is {'missing' if text is None else repr(text)}; expected text")
+            pairs[role].append(text.strip())
+        uid = str(row.get(columns.get("uid"), "") or f"{uid_prefix}-{index + 1}")
+        seen[uid] += 1
+        # Predictions of two models are joined by uid, so a repeated one is told apart by its count.
+        pairs["uid"].append(uid if seen[uid] == 1 else f"{uid}#{seen[uid]}")
+        pairs["label"].append((TWO_WAY_LABELS if two_way else LABELS)[label_id])
+        for name in SLICE_COLUMNS:
+            if row.get(name) is not None:
+                slices.setdefault(name, [None] * (len(pairs["uid"]) - 1))
+            if name in slices:
+                slices[name].append(_slice_value(name, row.get(name)))
+    if two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
+        raise ValueError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
+    return pairs | slices, unlabelled
+
+
+def _slice_value(name: str, value: object) -> str | bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    return str(value).strip().lower() in ("1", "true", "yes") if name == "hard" else str(value)

@@ -1,0 +1,93 @@
+"""Fine-tune a causal LM to judge premise-hypothesis pairs, with LoRA, QLoRA or in full.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+        recipes/sft.py --config recipes/qwen3-0.6b/lora.yaml
+
+Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
+"""
+
+import time
+from collections import Counter
+
+from accelerate import PartialState
+from rich import print
+from trl import ModelConfig, SFTConfig, get_peft_config
+
+from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, parse_recipe, resolve_recipe
+from nli_sft.models import count_parameters, load_model, load_tokenizer
+from nli_sft.prompts import PromptEncoder, load_prompt
+from nli_sft.runs import git_state, versions, write_run
+from nli_sft.sources import fingerprint, load_train_and_validation
+from nli_sft.trainer import NLITrainer
+
+
+def main(data_args, prompt_args, batch_args, training_args, model_args):
+    start = time.perf_counter()
+    recipe = resolve_recipe((data_args, prompt_args, batch_args, training_args, model_args))
+
+    tokenizer = load_tokenizer(
+        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
+    )
+    prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
+    encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
+
+    dropped = Counter()
+    pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped)
+    with PartialState().main_process_first():
+        rows = {
+            split: encoder.encode_rows(
+                pairs[split],
+                max_length=training_args.max_length,
+                drop_too_long=prompt_args.drop_too_long,
+                dropped=dropped,
+            )
+            for split in pairs
+        }
+
+    trainer = NLITrainer(
+        encoder=encoder,
+        batch_args=batch_args,
+        model=load_model(model_args, training_args.trust_remote_code),
+        args=training_args,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
+        peft_config=get_peft_config(model_args),
+    )
+    parameters = count_parameters(trainer.model)
+    if trainer.is_world_process_zero():
+        print(
+            "\nOne training example; the loss is on the marked tokens alone:\n",
+            encoder.marked_example(pairs["train"][0]),
+        )
+        print(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
+        print(f"{parameters}.\n")
+
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    final = trainer.evaluate()
+
+    if trainer.is_world_process_zero():
+        record = {
+            "model": model_args.model_name_or_path,
+            "parameters": parameters.as_dict(),
+            "prompt_fingerprint": prompt.fingerprint,
+            "data": {
+                "dropped": dict(dropped),
+                **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
+            },
+            "train": result.metrics,
+            "validation": {key: value for key, value in final.items() if key in ("eval_loss", "eval_accuracy")},
+            "best_checkpoint_step": trainer.state.best_global_step,
+            "history": trainer.state.log_history,
+            "seconds": time.perf_counter() - start,
+            "world_size": training_args.world_size,
+            "versions": versions(),
+            "git": git_state(),
+        }
+        write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
+        print(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
+        print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {training_args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(*parse_recipe((TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig)))
