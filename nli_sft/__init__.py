@@ -4,3 +4,7 @@ Importing this package is cheap: it does not import torch. Take what you need fr
 """
 
 __version__ = "0.1.0.dev0"
+
+
+class UserError(ValueError):
+    """Something that a user gave cannot be used. The message names it, and the mend; no traceback is needed."""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 import yaml
 from trl import TrlParser
 
+from . import UserError
 from .labels import LABELS
 
 Config = TypeVar("Config")
@@ -124,7 +125,7 @@ class EvalConfig(DataConfig):
 
     def __post_init__(self):
         if not self.run:
-            raise ValueError("run is missing; give the run folder as --run outputs/<model>-<method>")
+            raise RecipeError("run is missing; give the run folder as --run outputs/<model>-<method>")
 
 
 MACHINE = ("bf16", "fp16", "use_cpu")
@@ -133,7 +134,7 @@ MACHINE = ("bf16", "fp16", "use_cpu")
 SECRETS = ("hub_token",)
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe or command line that cannot be meant; the message names the key and the mend."""
 
 
@@ -151,20 +152,21 @@ def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None) -> tu
         One instance of each type, in order.
 
     Raises:
-        SystemExit: with the sentence on stderr and status 2, as argparse does, if `argv` is `None`.
-        RecipeError: with the same sentence otherwise.
+        RecipeError: with that sentence.
     """
+    return _parse(types, sys.argv[1:] if argv is None else list(argv))
+
+
+def run_script(main: Callable, types: Sequence[type]) -> None:
+    """Call a script's `main` with its parsed configs; what the user got wrong ends in a sentence, not a traceback."""
     try:
-        return _parse(types, sys.argv[1:] if argv is None else list(argv))
-    except RecipeError as error:
-        if argv is not None:
-            raise
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        main(*parse_recipe(types))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
-    """Everything that parsed configs say beyond the defaults, flat: dumped as YAML, it is a recipe for the same run."""
+    """What parsed configs say beyond the defaults, flat: dumped as YAML, it is a recipe for the same run."""
     resolved = {}
     for config in configs:
         defaults = _untouched(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
@@ -299,6 +301,8 @@ def _as_flags(key: str, value: object, actions: dict[str, argparse.Action]) -> l
         if action.default is None:
             return []
         raise RecipeError(f"{key} is empty; give a value or remove the line")
+    if isinstance(value, list) and len(value) == 1 and not takes_list:
+        value = value[0]  # TRL itself turns some single values into lists, such as report_to
     if isinstance(value, list):
         if not takes_list:
             raise RecipeError(f"{key} takes one value, not a list")

@@ -3,8 +3,9 @@
 Two ways that must agree, and one control:
 
 - `generate_labels` runs `model.generate` with `prefix_allowed_tokens_fn`: what a deployed model does.
-- `score_prompts` reads the log-probability of every token of every answer from forward passes; `LabelScores` turns them
-  into the same choice, the probability of each label, and the mass that the unrestricted model puts on the labels.
+- `score_prompts` reads the log-probability of every token of every answer from forward passes; `LabelScores` turns
+  them into the same choice, the probability of each label, and the mass that the unrestricted model puts on the
+  labels.
 - `generate_freely` lets the model say what it likes, for the share of answers that name no label.
 """
 
@@ -23,8 +24,8 @@ from . import trie
 
 logger = logging.getLogger(__name__)
 
-# Plain greedy decoding, whatever a model's generation_config.json asks for: a repetition penalty would punish the label
-# words that the prompt lists.
+# Plain greedy decoding, whatever a model's generation_config.json asks for: a repetition penalty would punish the
+# label words that the prompt lists.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 Answers = list[list[int]]  # token ids of each label's answer, in label order; none begins another
@@ -50,13 +51,14 @@ class LabelScores:
     def from_token_log_probs(cls, token_log_probs: torch.Tensor, answers: Answers) -> "LabelScores":
         """From (n, labels, longest answer) log-probabilities, as `score_prompts` returns them.
 
-        Dividing by the mass of the allowed tokens turns an unrestricted probability into a restricted one, so no logits
+        Dividing by the mass of the allowed tokens turns an unrestricted probability into a restricted one, so no
+        logits
         are needed: the normaliser of the full vocabulary cancels.
         """
         restricted = torch.zeros_like(token_log_probs)
         alive = torch.ones(token_log_probs.shape[:2], dtype=torch.bool)  # answers that greedy has not left
         for step in range(token_log_probs.shape[2]):
-            for start, options in _branches(answers, step).items():
+            for options in _branches(answers, step).values():
                 # One column for each distinct next token, through any of the answers that take it.
                 columns = [labels[0] for labels in options.values()]
                 step_log_probs = torch.log_softmax(token_log_probs[:, columns, step], dim=1)
@@ -166,7 +168,9 @@ def score_prompts(
 
 
 @torch.inference_mode()
-def score_trie(model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> torch.Tensor:
+def score_trie(
+    model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int
+) -> torch.Tensor:
     """What `score_padded` returns, from one pass over a trie of all prompts with all answers below each."""
     batch = trie.pack_scoring(prompts, answers, max_row_tokens)
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -266,7 +270,7 @@ def named_label(text: str, label_words: tuple[str, ...]) -> int | None:
 
 
 def pad_left(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention mask), both (rows, longest). On the left whatever the tokenizer pads: answers start in one column."""
+    """(ids, attention mask), both (rows, longest); on the left, whatever the tokenizer does, to align answers."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros_like(ids)

@@ -80,7 +80,7 @@ def classification_metrics(gold: np.ndarray, scores: LabelScores, label_names: l
 
 
 def _joint_accuracy(gold: np.ndarray, scores: LabelScores, label_names: list[str]) -> float:
-    """Accuracy of the answer with the largest unrestricted probability, for cross-checks with lm-evaluation-harness."""
+    """Accuracy of the answer with the largest unrestricted probability: `acc` of lm-evaluation-harness."""
     predicted = scores.joint.argmax(dim=1).numpy()
     if len(label_names) != len(LABELS):
         predicted = np.array([to_two_way(label) for label in predicted])
@@ -126,8 +126,8 @@ def evaluate_base_and_tuned(
 ) -> tuple[dict[str, LabelScores], dict[str, dict[str, object]]]:
     """Scores and metrics of `base` and `tuned` on the same pairs with the same prompt.
 
-    With an adapter one model serves both, the base being what is left when the adapter is switched off. A full model is
-    judged first, then given up for its base, so that memory never holds two.
+    With an adapter one model serves both, the base being what is left when the adapter is switched off. A full model
+    is judged first, then given up for its base, so that memory never holds two.
 
     Args:
         free_samples: how many pairs, evenly spaced, are also answered without constraints.
@@ -163,9 +163,7 @@ def evaluate_model(
 ) -> tuple[LabelScores, dict[str, object]]:
     """Scores and metrics of one model, called `name` on the progress bar."""
     start = time.perf_counter()
-    scores = predict(
-        model, encoder, pairs, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}"
-    )
+    scores = predict(model, encoder, pairs, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
     seconds = time.perf_counter() - start
     metrics = classification_metrics(np.asarray(pairs["label"]), scores, pairs.features["label"].names)
     if free_samples and PartialState().is_main_process:
@@ -175,7 +173,7 @@ def evaluate_model(
 
 
 def write_evaluation(folder: Path, pairs: Dataset, scores: dict[str, LabelScores], summary: dict[str, object]) -> None:
-    """Write `predictions.parquet` (the pairs; each model's choice, probabilities and joint scores) and `metrics.json`."""
+    """Write `predictions.parquet` (pairs; each model's choice, probabilities, joint scores) and `metrics.json`."""
     names = pairs.features["label"].names
     table = pairs.to_pandas()
     table["label"] = [names[label] for label in pairs["label"]]

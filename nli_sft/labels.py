@@ -2,6 +2,8 @@
 
 import math
 
+from . import UserError
+
 # SNLI's order and ids. Everything in this package that has one entry a label has it in this order.
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -29,12 +31,12 @@ def parse_label(value: object, spellings: list[str] | None = None, two_way: bool
     """Read a gold label as the id that SNLI gives it, or `UNLABELLED` where annotators did not agree on one.
 
     Args:
-        value: an id, a name in any case, a first letter, or one of the signs for "no label" (`-`, `-1`, empty, `None`).
+        value: an id, a name in any case, a first letter, or a sign for "no label" (`-`, `-1`, empty, `None`).
         spellings: how this set writes its labels, in the order of `LABELS` (of `TWO_WAY_LABELS` for a two-way set).
         two_way: whether the set has two labels, `TWO_WAY_LABELS`.
 
     Raises:
-        ValueError: for anything else, with what was expected.
+        UserError: for anything else, with what was expected.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return UNLABELLED
@@ -50,7 +52,7 @@ def parse_label(value: object, spellings: list[str] | None = None, two_way: bool
     if text in _UNLABELLED_SPELLINGS:
         return UNLABELLED
     expected = spellings or (TWO_WAY_LABELS if two_way else (*LABELS, "0", "1", "2", "e", "n", "c"))
-    raise ValueError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label")
+    raise UserError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label")
 
 
 def is_two_way_name(value: object) -> bool:

@@ -10,6 +10,8 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_quantization_config
 
+from . import UserError
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,8 +45,8 @@ class ParameterCounts:
 def count_parameters(model: torch.nn.Module) -> ParameterCounts:
     """Count the distinct parameters of a model, on any device, the meta device included.
 
-    A 4-bit parameter is packed when its weights are quantised. On the meta device none is yet: it is counted as it will
-    be stored.
+    A 4-bit parameter is packed when its weights are quantised. On the meta device none is yet: it is counted as it
+    will be stored.
     """
     total = trainable = stored = 0
     for parameter in model.parameters():  # tied weights are given once
@@ -70,7 +72,7 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ValueError(f"{name}: the tokenizer has neither a padding nor an end-of-sequence token")
+        raise UserError(f"{name}: the tokenizer has neither a padding nor an end-of-sequence token")
     return tokenizer
 
 
@@ -114,6 +116,4 @@ def _from_pretrained(auto_class: type, name: str, **arguments):
     except (OSError, ValueError) as error:
         # transformers explains at length; the first line says what was not found, or what is missing.
         what = "tokenizer" if auto_class is AutoTokenizer else "model"
-        raise ValueError(
-            f"model_name_or_path {name}: cannot load the {what} ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"model_name_or_path {name}: cannot load the {what} ({str(error).splitlines()[0]})") from error

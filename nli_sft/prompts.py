@@ -21,6 +21,7 @@ from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from . import UserError
 from .labels import LABELS
 
 # What chat templates would otherwise decide by themselves, each making train and test prompts differ:
@@ -46,13 +47,13 @@ class Prompt:
 
     def __post_init__(self):
         if "{hypothesis}" not in self.user:
-            raise ValueError(f"prompt {self.name}: the user text has no {{hypothesis}} slot")
+            raise UserError(f"prompt {self.name}: the user text has no {{hypothesis}} slot")
         words = self.label_words
         if len(words) != len(LABELS) or len({word.lower() for word in words}) != len(LABELS) or not all(words):
-            raise ValueError(f"prompt {self.name}: label_words must be three different words, for {', '.join(LABELS)}")
+            raise UserError(f"prompt {self.name}: label_words must be three different words, for {', '.join(LABELS)}")
         for *_, label in self.examples:
             if label not in LABELS:
-                raise ValueError(f"prompt {self.name}: example label {label!r} is not one of {', '.join(LABELS)}")
+                raise UserError(f"prompt {self.name}: example label {label!r} is not one of {', '.join(LABELS)}")
 
     @property
     def reads_premise(self) -> bool:
@@ -78,17 +79,17 @@ class Prompt:
 
 _QUESTION = "Does the premise entail the hypothesis? Answer {labels}.\n"
 
-# What all prompts share stands first and the hypothesis last: on a trie (trie.py) a pair then costs little more than its
-# hypothesis. With the question after the pair, SNLI prompts take more than twice the tokens.
+# What all prompts share stands first and the hypothesis last: on a trie (trie.py) a pair then costs little more than
+# its hypothesis. With the question after the pair, SNLI prompts take more than twice the tokens.
 PROMPTS = {
     prompt.name: prompt
     for prompt in (
         Prompt(name="plain", user=_QUESTION + "Premise: {premise}\nHypothesis: {hypothesis}"),
         Prompt(
             name="definitions",
-            user="Read a premise, which describes a scene, and a hypothesis about the same scene. Answer with one word: "
-            "{entailment} if the hypothesis must be true, {contradiction} if it cannot be true, and {neutral} if it may "
-            "or may not be.\nPremise: {premise}\nHypothesis: {hypothesis}",
+            user="Read a premise, which describes a scene, and a hypothesis about the same scene. Answer with one "
+            "word: {entailment} if the hypothesis must be true, {contradiction} if it cannot be true, and {neutral} "
+            "if it may or may not be.\nPremise: {premise}\nHypothesis: {hypothesis}",
         ),
         Prompt(
             name="few_shot",
@@ -99,7 +100,8 @@ PROMPTS = {
                 ("Two women carry paper bags out of a shop.", "The women are asleep at home.", "contradiction"),
             ),
         ),
-        # The control: a model that scores well here has learned how hypotheses were written, not what follows from what.
+        # The control: a model that scores well here has learned how hypotheses were written, not what follows from
+        # what.
         Prompt(name="hypothesis_only", user=_QUESTION + "Hypothesis: {hypothesis}"),
     )
 }
@@ -112,7 +114,7 @@ def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
     elif Path(name).suffix in (".yaml", ".yml", ".json"):
         prompt = _read_prompt(Path(name))
     else:
-        raise ValueError(f"prompt: {name!r} is neither built in ({', '.join(PROMPTS)}) nor a .yaml or .json file")
+        raise UserError(f"prompt: {name!r} is neither built in ({', '.join(PROMPTS)}) nor a .yaml or .json file")
     return replace(prompt, label_words=tuple(label_words)) if label_words else prompt
 
 
@@ -120,12 +122,12 @@ def _read_prompt(path: Path) -> Prompt:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"prompt: {path} is not there") from None
+        raise UserError(f"prompt: {path} is not there") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
     known = {"name", "user", "label_words", "system", "examples"}
     if not isinstance(fields, dict) or "user" not in fields or not set(fields) <= known:
-        raise ValueError(f"{path}: a prompt has the keys user and, if wanted, {', '.join(sorted(known - {'user'}))}")
+        raise UserError(f"{path}: a prompt has the keys user and, if wanted, {', '.join(sorted(known - {'user'}))}")
     fields = {"name": path.stem} | fields
     fields["label_words"] = tuple(fields.get("label_words", LABELS))
     fields["examples"] = tuple(tuple(example) for example in fields.get("examples", ()))
@@ -153,7 +155,7 @@ class PromptEncoder:
             and by users who will generate without constraints.
 
     Raises:
-        ValueError: if the template puts something between prompt and answer, if a token would span that boundary, or
+        UserError: if the template puts something between prompt and answer, if a token would span that boundary, or
             if one answer begins another.
     """
 
@@ -163,7 +165,7 @@ class PromptEncoder:
         self.is_chat = tokenizer.chat_template is not None
         self.frame, answers, end = _chat_frame(prompt, tokenizer) if self.is_chat else _plain_frame(prompt, tokenizer)
         if train_on_end and not end:
-            raise ValueError("train_on_end: this tokenizer has no end-of-sequence token to train on")
+            raise UserError("train_on_end: this tokenizer has no end-of-sequence token to train on")
         self._answer_texts = [answer + end if train_on_end else answer for answer in answers]
         # A template writes its own beginning-of-sequence token; plain text leaves it to the tokenizer.
         self._prefix = [] if self.is_chat else _beginning(tokenizer)
@@ -189,19 +191,20 @@ class PromptEncoder:
             drop_too_long: drop longer rows and count them in `dropped["too_long"]`, instead of raising.
 
         Raises:
-            ValueError: for a row that is too long, or whose tokens do not split between prompt and answer.
+            UserError: for a row that is too long, or whose tokens do not split between prompt and answer.
         """
         if pairs.features["label"].names != list(LABELS):
-            raise ValueError(f"training needs the three labels {', '.join(LABELS)}; this set has two")
+            raise UserError(f"training needs the three labels {', '.join(LABELS)}; this set has two")
         rows = pairs.map(self._encode_batch, batched=True, remove_columns=pairs.column_names, desc="Tokenizing")
         if max_length is None:
             return rows
         too_long = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
         if too_long and not drop_too_long:
             worst = max(too_long, key=lambda index: len(rows[index]["input_ids"]))
-            raise ValueError(
+            raise UserError(
                 f"{len(too_long):,} of {len(rows):,} rows are longer than max_length {max_length} (the longest, "
-                f"{pairs[worst]['uid']}, has {len(rows[worst]['input_ids'])} tokens); raise max_length or set drop_too_long: true"
+                f"{pairs[worst]['uid']}, has {len(rows[worst]['input_ids'])} tokens); raise max_length or set "
+                f"drop_too_long: true"
             )
         if dropped is not None:
             dropped["too_long"] += len(too_long)
@@ -219,8 +222,9 @@ class PromptEncoder:
         for premise, hypothesis in zip(premises, hypotheses, strict=True):
             found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
             if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
-                raise ValueError(
-                    f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a special token of this tokenizer; remove it"
+                raise UserError(
+                    f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a special token of this tokenizer; "
+                    f"remove it"
                 )
         return [self.text(*pair) for pair in zip(premises, hypotheses, strict=True)]
 
@@ -236,14 +240,14 @@ class PromptEncoder:
             prompt, other_prompt, full, other_full = self._tokenize([*probes, *(probe + text for probe in probes)])
             answer, other = full[len(prompt) :], other_full[len(other_prompt) :]
             if full[: len(prompt)] != prompt or answer != other or not answer:
-                raise ValueError(
-                    f"prompt {self.prompt.name}: the tokens of the prompt are not a prefix of those of the prompt with "
+                raise UserError(
+                    f"prompt {self.prompt.name}: the tokens of the prompt are not a prefix of those of the prompt and "
                     f"{word!r}, so a token spans the boundary; end the user text with a line break or another sign"
                 )
             answers.append(answer)
         for i, j in ((i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j):
             if answers[i] == answers[j][: len(answers[i])]:
-                raise ValueError(
+                raise UserError(
                     f"prompt {self.prompt.name}: the tokens of {self.prompt.label_words[i]!r} begin those of "
                     f"{self.prompt.label_words[j]!r}; choose other label_words, or set train_on_end: true"
                 )
@@ -257,7 +261,7 @@ class PromptEncoder:
         )
         for uid, label, prompt, row in zip(batch["uid"], batch["label"], prompts, full, strict=True):
             if row != prompt + self.answers[label]:
-                raise ValueError(f"pair {uid}: a token spans the boundary between the prompt and its answer")
+                raise UserError(f"pair {uid}: a token spans the boundary between the prompt and its answer")
         labels = [
             [-100] * len(prompt) + self.answers[label] for prompt, label in zip(prompts, batch["label"], strict=True)
         ]
@@ -274,15 +278,15 @@ def _chat_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str
     try:
         frame = render(turns, add_generation_prompt=True)
     except Exception as error:  # jinja2's errors, and those that templates raise on roles they do not know
-        raise ValueError(f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({error})") from error
+        raise UserError(f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({error})") from error
     answers = []
     for word in prompt.label_words:
         full = render([*turns, {"role": "assistant", "content": word}])
         answer, found, end = full.removeprefix(frame).partition(word)
         if not full.startswith(frame) or not found or answer.strip():
-            raise ValueError(
-                f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r} but "
-                f"with {full[len(frame) :]!r}; the model would be trained on another text than it is asked"
+            raise UserError(
+                f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r} "
+                f"but with {full[len(frame) :]!r}; the model would be trained on another text than it is asked"
             )
         answers.append(answer + word)
     end_tokens = [token for token in tokenizer.all_special_tokens if token in end]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from . import __version__
+from . import UserError, __version__
 from .prompts import Prompt, load_prompt
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
@@ -50,12 +50,12 @@ def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
     """(recipe, prompt, record) of a run folder.
 
     Raises:
-        ValueError: naming the folder and the file that is missing.
+        UserError: naming the folder and the file that is missing.
     """
     path = Path(path)
     for name in ("recipe.yaml", "prompt.json", "run.json"):
         if not (path / name).is_file():
-            raise ValueError(f"{path} is not a run folder: it has no {name}; recipes/sft.py writes one when it ends")
+            raise UserError(f"{path} is not a run folder: it has no {name}; recipes/sft.py writes one when it ends")
     recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     return recipe, load_prompt(str(path / "prompt.json")), record

@@ -11,12 +11,16 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Value, get_dataset_split_names, load_dataset
 
+from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
 from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
 
@@ -63,26 +67,25 @@ def load_pairs(
             label and uid.
         label_spellings: how the set writes its labels, in the order of `labels.LABELS`; needed only where they are
             neither names, first letters nor SNLI's ids.
-        dropped: a counter whose `unlabelled` is raised by the number of pairs left out because annotators did not agree
-            on a label.
+        dropped: a counter whose `unlabelled` is raised by the number of pairs left out because annotators did not
+            agree on a label.
 
     Returns:
-        `Dataset[uid, premise, hypothesis, label]` in the order of the source, `label` a `ClassLabel` over `LABELS` (over
-        `TWO_WAY_LABELS` for a set such as HANS), with the columns of `SLICE_COLUMNS` that the source has.
+        `Dataset[uid, premise, hypothesis, label]` in the order of the source, `label` a `ClassLabel` over `LABELS`
+        (over `TWO_WAY_LABELS` for a set such as HANS), with the columns of `SLICE_COLUMNS` that the source has.
 
     Raises:
-        ValueError: naming file (or Hub id) and row, for a row that cannot be used; or naming what was looked for, where
-            a column or split is missing.
-        FileNotFoundError: where `source` is a path, and nothing is there.
+        UserError: naming file (or Hub id) and row, for a row that cannot be used; or naming what was looked for,
+            where a column or split is missing.
     """
     path = Path(source).expanduser()
     if path.exists():
         files = _split_files(path, split)
+        column_names = _file_columns(files[0])
         rows = ((f"{file.name} row {number}", row) for file in files for number, row in _read_rows(file))
         names = None
-        column_names = _file_columns(files[0])
     elif _looks_like_path(source):
-        raise FileNotFoundError(
+        raise UserError(
             f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)})"
         )
     else:
@@ -93,7 +96,7 @@ def load_pairs(
     found = _find_columns(source, column_names, columns)
     pairs, unlabelled = _check_rows(rows, found, names, label_spellings, f"{path.stem}-{split or 'all'}")
     if not pairs["uid"]:
-        raise ValueError(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
+        raise UserError(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
     if unlabelled:
         logger.info("%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
     if dropped is not None:
@@ -124,7 +127,7 @@ def has_split(source: str, split: str, config: str | None = None, revision: str 
 def load_train_and_validation(
     args: TrainDataConfig, *, seed: int, dropped: Counter | None = None
 ) -> dict[str, Dataset]:
-    """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on the latter, so it is never a test split.
+    """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
     Where the source has no validation split, `args.validation_fraction` of the training premises is held out.
     """
@@ -202,7 +205,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
     while cut < len(order) and premises[order[cut]] == premises[order[cut - 1]]:
         cut += 1
     if cut >= len(order):
-        raise ValueError(
+        raise UserError(
             f"{len(pairs)} pairs on too few premises to hold some out for validation; give a validation split"
         )
     return pairs.select(sorted(order[cut:])), pairs.select(sorted(order[:cut]))
@@ -241,32 +244,28 @@ def _is_split_file(file: Path, split: str) -> bool:
 def _split_files(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
-            raise ValueError(f"{path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
         if split not in (None, "train") and not _is_split_file(path, split):
-            raise ValueError(
+            raise UserError(
                 f"{path} is a single file, so it has no {split} split; name another file for it, or a folder with "
                 f"train, validation and test files"
             )
         return [path]
     files = _data_files(path)
     if split is None:
-        raise ValueError(f"{path} is a folder: say which split to take")
+        raise UserError(f"{path} is a folder: say which split to take")
     chosen = [file for file in files if _is_split_file(file, split)]
     if not chosen:
         there = ", ".join(file.name for file in files) or f"no {', '.join(SUFFIXES)} file"
-        raise ValueError(f"{path} has no file for split {split}; it has {there}")
+        raise UserError(f"{path} has no file for split {split}; it has {there}")
     if len(chosen) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in chosen):
-        raise ValueError(
+        raise UserError(
             f"{path}: {' and '.join(f.name for f in chosen)} could each be split {split}; keep one, or name a file"
         )
     return chosen
 
 
-def _open_text(file: Path):
-    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8", newline="")
-
-
-def _csv_reader(file: Path, lines):
+def _csv_reader(file: Path, lines: Iterable[str]) -> csv.DictReader:
     # Tab-separated NLI sets (SNLI, SICK, GLUE) do not quote: a lone " in a sentence is text.
     is_tsv = file.suffix == ".tsv"
     return csv.DictReader(
@@ -275,12 +274,11 @@ def _csv_reader(file: Path, lines):
 
 
 def _file_columns(file: Path) -> list[str]:
+    """The columns of a file; of a .jsonl file, the keys of its first row."""
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_schema(file).names
+        return pq.read_schema(file).names
     if file.suffix in (".csv", ".tsv"):
-        with _open_text(file) as lines:
+        with _reading(file) as lines:
             return list(_csv_reader(file, lines).fieldnames or [])
     _, first = next(_read_rows(file), (0, {}))
     return list(first)
@@ -289,39 +287,45 @@ def _file_columns(file: Path) -> list[str]:
 def _read_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """Yield (line or row number from 1, row). Numbers of text files are lines, so that an editor finds them."""
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = (row for batch in pyarrow.parquet.ParquetFile(file).iter_batches() for row in batch.to_pylist())
+        rows = (row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist())
         yield from enumerate(rows, start=1)
         return
+    with _reading(file) as lines:
+        if file.suffix in (".csv", ".tsv"):
+            reader = _csv_reader(file, lines)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise UserError(
+                        f"{file.name} row {reader.line_num}: not the {len(reader.fieldnames)} fields of the heading; "
+                        f"is a separator or quote missing?"
+                    )
+                yield reader.line_num, row
+        else:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, _parse_json_line(file, number, line)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[TextIO]:
+    """The lines of a text file, with what can be wrong with its bytes told in one sentence."""
+    opener = gzip.open if file.suffix == ".gz" else open
     try:
-        with _open_text(file) as lines:
-            if file.suffix in (".csv", ".tsv"):
-                reader = _csv_reader(file, lines)
-                for row in reader:
-                    if None in row or None in row.values():
-                        raise ValueError(
-                            f"{file.name} row {reader.line_num}: {len(row)} fields where the heading has "
-                            f"{len(reader.fieldnames)}; is a separator or quote missing?"
-                        )
-                    yield reader.line_num, row
-            else:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield number, _parse_json_line(file, number, line)
+        with opener(file, "rt", encoding="utf-8", newline="") as lines:
+            yield lines
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise UserError(f"{file.name} is not UTF-8 text ({error}); save it as UTF-8") from error
     except (gzip.BadGzipFile, EOFError) as error:
-        raise ValueError(f"{file.name} is not a whole gzip file ({error}); fetch it again") from error
+        raise UserError(f"{file.name} is not a whole gzip file ({error}); fetch it again") from error
 
 
 def _parse_json_line(file: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} row {number}: not JSON ({error.msg} at column {error.colno})") from error
+        raise UserError(f"{file.name} row {number}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{file.name} row {number}: expected a JSON object, found {type(row).__name__}")
+        raise UserError(f"{file.name} row {number}: expected a JSON object, found {type(row).__name__}")
     return row
 
 
@@ -330,13 +334,13 @@ def _load_from_hub(source: str, config: str | None, split: str | None, revision:
     try:
         there = get_dataset_split_names(source, config, revision=revision)
     except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
-        raise ValueError(
+        raise UserError(
             f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     chosen = next((name for name in names if name in there), None)
     if chosen is None:
-        raise ValueError(f"{source} has no split {split}; it has {', '.join(there)}")
+        raise UserError(f"{source} has no split {split}; it has {', '.join(there)}")
     return load_dataset(source, config, split=chosen, revision=revision)
 
 
@@ -351,10 +355,11 @@ def _find_columns(source: str, there: list[str], columns: dict[str, str] | None)
     for role, usual in COLUMN_NAMES.items():
         named = (columns or {}).get(role)
         column = named or next((name for name in usual if name in there), None)
+        looked_for = named or ", ".join(usual)
         if role != "uid" and (column is None or column not in there):
-            raise ValueError(
-                f"{source}: no {role} column ({'looked for ' + named if named else 'looked for ' + ', '.join(usual)}); "
-                f"it has {', '.join(there)}; name it with {role}_column"
+            raise UserError(
+                f"{source}: no {role} column (looked for {looked_for}); it has {', '.join(there)}; "
+                f"name it with {role}_column"
             )
         if column in there:
             found[role] = column
@@ -381,15 +386,15 @@ def _check_rows(
         two_way = two_way or is_two_way_name(label)
         try:
             label_id = parse_label(label, spellings, two_way)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
         if label_id == UNLABELLED:
             unlabelled += 1
             continue
         for role in ("premise", "hypothesis"):
             text = row.get(columns[role])
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: the {role} is {'missing' if text is None else repr(text)}; expected text")
+                raise UserError(f"{where}: the {role} is {'missing' if text is None else repr(text)}; expected text")
             pairs[role].append(text.strip())
         uid = str(row.get(columns.get("uid"), "") or f"{uid_prefix}-{index + 1}")
         seen[uid] += 1
@@ -402,7 +407,7 @@ def _check_rows(
             if name in slices:
                 slices[name].append(_slice_value(name, row.get(name)))
     if two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
-        raise ValueError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
+        raise UserError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
     return pairs | slices, unlabelled
 
 

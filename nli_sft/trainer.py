@@ -1,11 +1,11 @@
-"""`NLITrainer`: TRL's `SFTTrainer` on token tries, that knows what its users want to know, the accuracy of the labels."""
+"""`NLITrainer`: TRL's `SFTTrainer` on token tries, and with the number that its users want, label accuracy."""
 
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from . import trie
 from .configs import BatchConfig
@@ -20,9 +20,9 @@ class NLITrainer(SFTTrainer):
     loss are those of padded batches; only what is computed twice there is computed once.
 
     Every evaluation reports `eval_loss` (mean negative log-likelihood of a gold answer's token, as in training) and
-    `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass a
-    pair. TRL's `eval_mean_token_accuracy` would not do: it counts tokens, most of which are certain once the first one
-    is known. `compute_metrics` would not do either: TRL is giving it up, and it holds the logits of every token.
+    `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass
+    a pair. TRL's `eval_mean_token_accuracy` would not do: it counts tokens, most of which are certain once the first
+    one is known. `compute_metrics` would not do either: TRL is giving it up, and it holds the logits of every token.
 
     Args:
         encoder: the encoder that made the rows.
@@ -31,14 +31,25 @@ class NLITrainer(SFTTrainer):
     """
 
     def __init__(
-        self, *, model: PreTrainedModel, encoder: PromptEncoder, batch_args: BatchConfig, train_dataset: Dataset, **kwargs
+        self,
+        *,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        encoder: PromptEncoder,
+        batch_args: BatchConfig,
+        train_dataset: Dataset,
+        **kwargs,
     ):
         self.encoder = encoder
         longest = max(map(len, train_dataset["input_ids"]))
         self.max_row_tokens = trie.row_tokens(batch_args.batching, batch_args.max_row_tokens, model.config, longest)
         if self.max_row_tokens is not None:
             kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens)
-        super().__init__(model=model, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs)
+        # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss, on a trie where the batch is one."""
@@ -46,8 +57,10 @@ class NLITrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         tokens_before = self._total_train_tokens
         tokens = self.accelerator.gather(inputs["tokens"]).sum().item()
-        inputs = trie.model_inputs(self.model, inputs) | {"shift_labels": inputs["shift_labels"]}
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["shift_labels"].flatten()[inputs["predict"]][None]
+        with trie.hidden_states_at(self.model, inputs["predict"]):
+            inputs = trie.model_inputs(self.model, inputs) | {"shift_labels": labels}
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL has counted tokens from a mask of another shape. The logs count what separate sequences would feed.
         self._total_train_tokens = tokens_before + tokens
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -97,9 +110,10 @@ class TrieCollator:
     """Packs a batch of rows into a trie. Runs in the loader's workers.
 
     Returns:
-        A dict of tensors: `input_ids`, `position_ids`, `exit` and `shift_labels` of `trie.pack_training`; `labels`, the
-        same as `shift_labels`, from which the Trainer counts the items of a batch; and `tokens`, (1,), what separate
-        sequences would have fed.
+        A dict of tensors: `input_ids`, `position_ids`, `exit` and `shift_labels` of `trie.pack_training`; `predict`,
+        the nodes that have a label, as indices into the flattened (rows * length); `labels`, the same as
+        `shift_labels`, from which the Trainer counts the items of a batch; and `tokens`, (1,), what separate sequences
+        would have fed.
     """
 
     def __init__(self, answers: list[list[int]], max_row_tokens: int):
@@ -110,7 +124,11 @@ class TrieCollator:
         prompts, gold = split_rows(rows, self.answers)
         batch = trie.pack_training(prompts, [self.answers[label] for label in gold], self.max_row_tokens)
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        return tensors | {"labels": batch["shift_labels"], "tokens": torch.tensor([batch["sequence_tokens"]])}
+        return tensors | {
+            "predict": (batch["shift_labels"].flatten() != trie.IGNORE_INDEX).nonzero().flatten(),
+            "labels": batch["shift_labels"],
+            "tokens": torch.tensor([batch["sequence_tokens"]]),
+        }
 
 
 def split_rows(rows: Dataset | list[dict], answers: list[list[int]]) -> tuple[list[list[int]], list[int]]:

@@ -216,6 +216,30 @@ def logits_at(model, positions):
         handle.remove()
 
 
+@contextmanager
+def hidden_states_at(model, positions):
+    """A context in which the backbone returns the last hidden states of some nodes only, as (1, P, hidden size).
+
+    For losses that read the hidden states themselves, such as TRL's fused LM head: off CUDA it would put every node
+    through the head, and on CUDA it would wait for the device to tell which nodes have a label.
+
+    Args:
+        model: a causal LM, or one wrapped by PEFT.
+        positions: (P,), indices into the flattened (rows * length).
+    """
+
+    def keep(module, args, output):
+        output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[positions][None]
+        return output
+
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    handle = causal_lm.base_model.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def answer_log_probs(logits, answer_nodes, answer_ids):
     """The log-probability of each token of each answer, given its prompt and the tokens before.
 

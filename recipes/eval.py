@@ -11,7 +11,7 @@ from rich import print
 from rich.table import Table
 from trl import ModelConfig
 
-from nli_sft.configs import BatchConfig, DataConfig, EvalConfig, PromptConfig, from_recipe, parse_recipe
+from nli_sft.configs import BatchConfig, DataConfig, EvalConfig, PromptConfig, from_recipe, run_script
 from nli_sft.evaluation import evaluate_base_and_tuned, write_evaluation
 from nli_sft.models import load_tokenizer
 from nli_sft.prompts import PromptEncoder
@@ -79,4 +79,4 @@ def results_table(title, results):
 
 
 if __name__ == "__main__":
-    main(*parse_recipe((EvalConfig,)))
+    run_script(main, (EvalConfig,))

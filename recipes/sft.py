@@ -13,7 +13,7 @@ from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, parse_recipe, resolve_recipe
+from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.runs import git_state, versions, write_run
@@ -90,4 +90,4 @@ def main(data_args, prompt_args, batch_args, training_args, model_args):
 
 
 if __name__ == "__main__":
-    main(*parse_recipe((TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig)))
+    run_script(main, (TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig))

@@ -1,0 +1,50 @@
+"""Start the scripts as a user does, and read what they leave behind."""
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+from wandb.proto import wandb_internal_pb2
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(script, *arguments, cwd, processes=1, **environment):
+    """Run a recipe script as a user does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [str(ROOT / "recipes" / script), *map(str, arguments)]
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+    )
+    result.output = result.stdout + result.stderr
+    return result
+
+
+def read_wandb(folder: Path) -> list:
+    """The records of an offline W&B run: protobuf messages in LevelDB's log format, in blocks of 32 KiB."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, records, parts = path.read_bytes(), [], b""
+    position = 7  # W&B's own header
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if kind == 0:
+            break
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
+    return records

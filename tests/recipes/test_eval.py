@@ -1,0 +1,107 @@
+import json
+
+import pandas as pd
+import pytest
+from launching import launch
+from tiny import write_jsonl
+
+from nli_sft.labels import LABELS
+
+
+@pytest.fixture(scope="module")
+def judged(lora_run, workspace):
+    folder, _ = lora_run
+    result = launch("eval.py", "--run", folder, "--free_samples", "6", cwd=workspace)
+    assert result.returncode == 0, result.output
+    return folder / "eval" / "data-test", result.output
+
+
+def test_metrics_and_predictions_say_the_same(judged):
+    folder, output = judged
+    metrics = json.loads((folder / "metrics.json").read_text())
+    table = pd.read_parquet(folder / "predictions.parquet")
+    assert metrics["pairs"] == len(table) == 36
+    for model in ("base", "tuned"):
+        right = (table["label"] == table[f"{model}_prediction"]).mean()
+        assert metrics[model]["accuracy"] == pytest.approx(right)
+        low, high = metrics[model]["accuracy_interval"]
+        assert low <= right <= high
+        probabilities = table[[f"{model}_p_{label}" for label in LABELS]]
+        assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+        assert sum(map(sum, metrics[model]["confusion"])) == 36
+        free = metrics[model]["free_generation"]
+        assert free["n"] == 6
+        assert free["accuracy"] <= 1 - free["invalid_share"]
+    assert not (table["base_p_entailment"] == table["tuned_p_entailment"]).all(), (
+        "the adapter was switched off for the base"
+    )
+    assert "base" in output
+    assert "tuned" in output
+
+
+def test_every_process_count_gives_the_same_predictions(judged, lora_run, workspace):
+    alone = pd.read_parquet(judged[0] / "predictions.parquet")
+    data = write_jsonl(
+        workspace / "some.jsonl",
+        alone[["uid", "premise", "hypothesis", "label"]].head(35).to_dict("records"),
+    )
+    result = launch(
+        "eval.py", "--run", lora_run[0], "--dataset_name", data, "--free_samples=0", cwd=workspace, processes=2
+    )
+    assert result.returncode == 0, result.output
+    shared = pd.read_parquet(lora_run[0] / "eval" / "some-all" / "predictions.parquet")
+    assert list(shared["uid"]) == list(alone["uid"][:35])
+    for column in ("base_prediction", "tuned_prediction"):
+        assert list(shared[column]) == list(alone[column][:35])
+
+
+def test_two_way_sets_are_mapped(lora_run, workspace):
+    rows = [
+        {"premise": "The doctor saw the actor.", "hypothesis": "The actor saw the doctor.", "label": "non-entailment"},
+        {"premise": "The doctor saw the actor.", "hypothesis": "The doctor saw the actor.", "label": "entailment"},
+    ]
+    path = write_jsonl(workspace / "hans.jsonl", rows)
+    result = launch("eval.py", "--run", lora_run[0], "--dataset_name", path, "--free_samples=2", cwd=workspace)
+    assert result.returncode == 0, result.output
+    metrics = json.loads((lora_run[0] / "eval" / "hans-all" / "metrics.json").read_text())
+    assert list(metrics["tuned"]["per_label"]) == ["entailment", "non-entailment"]
+
+
+def test_a_full_model_is_judged_beside_its_base(recipe, workspace):
+    folder = workspace / "outputs" / "full"
+    arguments = [
+        "--use_peft=false",
+        "--learning_rate=1e-3",
+        "--output_dir",
+        folder,
+        "--train_on_end",
+        "--max_length=512",
+        "--prompt=few_shot",
+    ]
+    result = launch("sft.py", "--config", recipe, *arguments, cwd=workspace)
+    assert result.returncode == 0, result.output
+    assert "(100.00%)" in result.output
+    result = launch(
+        "eval.py", "--run", folder, "--free_samples=0", "--max_samples=12", "--batching=padded", cwd=workspace
+    )
+    assert result.returncode == 0, result.output
+    table = pd.read_parquet(folder / "eval" / "data-test" / "predictions.parquet")
+    assert len(table) == 12
+    assert not (table["base_p_entailment"] == table["tuned_p_entailment"]).all()
+
+
+def test_qlora_on_the_cpu(recipe, workspace):
+    folder = workspace / "outputs" / "qlora"
+    arguments = ["--load_in_4bit", "--use_bnb_nested_quant", "--num_train_epochs=1", "--output_dir", folder]
+    result = launch("sft.py", "--config", recipe, *arguments, cwd=workspace)
+    assert result.returncode == 0, result.output
+    parameters = json.loads((folder / "run.json").read_text())["parameters"]
+    assert parameters["stored"] < parameters["total"]
+    result = launch("eval.py", "--run", folder, "--free_samples=0", cwd=workspace)
+    assert result.returncode == 0, result.output
+
+
+def test_what_is_not_a_run(workspace):
+    result = launch("eval.py", "--run", workspace / "data", cwd=workspace)
+    assert result.returncode != 0
+    assert "is not a run folder: it has no recipe.yaml" in " ".join(result.output.split())

@@ -1,0 +1,144 @@
+"""Every YAML under recipes/ is parsed as its script parses it, and its model is built without weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+
+from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, parse_recipe
+from nli_sft.models import count_parameters
+from nli_sft.prompts import load_prompt
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml"))
+TYPES = (TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig)
+
+# The published config.json of each base, as far as shapes go, and its number of parameters.
+SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True}
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+ARCHITECTURES = {
+    "microsoft/phi-2": (
+        {
+            "model_type": "phi",
+            "vocab_size": 51200,
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+        },
+        2_779_683_840,
+    ),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (
+        SMOLLM2
+        | {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+        },
+        134_515_008,
+    ),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
+        SMOLLM2
+        | {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+        },
+        1_711_376_384,
+    ),
+    "Qwen/Qwen3-0.6B": (
+        QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+        596_049_920,
+    ),
+    "Qwen/Qwen3-4B": (
+        QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+        4_022_468_096,
+    ),
+    "meta-llama/Llama-3.2-1B-Instruct": (
+        {
+            "model_type": "llama",
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+        },
+        1_235_814_400,
+    ),
+}
+
+
+def parse(path):
+    # A recipe for a GPU says so by its precision; without one, everything but the device must still hold.
+    return parse_recipe(TYPES, [f"--config={path}", "--bf16=false"])
+
+
+def test_all_recipes_are_seen():
+    assert len(RECIPES) == 10
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_builds_its_model(path):
+    data, prompt, _, training, model = parse(path)
+    name = f"{path.parent.name}-{path.stem}"
+    assert training.output_dir == f"outputs/{name}"
+    assert training.run_name == name
+    assert data.dataset_name == "stanfordnlp/snli"
+    for revision in (data.dataset_revision, model.model_revision):
+        assert re.fullmatch(r"[0-9a-f]{40}", revision), "a moving revision is a moving result"
+    assert training.eval_on_start
+    assert training.metric_for_best_model == "eval_accuracy"
+    assert not training.push_to_hub
+    load_prompt(prompt.prompt, prompt.label_words)
+    if model.load_in_4bit:
+        assert model.dtype == "bfloat16", "TRL's default would compute in float32"
+        assert get_quantization_config(model).bnb_4bit_use_double_quant
+
+    architecture, parameters = ARCHITECTURES[model.model_name_or_path]
+    architecture = dict(architecture)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture.pop("model_type"), **architecture))
+        assert count_parameters(built).total == parameters
+        assert model.use_peft == (path.stem != "full")
+        if model.use_peft:
+            counts = count_parameters(get_peft_model(built, get_peft_config(model), low_cpu_mem_usage=True))
+            assert 0 < counts.trainable_share < 0.05
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_recipe_opens_with_its_launch_command(path):
+    text = path.read_text()
+    command = re.search(r"^# accelerate launch .*$", text, re.MULTILINE)[0]
+    for argument in command.split():
+        if "/" in argument:
+            assert (ROOT / argument).is_file(), argument
+    assert command.endswith(str(path.relative_to(ROOT)))
+
+
+def test_recipes_say_nothing_that_is_the_default_anyway():
+    plain = {f.name: f.default for config in TYPES for f in config.__dataclass_fields__.values()}
+    for path in RECIPES:
+        for key, value in yaml.safe_load(path.read_text()).items():
+            assert value != plain[key], f"{path}: {key}"
+
+
+def test_scripts_are_not_a_package():
+    assert not list(ROOT.glob("recipes/**/__init__.py"))

@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import yaml
+from launching import launch, read_wandb
+from safetensors.torch import load_file
+
+
+def test_a_run_folder_is_complete(lora_run, workspace):
+    folder, output = lora_run
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "recipe.yaml"):
+        assert (folder / name).is_file(), name
+    assert any(
+        "lora_B" in name and tensor.any() for name, tensor in load_file(folder / "adapter_model.safetensors").items()
+    )
+    record = json.loads((folder / "run.json").read_text())
+    assert record["data"]["train"]["pairs"] == 96
+    assert record["data"]["dropped"] == {"unlabelled": 1, "too_long": 0}
+    assert record["parameters"]["trainable"] < record["parameters"]["total"]
+    evaluations = [entry for entry in record["history"] if "eval_accuracy" in entry]
+    assert [entry["epoch"] for entry in evaluations][:3] == [0, 1.0, 2.0], "the base first, then every epoch"
+    assert record["validation"]["eval_accuracy"] == max(entry["eval_accuracy"] for entry in evaluations[1:])
+    assert record["versions"]["trl"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text())["lora_r"] == 4
+    # The user was shown what is trained, and how much of the model.
+    assert "[" in output
+    assert "the loss is on the marked tokens alone" in output
+    assert "96 pairs to train on, 24 to validate on" in output
+    assert "trainable of" in output
+
+
+def test_wandb_offline_holds_loss_and_label_accuracy(lora_run, workspace):
+    logged = [
+        {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item}
+        for record in read_wandb(workspace)
+        if record.HasField("history")
+    ]
+    assert [entry for entry in logged if "train/loss" in entry]
+    accuracies = [json.loads(entry["eval/accuracy"]) for entry in logged if "eval/accuracy" in entry]
+    assert len(accuracies) >= 3
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+
+
+def test_the_resolved_recipe_makes_the_same_run_again(lora_run, workspace):
+    folder, _ = lora_run
+    again = workspace / "outputs" / "again"
+    result = launch(
+        "sft.py", f"--config={folder / 'recipe.yaml'}", "--output_dir", again, "--report_to=none", cwd=workspace
+    )
+    assert result.returncode == 0, result.output
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, again))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_lenght", "10"], "unknown key 'max_lenght'; did you mean 'max_length'?"),
+        (["--max_length", "10"], "96 of 96 rows are longer than max_length 10"),
+        (["--dataset_name", "./nowhere"], "./nowhere is not there; dataset_name takes a Hub id, a folder or a file"),
+        (["--prompt", "plane"], "prompt: 'plane' is neither built in"),
+        (["--model_name_or_path", "./nowhere"], "model_name_or_path ./nowhere: cannot load the tokenizer"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(recipe, workspace, arguments, message):
+    result = launch("sft.py", "--config", recipe, "--output_dir", workspace / "bad", *arguments, cwd=workspace)
+    assert result.returncode != 0
+    assert message in " ".join(result.output.split())
+    assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"

@@ -1,0 +1,133 @@
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+from trl import ModelConfig, SFTConfig
+
+from nli_sft.configs import (
+    BatchConfig,
+    EvalConfig,
+    PromptConfig,
+    RecipeError,
+    TrainDataConfig,
+    from_recipe,
+    parse_recipe,
+    resolve_recipe,
+)
+
+TYPES = (TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text("dataset_name: snli\n" + text)
+        return path
+
+    return write
+
+
+def test_flags_override_the_file_and_both_ways_of_config_work(recipe, tmp_path):
+    path = recipe(f"learning_rate: 2e-4\nlora_r: 8\noutput_dir: {tmp_path}\nlora_target_modules: [q_proj, v_proj]\n")
+    for arguments in ([f"--config={path}"], ["--config", str(path)]):
+        _, _, _, training, model = parse_recipe(TYPES, [*arguments, "--lora_r", "4", "--eval_strategy=epoch"])
+        assert training.learning_rate == 2e-4
+        assert training.eval_strategy.value == "epoch"
+        assert (model.lora_r, model.lora_target_modules) == (4, ["q_proj", "v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rank: 8", r"recipe.yaml: unknown key 'lora_rank'; did you mean 'lora_r'\?"),
+        ("learning-rat: 1", r"unknown key 'learning-rat'; did you mean 'learning-rate'\?"),
+        ("lora_r: 8\nlora_r: 9", "key 'lora_r' stands on lines 2 and 3; keep one"),
+        ("lora_r: 8.5", "lora_r: invalid int value: '8.5'"),
+        ("learning_rate: fast", "learning_rate: invalid float value: 'fast'"),
+        ("learning_rate: [1, 2]", "learning_rate takes one value, not a list"),
+        ("lora_r:", "lora_r is empty; give a value or remove the line"),
+        ("dtype: bfloat17", "dtype: invalid choice: 'bfloat17'"),
+        ("batching: tree", "batching: invalid choice: 'tree'"),
+        ("eval_strategy: no", 'YAML reads an unquoted no as false; write eval_strategy: "no"'),
+        ("use_peft: perhaps", "use_peft: .*perhaps"),
+        (
+            "load_best_model_at_end: true\neval_strategy: epoch\nsave_strategy: steps",
+            "--load_best_model_at_end requires",
+        ),
+        ("- a list", "not YAML"),
+        ("lora_r: [", "not YAML"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_with_its_key(recipe, text, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(TYPES, ["--config", str(recipe(text))])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "x", "--lora_al", "4"], "unknown key 'lora_al'; did you mean 'lora_alpha'"),
+        (["--dataset_name", "x", "--lora_r", "many"], "lora_r: invalid int value: 'many'"),
+        (["--dataset_name"], "dataset_name: expected one argument"),
+        ([], "dataset_name is missing; give it in the recipe or as --dataset_name"),
+        (["--config"], "--config takes one recipe file, once"),
+        (["--config=a.yaml", "--config=b.yaml"], "--config takes one recipe file, once"),
+        (["--config=nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--dataset_name", "x", "stray"], "stray"),
+    ],
+)
+def test_wrong_command_lines(arguments, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(TYPES, arguments)
+
+
+def test_a_user_sees_one_sentence_and_no_traceback(recipe):
+    code = "from nli_sft.configs import *\nrun_script(print, (TrainDataConfig, PromptConfig))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "--config", str(recipe("promt: plain"))], capture_output=True, text=True
+    )
+    assert shown.returncode == 1
+    assert shown.stderr.strip().splitlines()[-1].endswith("unknown key 'promt'; did you mean 'prompt'?")
+    assert "Traceback" not in shown.stderr
+
+
+def test_a_resolved_recipe_makes_the_same_configs_again(recipe, tmp_path):
+    text = (
+        f"prompt: few_shot\nlabel_words: [a, b, c]\nmodel_name_or_path: m\nuse_peft: true\n"
+        f"lora_target_modules: all-linear\n"
+        f"learning_rate: 3.0e-4\neval_strategy: epoch\nlr_scheduler_type: cosine\noutput_dir: {tmp_path}\n"
+        f"hub_token: hf_secret\nmax_train_samples: 10\nreport_to: wandb\n"
+    )
+    configs = parse_recipe(TYPES, ["--config", str(recipe(text))])
+    resolved = resolve_recipe(configs)
+    assert "hf_secret" not in str(resolved)
+    assert resolved["learning_rate"] == 3e-4
+    assert "weight_decay" not in resolved, "only what differs from the defaults"
+    again = parse_recipe(
+        TYPES, ["--config", str(recipe(yaml.safe_dump({k: v for k, v in resolved.items() if k != "dataset_name"})))]
+    )
+    assert resolve_recipe(again) == resolved
+    assert from_recipe(ModelConfig, resolved) == configs[4]
+
+
+def test_an_evaluation_needs_a_run():
+    with pytest.raises(RecipeError, match="run is missing; give the run folder as --run"):
+        parse_recipe((EvalConfig,), [])
+    (args,) = parse_recipe((EvalConfig,), ["--run", "outputs/x"])
+    assert args.dataset_name is None
+
+
+def test_every_flag_says_what_it_is():
+    @dataclass
+    class Undocumented:
+        something: int = field(default=1)
+
+    def undocumented(config):
+        return [name for name, f in config.__dataclass_fields__.items() if not f.metadata.get("help")]
+
+    assert undocumented(Undocumented) == ["something"]
+    for config in (TrainDataConfig, PromptConfig, BatchConfig, EvalConfig):
+        assert undocumented(config) == []

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+
+from nli_sft.labels import LABELS, TWO_WAY_LABELS, UNLABELLED, parse_label, to_two_way
+
+
+def test_order_is_that_of_snli():
+    assert LABELS == ("entailment", "neutral", "contradiction")
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(0, 0), (2, 2), ("1", 1), ("Entailment", 0), (" CONTRADICTION ", 2), ("n", 1), (1.0, 1), ("neutral", 1)],
+)
+def test_reads_ids_names_and_letters(value, label):
+    assert parse_label(value) == label
+
+
+@pytest.mark.parametrize("value", [-1, "-1", "-", "", " ", None, float("nan")])
+def test_signs_for_no_label(value):
+    assert parse_label(value) == UNLABELLED
+
+
+@pytest.mark.parametrize("value", [3, "maybe", "non-entailment", 0.5])
+def test_unknown_label_says_what_was_expected(value):
+    with pytest.raises(ValueError, match="unknown label .* expected one of entailment, neutral, contradiction"):
+        parse_label(value)
+
+
+def test_own_spellings():
+    assert [parse_label(word, ["yes", "maybe", "no"]) for word in ("No", "yes", "MAYBE", "-")] == [2, 0, 1, UNLABELLED]
+    with pytest.raises(ValueError, match="yes, maybe, no"):
+        parse_label("entailment", ["yes", "maybe", "no"])
+
+
+def test_two_way():
+    assert [parse_label(name, two_way=True) for name in ("entailment", "not_entailment", "non-entailment")] == [
+        0,
+        1,
+        1,
+    ]
+    assert [TWO_WAY_LABELS[to_two_way(label)] for label in range(3)] == [
+        "entailment",
+        "non-entailment",
+        "non-entailment",
+    ]
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, nli_sft, nli_sft.labels; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
