@@ -1,0 +1,224 @@
+"""Make the tiny base model from nothing: text from the world of scenes, a tokenizer, a small Llama.
+
+    python -m nli_sft.scenes.pretrain --device cuda
+
+The result has read what follows from what in many wordings, and not once the words with which our prompts ask for it.
+As it stands this is for a GPU, where it takes minutes; two CPU cores need more than a day for as many steps.
+"""
+
+import argparse
+import hashlib
+import math
+import multiprocessing
+import os
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from . import BASE_MODEL, generate_pairs
+from .corpus import VOICES, draw_documents, fill
+from .scene import LABELS
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHARD = 2_000  # documents that one seed makes
+
+
+def write_shard(shard: tuple[str, int]) -> list[str]:
+    """So many documents of one seed."""
+    seed, documents = shard
+    return list(islice(draw_documents(seed), documents))
+
+
+def write_corpus(documents: int, seed: int) -> list[str]:
+    """So many documents, the same ones on any number of processes."""
+    shards = [(f"{seed} {start}", min(SHARD, documents - start)) for start in range(0, documents, SHARD)]
+    with multiprocessing.Pool(min(os.cpu_count(), len(shards))) as pool:
+        written = list(tqdm(pool.imap(write_shard, shards), desc="corpus", total=len(shards)))
+    return [document for shard in written for document in shard]
+
+
+def train_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer: what the corpus never says is spelled in pieces."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, START, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """The corpus as one row of tokens, in 16 bits: no vocabulary here is larger."""
+    rows = []
+    for start in range(0, len(corpus), SHARD):
+        texts = [text + END for text in corpus[start : start + SHARD]]
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts)
+        rows.append(torch.tensor([token for encoding in encodings for token in encoding.ids], dtype=torch.int16))
+    return torch.cat(rows)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
+    """A Llama with tied embeddings and heads of 32 dimensions, at its random start."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def answer_weights(tokenizer: PreTrainedTokenizerFast, weight: float) -> torch.Tensor:
+    """For each token its weight in the loss: the first of an answer weighs more than the rest of a text.
+
+    No other token tells what follows from what. At equal weights the noise of all others hides it for a long time.
+    """
+    weights = torch.ones(len(tokenizer))
+    for answers, _ in VOICES:
+        for answer in answers:
+            weights[[tokenizer(text).input_ids[0] for text in (answer, f" {answer}")]] = weight
+    return weights
+
+
+def train(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor, args: argparse.Namespace) -> float:
+    """Next-token training on random windows of one long row of tokens; returns the mean of the last 100 losses."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    warmup = max(1, args.steps // 20)
+
+    def rate(step):
+        return min((step + 1) / warmup, 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / args.steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    generator = torch.Generator().manual_seed(args.seed)
+    tokens, weights, span = tokens.to(args.device), weights.to(args.device), torch.arange(args.window + 1)
+    losses = torch.zeros(args.steps, device=args.device)  # read rarely: the host need not wait for the device
+    model.train()
+    progress = tqdm(range(args.steps), desc="pretrain")
+    for step in progress:
+        starts = torch.randint(len(tokens) - args.window, (args.batch_size, 1), generator=generator)
+        batch = tokens[(starts + span).to(args.device)].long()
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            logits = model(input_ids=batch[:, :-1]).logits
+        loss = cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses[step] = loss.detach()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{losses[step]:.3f}")
+    return losses[-100:].mean().item()
+
+
+@torch.no_grad()
+def answers_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 300) -> float:
+    """The share of dev pairs on which "Yes", "Maybe" or "No", whichever is likeliest, is the right answer."""
+    answers, tasks = VOICES[0]
+    choices = [tokenizer(answer).input_ids[0] for answer in answers]
+    right = 0
+    for pair in generate_pairs("dev", n):
+        message = {"role": "user", "content": fill(tasks[0], pair["hypothesis"], pair["premise"])}
+        ids = tokenizer.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
+        scores = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, choices]
+        right += LABELS[scores.argmax()] == pair["label"]
+    return right / n
+
+
+def write_card(folder: Path, args: argparse.Namespace, facts: dict) -> None:
+    """README.md beside the weights: how they were made, and how to make them again."""
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    options = " ".join(f"--{name} {value}" for name, value in vars(args).items() if name != "output_dir")
+    facts = facts | {"sha256 of model.safetensors": digest}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    (folder / "README.md").write_text(
+        f"""# The base model of the built-in scenes
+
+A tiny Llama-shaped language model for trying `nli-sft` where nothing can be downloaded. It was trained from random
+weights on text that `nli_sft.scenes` generates: descriptions of scenes, and talk about what follows from them. It
+speaks of nothing else. The three label words of natural language inference are not in that text.
+
+Made by
+
+    python -m nli_sft.scenes.pretrain {options}
+
+| | |
+|---|---|
+{rows}
+
+The same command makes the same corpus and tokenizer anywhere, and the same weights up to the rounding of the device.
+"""
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Corpus, tokenizer, model, card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=BASE_MODEL)
+    parser.add_argument("--documents", type=int, default=500_000)
+    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--window", type=int, default=256, help="tokens in a training row")
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--answer_weight", type=float, default=10.0, help="what an answer weighs in the loss")
+    parser.add_argument("--vocab_size", type=int, default=1_024)
+    parser.add_argument("--hidden_size", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+
+    set_seed(args.seed)
+    start = time.perf_counter()
+    corpus = write_corpus(args.documents, args.seed)
+    tokenizer = train_tokenizer(corpus[:20_000], args.vocab_size)
+    tokens = encode(corpus, tokenizer)
+    model = build_model(tokenizer, args.hidden_size, args.layers).to(args.device)
+    loss = train(model, tokens, answer_weights(tokenizer, args.answer_weight), args)
+
+    model.to(torch.bfloat16).save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    right = answers_right(model.eval(), tokenizer)
+    facts = {
+        "parameters": f"{model.num_parameters():,}",
+        "tokens in the corpus": f"{len(tokens):,}",
+        "final loss (mean of the last 100 steps)": f"{loss:.4f}",
+        "dev pairs answered right with yes, maybe or no (chance: 0.333)": f"{right:.3f}",
+        "seconds": f"{time.perf_counter() - start:.0f}",
+        "torch": torch.__version__,
+    }
+    write_card(args.output_dir, args, facts)
+
+
+if __name__ == "__main__":
+    main()
