@@ -78,6 +78,10 @@ class PromptConfig:
     train_on_end: bool = field(
         default=False, metadata={"help": "Whether the end of the turn is part of the answer that is trained."}
     )
+    hypothesis_only_control: bool = field(
+        default=False,
+        metadata={"help": "Also train the same base without the premise: what a result must be measured against."},
+    )
     drop_too_long: bool = field(
         default=False, metadata={"help": "Drop (and count) rows longer than max_length instead of stopping."}
     )

@@ -1,7 +1,7 @@
-"""Judge a model on a split: predictions of the base and of the tuned model, pair by pair, and what they add up to."""
+"""Judge a run: the predictions of base, tuned model and controls, pair by pair, and what they add up to."""
 
 import time
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +10,17 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from . import trie
+from . import metrics, trie
 from .configs import BatchConfig
 from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts
 from .labels import LABELS, to_two_way
-from .models import load_model, load_run
+from .models import load_model, load_run, load_tokenizer
 from .prompts import PromptEncoder
-from .runs import write_json
+from .runs import HYPOTHESIS_ONLY, read_run, write_json
+from .sources import EvaluationSet
 
 
 def predict(
@@ -50,43 +49,6 @@ def predict(
     return gather_scores(own, len(pairs), state.process_index, state.num_processes)
 
 
-def classification_metrics(gold: np.ndarray, scores: LabelScores, label_names: list[str]) -> dict[str, object]:
-    """Accuracy with its 95 % Wilson interval, macro-F1, per label, confusion, and the mass on the label words.
-
-    Args:
-        gold: (n,) gold label ids.
-        scores: three-way scores of the same pairs.
-        label_names: names of the gold ids. For a two-way set, predictions are mapped by `labels.to_two_way`.
-    """
-    predicted = scores.choice.numpy()
-    if len(label_names) != len(LABELS):
-        predicted = np.array([to_two_way(label) for label in predicted])
-    ids = list(range(len(label_names)))
-    precision, recall, f1, support = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0)
-    right = int((gold == predicted).sum())
-    interval = binomtest(right, len(gold)).proportion_ci(method="wilson")
-    return {
-        "accuracy": right / len(gold),
-        "accuracy_interval": [interval.low, interval.high],
-        "macro_f1": float(f1.mean()),
-        "per_label": {
-            name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
-            for name, p, r, f, n in zip(label_names, precision, recall, f1, support, strict=True)
-        },
-        "confusion": confusion_matrix(gold, predicted, labels=ids).tolist(),  # rows are gold
-        "joint_accuracy": _joint_accuracy(gold, scores, label_names),
-        "mass_on_labels": float(scores.mass.mean()),
-    }
-
-
-def _joint_accuracy(gold: np.ndarray, scores: LabelScores, label_names: list[str]) -> float:
-    """Accuracy of the answer with the largest unrestricted probability: `acc` of lm-evaluation-harness."""
-    predicted = scores.joint.argmax(dim=1).numpy()
-    if len(label_names) != len(LABELS):
-        predicted = np.array([to_two_way(label) for label in predicted])
-    return float((gold == predicted).mean())
-
-
 def free_generation(
     model: PreTrainedModel, encoder: PromptEncoder, pairs: Dataset, *, batch_size: int, max_new_tokens: int = 16
 ) -> dict[str, object]:
@@ -113,67 +75,102 @@ def free_generation(
     }
 
 
-def evaluate_base_and_tuned(
-    run: str | Path,
-    model_args: ModelConfig,
+def judge(
+    model: PreTrainedModel,
     encoder: PromptEncoder,
     pairs: Dataset,
+    *,
+    name: str,
+    batch_size: int,
+    batch_args: BatchConfig,
+    free_samples: int = 0,
+) -> tuple[LabelScores, dict[str, object]]:
+    """Scores and metrics of one model, called `name` on the progress bar.
+
+    Args:
+        free_samples: how many pairs, evenly spaced, are also answered without constraints.
+    """
+    start = time.perf_counter()
+    scores = predict(model, encoder, pairs, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
+    seconds = time.perf_counter() - start
+    result = metrics.compute(
+        gold=pairs["label"],
+        predicted=scores.choice.numpy(),
+        probabilities=scores.log_probs.exp().numpy(),
+        mass=scores.mass.numpy(),
+        label_names=pairs.features["label"].names,
+    )
+    if free_samples and PartialState().is_main_process:
+        sample = pairs.select(np.linspace(0, len(pairs) - 1, min(free_samples, len(pairs))).astype(int))
+        result["free_generation"] = free_generation(model, encoder, sample, batch_size=batch_size)
+    return scores, result | {"seconds": seconds, "pairs_per_second": len(pairs) / seconds}
+
+
+def judge_run(
+    run: str | Path,
+    model_args: ModelConfig,
+    sets: list[EvaluationSet],
     *,
     batch_size: int,
     batch_args: BatchConfig,
     free_samples: int,
     trust_remote_code: bool = False,
-) -> tuple[dict[str, LabelScores], dict[str, dict[str, object]]]:
-    """Scores and metrics of `base` and `tuned` on the same pairs with the same prompt.
+) -> list[dict[str, tuple[LabelScores, dict[str, object]]]]:
+    """Judge everything that tells whether a run worked, on each set: scores and metrics by model.
 
-    With an adapter one model serves both, the base being what is left when the adapter is switched off. A full model
-    is judged first, then given up for its base, so that memory never holds two.
-
-    Args:
-        free_samples: how many pairs, evenly spaced, are also answered without constraints.
+    - `base` and `tuned`, with the same prompt. With an adapter one model serves both, the base being what is left when
+      the adapter is switched off. A full model is judged first, then given up for its base: memory never holds two.
+    - On the first set also `shuffled`, the tuned model with every premise exchanged for another, and
+      `hypothesis_only`, the control run in the folder of that name, where there is one: neither can know the answer.
     """
-    model = load_run(run, model_args, trust_remote_code)
-    judge = partial(
-        evaluate_model,
-        encoder=encoder,
-        pairs=pairs,
-        batch_size=batch_size,
-        batch_args=batch_args,
-        free_samples=free_samples,
-    )
-    tuned = judge(model, name="tuned")
+    first, results = sets[0], [{} for _ in sets]
+    options = {"batch_size": batch_size, "batch_args": batch_args}
+
+    model, encoder = load_run(run, model_args, trust_remote_code), load_encoder(run, trust_remote_code)
+    for index, one in enumerate(sets):
+        results[index]["tuned"] = judge(
+            model, encoder, one.pairs, name=f"tuned, {one}", free_samples=free_samples, **options
+        )
+    if encoder.prompt.reads_premise:
+        shuffled = exchange_premises(first.pairs)
+        results[0]["shuffled"] = judge(model, encoder, shuffled, name=f"tuned, premises exchanged, {first}", **options)
+
     if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            base = judge(model, name="base")
+        base_is_on = model.disable_adapter()
     else:
-        del model
-        base = judge(load_model(model_args, trust_remote_code).to(PartialState().device).eval(), name="base")
-    return {"base": base[0], "tuned": tuned[0]}, {"base": base[1], "tuned": tuned[1]}
+        model, base_is_on = load_model(model_args, trust_remote_code).to(PartialState().device).eval(), nullcontext()
+    with base_is_on:
+        for index, one in enumerate(sets):
+            results[index]["base"] = judge(
+                model, encoder, one.pairs, name=f"base, {one}", free_samples=free_samples, **options
+            )
+
+    control = Path(run) / HYPOTHESIS_ONLY
+    if control.is_dir():
+        model, encoder = load_run(control, model_args, trust_remote_code), load_encoder(control, trust_remote_code)
+        results[0][HYPOTHESIS_ONLY] = judge(model, encoder, first.pairs, name=f"hypothesis only, {first}", **options)
+    return results
 
 
-def evaluate_model(
-    model: PreTrainedModel,
-    *,
-    encoder: PromptEncoder,
-    pairs: Dataset,
-    name: str,
-    batch_size: int,
-    batch_args: BatchConfig,
-    free_samples: int,
-) -> tuple[LabelScores, dict[str, object]]:
-    """Scores and metrics of one model, called `name` on the progress bar."""
-    start = time.perf_counter()
-    scores = predict(model, encoder, pairs, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
-    seconds = time.perf_counter() - start
-    metrics = classification_metrics(np.asarray(pairs["label"]), scores, pairs.features["label"].names)
-    if free_samples and PartialState().is_main_process:
-        sample = pairs.select(np.linspace(0, len(pairs) - 1, min(free_samples, len(pairs))).astype(int))
-        metrics["free_generation"] = free_generation(model, encoder, sample, batch_size=batch_size)
-    return scores, metrics | {"seconds": seconds, "pairs_per_second": len(pairs) / seconds}
+def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:
+    """The encoder with which a run was trained."""
+    recipe, prompt, _ = read_run(run)
+    tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
+    return PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
+
+
+def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:
+    """The same pairs, each premise exchanged for another one, the same for all pairs that share it."""
+    premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"])))
+    successor = dict(zip(premises.tolist(), np.roll(premises, 1).tolist(), strict=True))
+    return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Exchanging premises")
 
 
 def write_evaluation(folder: Path, pairs: Dataset, scores: dict[str, LabelScores], summary: dict[str, object]) -> None:
-    """Write `predictions.parquet` (pairs; each model's choice, probabilities, joint scores) and `metrics.json`."""
+    """Write `predictions.parquet` (pairs; each model's choice, probabilities, joint scores) and `metrics.json`.
+
+    Scores of a two-way set are three-way still; its gold labels are those of the set.
+    """
     names = pairs.features["label"].names
     table = pairs.to_pandas()
     table["label"] = [names[label] for label in pairs["label"]]

@@ -24,14 +24,18 @@ import yaml
 from . import UserError, __version__
 from .prompts import Prompt, load_prompt
 
+# The control inside a run folder: a run of its own, trained in the same way without the premise.
+HYPOTHESIS_ONLY = "hypothesis_only"
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
 def write_json(path: Path, content: Mapping) -> None:
     """Write whole or not at all: a reader, or a crash, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write(text)
     os.replace(file.name, path)
 
 

@@ -1,7 +1,8 @@
 """Pairs from the Hub or from files, checked row by row.
 
-A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, or a single file.
-Whatever it is, `load_pairs` gives the same four columns, and says which file and row is wrong when one is.
+A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, a single file, or
+`scenes`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four columns, and says
+which file and row is wrong when one is.
 """
 
 import csv
@@ -13,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -23,9 +25,11 @@ from datasets import ClassLabel, Dataset, Features, Value, get_dataset_split_nam
 from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
 from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
+from .scenes import generate_pairs
 
 logger = logging.getLogger(__name__)
 
+SCENES = "scenes"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 # The names under which the usual NLI sets keep our columns; the first one that a set has is taken.
@@ -58,8 +62,8 @@ def load_pairs(
     """Load the labelled pairs of one split.
 
     Args:
-        source: Hub id, folder or file. A folder has one file a split (or shards of one), the split's name being a word
-            of the file's name, as in `snli_1.0_dev.jsonl`.
+        source: Hub id, folder, file, or `scenes`. A folder has one file a split (or shards of one), the split's name
+            being a word of the file's name, as in `snli_1.0_dev.jsonl`.
         split: `train`, `validation` (also `dev`), `test`, or another split that the source names. `None` takes the
             whole of a single file.
         config, revision: Hub configuration and commit, as in `datasets.load_dataset`.
@@ -79,6 +83,8 @@ def load_pairs(
             where a column or split is missing.
     """
     path = Path(source).expanduser()
+    if source == SCENES:
+        return _generate_scenes(split)
     if path.exists():
         files = _split_files(path, split)
         column_names = _file_columns(files[0])
@@ -116,6 +122,8 @@ def pairs_dataset(pairs: dict[str, list]) -> Dataset:
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
     """Whether `source` names a split of that kind. A single file is one split only."""
     path = Path(source).expanduser()
+    if source == SCENES:
+        return True
     if path.is_file():
         return False
     if path.is_dir():
@@ -155,11 +163,37 @@ def load_train_and_validation(
     return {"train": train, "validation": validation}
 
 
-def load_evaluation_pairs(args: EvalConfig, *, trained_on: DataConfig) -> tuple[Dataset, str, str, Counter]:
-    """(pairs, source, split, what was dropped) to judge a run on: by default the test split of its own source."""
-    data = trained_on if args.dataset_name is None else args
-    is_file = Path(data.dataset_name).expanduser().is_file()
-    split = args.split or (None if is_file and args.dataset_name is not None else "test")
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The pairs of one split that a run is judged on."""
+
+    source: str
+    split: str
+    pairs: Dataset
+    unlabelled: int  # pairs left out because annotators did not agree on a label
+
+    def __str__(self) -> str:
+        return f"{Path(self.source).name} {self.split}"
+
+
+def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[EvaluationSet]:
+    """What to judge a run on: by default the test split of its own source, then the further `sources`.
+
+    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `scenes:test`.
+    """
+    main = trained_on if args.dataset_name is None else args
+    asked = [(main, args.split)]
+    for source in args.sources or ():
+        name, _, split = source.partition(":")
+        asked.append((DataConfig(dataset_name=name), split or None))
+    return [_load_evaluation_set(data, split, args) for data, split in asked]
+
+
+def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) -> EvaluationSet:
+    # A file is judged whole, unless it is the one that the run was trained on.
+    is_given_file = args.dataset_name == data.dataset_name or data.dataset_name in (args.sources or ())
+    whole = Path(data.dataset_name).expanduser().is_file() and is_given_file
+    split = split or (None if whole else "test")
     dropped: Counter = Counter()
     pairs = load_pairs(
         data.dataset_name,
@@ -172,7 +206,7 @@ def load_evaluation_pairs(args: EvalConfig, *, trained_on: DataConfig) -> tuple[
     )
     if args.max_samples is not None:
         pairs = subsample(pairs, args.max_samples, args.seed)
-    return pairs, data.dataset_name, split or "all", dropped
+    return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
 
 
 def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
@@ -217,6 +251,14 @@ def fingerprint(pairs: Dataset) -> str:
     for batch in pairs.select_columns(["uid", "premise", "hypothesis", "label"]).iter(batch_size=10_000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
     return digest.hexdigest()[:16]
+
+
+def _generate_scenes(split: str | None) -> Dataset:
+    name = next((name for name, names in SPLIT_NAMES.items() if split in names), None)
+    if name is None:
+        raise UserError(f"{SCENES} has no split {split}; it has {', '.join(SPLIT_NAMES)}")
+    rows = generate_pairs("dev" if name == "validation" else name)
+    return pairs_dataset({column: [row[column] for row in rows] for column in rows[0]})
 
 
 def _premise_order(pairs: Dataset, seed: int) -> list[int]:

@@ -102,6 +102,11 @@ class NLITrainer(SFTTrainer):
             num_samples=len(prompts),
         )
 
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that separate sequences would have fed so far, on all processes."""
+        return int(self._total_train_tokens)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Not TRL's card, which says nothing of what was measured."""
 

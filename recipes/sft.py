@@ -6,8 +6,9 @@
 Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
 """
 
-import time
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 from accelerate import PartialState
 from rich import print
@@ -16,55 +17,71 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
-from nli_sft.runs import git_state, versions, write_run
+from nli_sft.resources import ResourceRecorder
+from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run
 from nli_sft.sources import fingerprint, load_train_and_validation
 from nli_sft.trainer import NLITrainer
 
 
 def main(data_args, prompt_args, batch_args, training_args, model_args):
-    start = time.perf_counter()
+    run = training_args.output_dir
+    prompt = train(data_args, prompt_args, batch_args, training_args, model_args)
+    if prompt_args.hypothesis_only_control:
+        prompt_args = replace(
+            prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
+        )
+        training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
+        training_args.report_to = []  # the control is part of the run, not another one
+        train(data_args, prompt_args, batch_args, training_args, model_args)
+    if PartialState().is_main_process:
+        print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {run}")
+
+
+def train(data_args, prompt_args, batch_args, training_args, model_args):
+    resources = ResourceRecorder()
     recipe = resolve_recipe((data_args, prompt_args, batch_args, training_args, model_args))
 
-    tokenizer = load_tokenizer(
-        model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
-    )
-    prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
-    encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
-
-    dropped = Counter()
-    pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped)
-    with PartialState().main_process_first():
-        rows = {
-            split: encoder.encode_rows(
-                pairs[split],
-                max_length=training_args.max_length,
-                drop_too_long=prompt_args.drop_too_long,
-                dropped=dropped,
-            )
-            for split in pairs
-        }
-
-    trainer = NLITrainer(
-        encoder=encoder,
-        batch_args=batch_args,
-        model=load_model(model_args, training_args.trust_remote_code),
-        args=training_args,
-        train_dataset=rows["train"],
-        eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
-        peft_config=get_peft_config(model_args),
-    )
+    with resources.phase("loading"):
+        tokenizer = load_tokenizer(
+            model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
+        )
+        prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
+        encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
+        dropped = Counter()
+        pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped)
+        with PartialState().main_process_first():
+            rows = {
+                split: encoder.encode_rows(
+                    pairs[split],
+                    max_length=training_args.max_length,
+                    drop_too_long=prompt_args.drop_too_long,
+                    dropped=dropped,
+                )
+                for split in pairs
+            }
+        trainer = NLITrainer(
+            encoder=encoder,
+            batch_args=batch_args,
+            model=load_model(model_args, training_args.trust_remote_code),
+            args=training_args,
+            train_dataset=rows["train"],
+            eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
+            peft_config=get_peft_config(model_args),
+        )
     parameters = count_parameters(trainer.model)
     if trainer.is_world_process_zero():
-        print(
-            "\nOne training example; the loss is on the marked tokens alone:\n",
-            encoder.marked_example(pairs["train"][0]),
-        )
+        print("\nOne training example; the loss is on the marked tokens alone:\n")
+        print(encoder.marked_example(pairs["train"][0]))
         print(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
         print(f"{parameters}.\n")
 
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    with resources.phase("training") as phase:
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
     trainer.save_model()
-    final = trainer.evaluate()
+    with resources.phase("validation"):
+        final = trainer.evaluate()
+    used = resources.summary(run=training_args.output_dir, model=model_args.model_name_or_path)
 
     if trainer.is_world_process_zero():
         record = {
@@ -79,14 +96,15 @@ def main(data_args, prompt_args, batch_args, training_args, model_args):
             "validation": {key: value for key, value in final.items() if key in ("eval_loss", "eval_accuracy")},
             "best_checkpoint_step": trainer.state.best_global_step,
             "history": trainer.state.log_history,
-            "seconds": time.perf_counter() - start,
+            "resources": used,
+            "seconds": used["seconds"],
             "world_size": training_args.world_size,
             "versions": versions(),
             "git": git_state(),
         }
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         print(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
-        print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {training_args.output_dir}")
+    return prompt
 
 
 if __name__ == "__main__":

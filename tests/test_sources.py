@@ -223,3 +223,14 @@ def test_has_split(tmp_path):
     assert has_split(str(tmp_path), "train")
     assert not has_split(str(tmp_path), "validation")
     assert not has_split(str(path), "validation")
+
+
+def test_scenes_are_a_source_like_any_other():
+    test = load_pairs("scenes", "test")
+    assert test.column_names == ["uid", "premise", "hypothesis", "label", "hard", "rule"]
+    assert test.features["label"].names == list(LABELS)
+    assert len(set(test["uid"])) == len(test)
+    assert not set(test["premise"]) & set(load_pairs("scenes", "dev")["premise"])
+    assert has_split("scenes", "validation")
+    with pytest.raises(ValueError, match="scenes has no split dev_matched; it has train, validation, test"):
+        load_pairs("scenes", "dev_matched")

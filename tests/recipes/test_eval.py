@@ -2,6 +2,7 @@ import json
 
 import pandas as pd
 import pytest
+import yaml
 from launching import launch
 from tiny import write_jsonl
 
@@ -76,6 +77,7 @@ def test_a_full_model_is_judged_beside_its_base(recipe, workspace):
         folder,
         "--train_on_end",
         "--max_length=512",
+        "--hypothesis_only_control",
         "--prompt=few_shot",
     ]
     result = launch("sft.py", "--config", recipe, *arguments, cwd=workspace)
@@ -88,6 +90,13 @@ def test_a_full_model_is_judged_beside_its_base(recipe, workspace):
     table = pd.read_parquet(folder / "eval" / "data-test" / "predictions.parquet")
     assert len(table) == 12
     assert not (table["base_p_entailment"] == table["tuned_p_entailment"]).all()
+    # The controls: neither exchanging the premises nor never seeing them leaves a model what it was.
+    assert not (table["shuffled_p_entailment"] == table["tuned_p_entailment"]).all()
+    of_one_hypothesis = table.groupby("hypothesis")["hypothesis_only_p_entailment"].nunique()
+    assert (of_one_hypothesis == 1).all(), "the control read something besides the hypothesis"
+    recipe = yaml.safe_load((folder / "hypothesis_only" / "recipe.yaml").read_text())
+    assert recipe["prompt"] == "hypothesis_only"
+    assert "hypothesis_only_control" not in recipe
 
 
 def test_qlora_on_the_cpu(recipe, workspace):
