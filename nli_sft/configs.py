@@ -122,6 +122,9 @@ class EvalConfig(DataConfig):
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "Prompts a forward pass; halved by itself if they do not fit in memory."}
     )
+    bf16: bool = field(
+        default=False, metadata={"help": "Compute in bf16, as training does; by default where the hardware has it."}
+    )
     batching: str | None = field(
         default=None, metadata={"help": "trie or padded; as in training by default.", "choices": ["trie", "padded"]}
     )
@@ -232,8 +235,9 @@ def _parse(types: Sequence[type], argv: list[str]) -> tuple:
     parser = _Parser(list(types), allow_abbrev=False)
     # TRL's default is bf16 on every machine, and stops where there is no GPU unless it is told so.
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    if "--bf16" in actions:
-        parser.set_defaults(bf16=_has_native_bf16(), use_cpu=not torch.accelerator.is_available())
+    for name, value in {"bf16": _has_native_bf16(), "use_cpu": not torch.accelerator.is_available()}.items():
+        if f"--{name}" in actions:
+            parser.set_defaults(**{name: value})
     argv, config_path = _take_config_flag(argv)
     tokens = []
     if config_path is not None:

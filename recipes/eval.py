@@ -4,6 +4,7 @@ accelerate launch recipes/eval.py --run outputs/qwen3-0.6b-lora
 accelerate launch recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
 """
 
+import torch
 from accelerate import PartialState
 from rich import print
 from rich.table import Table
@@ -22,7 +23,8 @@ def main(args):
     recipe, prompt, _ = read_run(args.run)
     sets = load_evaluation_sets(args, trained_on=from_recipe(DataConfig, recipe))
 
-    with resources.phase("evaluation") as phase:
+    device = PartialState().device.type
+    with resources.phase("evaluation") as phase, torch.autocast(device, torch.bfloat16, enabled=args.bf16):
         judgements = judge_run(
             args.run,
             from_recipe(ModelConfig, recipe),

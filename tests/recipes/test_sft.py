@@ -67,3 +67,23 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace, arguments, message):
     assert result.returncode != 0
     assert message in " ".join(result.output.split())
     assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
+
+
+def first(history, key):
+    return next(entry[key] for entry in history if key in entry)
+
+
+def last(history, key):
+    return first(history[::-1], key)
+
+
+def test_two_processes_share_the_work(lora_run, recipe, workspace):
+    """Every pair once an epoch, whoever trains on it, and the whole validation split in every evaluation."""
+    folder = workspace / "outputs" / "two"
+    arguments = ["--config", recipe, "--output_dir", folder, "--per_device_train_batch_size=8"]
+    result = launch("sft.py", *arguments, cwd=workspace, processes=2)
+    assert result.returncode == 0, result.output
+    assert result.output.count("96 pairs to train on") == 1, "only the main process speaks"
+    one, two = (json.loads((path / "run.json").read_text())["history"] for path in (lora_run[0], folder))
+    assert last(one, "num_tokens") == last(two, "num_tokens") > 0
+    assert first(one, "eval_loss") == pytest.approx(first(two, "eval_loss")), "the base at step 0"

@@ -1,0 +1,85 @@
+"""The report on a run: what tuning changed, and whether to believe it.
+
+`content` computes what is said from the files of the run folder, `figures` draws it, `table` makes the table of all
+pairs, and two templates put it on a page and into Markdown.
+"""
+
+import base64
+import re
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ..comparison import points
+from .content import MODEL_NAMES, Report, prompt_text
+from .figures import Plot, evaluation_plots, training_plots
+from .table import pairs_table
+
+
+def write_report(run: str | Path) -> Path:
+    """Write report.html (one file that needs no other), report.md and figures/*.svg into an evaluated run folder.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        UserError: if `run` is not a run folder, or has not been evaluated.
+    """
+    report = Report(run)
+    plots = {evaluation.key: evaluation_plots(evaluation) for evaluation in report.evaluations}
+    plots["training"] = training_plots(report.training)
+    table, table_note = pairs_table(report.evaluations)
+
+    figures = report.folder / "figures"
+    figures.mkdir(exist_ok=True)
+    for group in plots.values():
+        for plot in group.values():
+            (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+
+    content = {
+        "report": report,
+        "plots": plots,
+        "table": Markup(table),  # itables has escaped its texts
+        "table_note": table_note,
+        "prompt_text": prompt_text(report.prompt),
+        "model_names": MODEL_NAMES,
+    }
+    (report.folder / "report.md").write_text(
+        _environment(finalize=_escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
+    )
+    path = report.folder / "report.html"
+    page = _environment(autoescape=True).get_template("report.html.jinja").render(content)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _environment(**options) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("nli_sft.report", "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **options,
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{share:.1%}",
+        "points": points,
+        "count": lambda n: f"{n:,}",
+        "p_value": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
+        "data_uri": _data_uri,
+        "as_code": lambda text: Markup(text.rstrip().replace("\n", "\n    ")),  # an indented block needs no escape
+    }
+    return environment
+
+
+def _data_uri(plot: Plot) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(plot.svg.encode()).decode()}"
+
+
+def _escape_markdown(value: object) -> object:
+    """Text that comes through Markdown, and the HTML that Markdown lets through, as it is; on one line."""
+    if isinstance(value, Markup):
+        return value
+    return re.sub(r"([\\`*_\[\]<>|#~&$!])", r"\\\1", " ".join(str(value).split()))

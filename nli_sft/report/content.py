@@ -1,0 +1,482 @@
+"""What a report says, computed from the files of a run folder. How it looks is in `figures` and the templates."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .. import UserError
+from ..comparison import Comparison, buckets, compare, headline, points
+from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
+from ..metrics import compute
+from ..prompts import Prompt
+from ..runs import HYPOTHESIS_ONLY, read_run
+from ..slices import Slice, explain, slice_changes
+
+# How many pairs of each kind are told in full.
+PAIRS_TOLD = 6
+
+MODEL_NAMES = {
+    "base": "before tuning",
+    "tuned": "after tuning",
+    "shuffled": "tuned, premises shuffled",
+    "hypothesis_only": "tuned without premises",
+}
+BUCKET_NAMES = {
+    "fixed": "corrected",
+    "both_wrong": "not corrected",
+    "broken": "newly broken",
+    "both_right": "right before and after",
+}
+
+
+@dataclass(frozen=True)
+class ToldPair:
+    """One pair of a list, with the probabilities of the three labels before and after."""
+
+    uid: str
+    premise: str
+    hypothesis: str
+    gold: str
+    before: str
+    after: str
+    p_before: tuple[float, float, float]
+    p_after: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class PairList:
+    """Pairs of one bucket, the first of `total`."""
+
+    title: str
+    order: str
+    total: int
+    pairs: list[ToldPair]
+
+
+class Evaluation:
+    """One split of one source: predictions of the base and the tuned model, and of the controls that were run.
+
+    Attributes:
+        name: such as `snli test`; `key` is the same as a file name.
+        summary: what metrics.json holds.
+        table: what predictions.parquet holds, with the predictions of two-way sets mapped to two labels.
+        label_names: names of the gold labels.
+    """
+
+    def __init__(self, folder: Path):
+        self.key = re.sub(r"[^\w.-]+", "-", folder.name)
+        self.summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        source = re.sub(r"\.(jsonl|csv|tsv|parquet)(\.gz)?$", "", Path(self.summary["source"]).name)
+        self.name = source if self.summary["split"] == "all" else f"{source} {self.summary['split']}"
+        self.table = pd.read_parquet(folder / "predictions.parquet")
+        self.is_two_way = bool((self.table["label"] == TWO_WAY_LABELS[1]).any())
+        self.label_names = TWO_WAY_LABELS if self.is_two_way else LABELS
+        self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
+        three_way = {name: self._ids(self.table[f"{name}_prediction"], LABELS) for name in self.models}
+        gold = self._ids(self.table["label"], self.label_names)
+        self.metrics = {
+            name: compute(gold, three_way[name], self.probabilities(name), self._mass(name), self.label_names)
+            for name in self.models
+        }
+        if self.is_two_way:
+            for name, ids in three_way.items():
+                self.table[f"{name}_prediction"] = [TWO_WAY_LABELS[to_two_way(label)] for label in ids]
+
+    @staticmethod
+    def _ids(names: pd.Series, order: tuple[str, ...]) -> np.ndarray:
+        return names.map({name: index for index, name in enumerate(order)}).to_numpy()
+
+    def probabilities(self, model: str) -> np.ndarray:
+        """(n, 3) constrained probability of each label."""
+        return self.table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
+
+    def _mass(self, model: str) -> np.ndarray:
+        joint = self.table[[f"{model}_joint_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
+        return np.exp(joint).sum(axis=1)
+
+    def _joint_accuracy(self, model: str) -> float:
+        """Accuracy of the label with the largest unrestricted probability: `acc` of lm-evaluation-harness."""
+        answers = self.table[[f"{model}_joint_{label}" for label in LABELS]].to_numpy().argmax(axis=1)
+        if self.is_two_way:
+            answers = np.array([to_two_way(answer) for answer in answers])
+        return float((answers == self._ids(self.table["label"], self.label_names)).mean())
+
+    def right(self, model: str) -> np.ndarray:
+        """(n,) whether each prediction is the gold label."""
+        return (self.table[f"{model}_prediction"] == self.table["label"]).to_numpy()
+
+    def p_gold(self, model: str) -> np.ndarray:
+        """(n,) probability of the gold label; of neutral and contradiction together for non-entailment."""
+        p = self.probabilities(model)
+        if self.is_two_way:
+            p = np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1)
+        return p[np.arange(len(p)), self._ids(self.table["label"], self.label_names)]
+
+    def compare(self, before: str, after: str) -> Comparison:
+        t = self.table
+        return compare(t["label"], t[f"{before}_prediction"], t[f"{after}_prediction"], t["premise"])
+
+    @cached_property
+    def comparison(self) -> Comparison:
+        return self.compare("base", "tuned")
+
+    @cached_property
+    def headline(self) -> str:
+        return headline(self.comparison, pairs=f"{self.name} pairs")
+
+    @cached_property
+    def slices(self) -> list[Slice]:
+        return slice_changes(self.table, self.right("base"), self.right("tuned"))
+
+    @cached_property
+    def explanation(self) -> list[str]:
+        return explain(self.slices)
+
+    @cached_property
+    def bucket(self) -> np.ndarray:
+        """(n,) which bucket of `comparison.BUCKETS` each pair is in."""
+        gold, before, after = (self.table[c].to_numpy() for c in ("label", "base_prediction", "tuned_prediction"))
+        return buckets(gold, before, after)
+
+    @property
+    def most_frequent_label(self) -> tuple[str, float]:
+        """The most frequent gold label, and the accuracy of always giving it."""
+        shares = self.table["label"].value_counts(normalize=True)
+        return str(shares.index[0]), float(shares.iloc[0])
+
+    def pair_lists(self) -> list[PairList]:
+        """Corrected, not corrected and newly broken pairs, the surest first."""
+        p_gold, tuned = self.p_gold("tuned"), self.probabilities("tuned").max(axis=1)
+        return [
+            self._pair_list("fixed", "Corrected by tuning", "surest of the right label after tuning first", p_gold),
+            self._pair_list("both_wrong", "Not corrected", "surest of a wrong label after tuning first", tuned),
+            self._pair_list("broken", "Newly broken", "surest of a wrong label after tuning first", tuned),
+        ]
+
+    def _pair_list(self, bucket: str, title: str, order: str, confidence: np.ndarray) -> PairList:
+        rows = np.flatnonzero(self.bucket == bucket)
+        surest = rows[np.argsort(-confidence[rows], kind="stable")[:PAIRS_TOLD]]
+        p_before, p_after = self.probabilities("base"), self.probabilities("tuned")
+        told = []
+        for row in surest:
+            pair = self.table.iloc[row]
+            told.append(
+                ToldPair(
+                    uid=pair["uid"],
+                    premise=pair["premise"],
+                    hypothesis=pair["hypothesis"],
+                    gold=pair["label"],
+                    before=pair["base_prediction"],
+                    after=pair["tuned_prediction"],
+                    p_before=tuple(p_before[row]),
+                    p_after=tuple(p_after[row]),
+                )
+            )
+        return PairList(title, order, len(rows), told)
+
+    def controls(self) -> list[str]:
+        """Sentences on whether the tuned model reads the premise, from the controls that were run."""
+        sentences = []
+        if "shuffled" in self.models:
+            c = self.compare("shuffled", "tuned")
+            figures = (
+                f"With the premises shuffled across pairs, the tuned model is right on {c.before:.1%} instead of "
+                f"{c.after:.1%} ({points(-c.difference)} points, 95% interval {points(-c.interval[1])} to "
+                f"{points(-c.interval[0])}), and gives the same answer on {c.agreement:.1%}"
+            )
+            verdict = "it uses the premise" if c.interval[0] > 0 else "there is no sign that it uses the premise"
+            sentences.append(f"{figures}: {verdict}.")
+        if "hypothesis_only" in self.models:
+            c = self.compare("hypothesis_only", "tuned")
+            interval = f"95% interval {points(c.interval[0])} to {points(c.interval[1])}"
+            figures = (
+                f"The same base tuned without ever seeing a premise is right on {c.before:.1%}. With premises "
+                f"accuracy differs by {points(c.difference)} points ({interval})"
+            )
+            if c.interval[0] > 0:
+                sentences.append(f"{figures}: that much of the result cannot come from the hypotheses alone.")
+            else:
+                sentences.append(f"{figures}: the result could come from the hypotheses alone.")
+        return sentences
+
+    def free_generation(self) -> str | None:
+        """A sentence on what came of answering a sample without constraints, if that was done."""
+        free = [self.summary.get(model, {}).get("free_generation") for model in ("base", "tuned")]
+        if not all(free):
+            return None
+        before, after = free
+        return (
+            f"Free to say anything, the base model names no single label in {before['invalid_share']:.1%} of "
+            f"{before['n']} answers and is right in {before['accuracy']:.1%}; the tuned model names none in "
+            f"{after['invalid_share']:.1%} and is right in {after['accuracy']:.1%}."
+        )
+
+    def figures(self) -> list[tuple[str, str, str]]:
+        """Rows of the table of figures: (name, before, after)."""
+        base, tuned = self.metrics["base"], self.metrics["tuned"]
+
+        def interval(metrics: Mapping) -> str:
+            low, high = metrics["accuracy_interval"]
+            return f"{low:.1%} to {high:.1%}"
+
+        rows = [
+            ("Accuracy", f"{base['accuracy']:.2%}", f"{tuned['accuracy']:.2%}"),
+            ("95% interval", interval(base), interval(tuned)),
+        ]
+        for key, name in (
+            ("macro_f1", "Macro-F1"),
+            ("nll", "Log loss, nats"),
+            ("brier", "Brier score, 0 to 2"),
+            ("ece", "Calibration error (ECE)"),
+        ):
+            rows.append((name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"))
+        mass = (
+            f"{m['mass_on_labels']:.2%}" if m["mass_on_labels"] >= 1e-4 else f"{m['mass_on_labels']:.1e}"
+            for m in (base, tuned)
+        )
+        rows.append(("Mass on the label words", *mass))
+        joint = (f"{self._joint_accuracy(model):.2%}" for model in ("base", "tuned"))
+        rows.append(("Accuracy by joint probability", *joint))
+        before, after = self.summary.get("base", {}), self.summary.get("tuned", {})
+        if before.get("free_generation") and after.get("free_generation"):
+            free = before["free_generation"], after["free_generation"]
+            rows.append(("Free: accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
+            rows.append(("Free: no single label", *(f"{f['invalid_share']:.1%}" for f in free)))
+        return rows
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """A row of the training table; `None` where nothing was logged."""
+
+    number: int
+    training_loss: float | None
+    validation_loss: float | None
+    validation_accuracy: float | None
+    is_best: bool
+
+
+class Training:
+    """The course of a training, from the log that the Trainer keeps.
+
+    Attributes:
+        losses: [{epoch, step, loss, learning_rate}] as logged.
+        validations: [{epoch, step, eval_loss, eval_accuracy}], one a step.
+        best: the validation of the checkpoint that was kept, if one was chosen.
+    """
+
+    def __init__(self, record: Mapping):
+        history = record.get("history", [])
+        self.losses = [entry for entry in history if "loss" in entry]
+        by_step: dict[int, dict] = {}
+        for entry in history:
+            if "eval_loss" in entry:
+                # At the end the best checkpoint is loaded and evaluated once more, at the last step: keep the first.
+                by_step.setdefault(entry["step"], entry)
+        self.validations = list(by_step.values())
+        self.best = by_step.get(record.get("best_checkpoint_step"))
+
+    def epochs(self) -> list[Epoch]:
+        """By epoch: the mean training loss over it, and the last validation in it."""
+        steps = np.diff([0, *(entry["step"] for entry in self.losses)])
+        last = max((_epoch(entry) for entry in (*self.losses, *self.validations)), default=0)
+        rows = []
+        for number in range(1, last + 1):
+            logged = [(e["loss"], n) for e, n in zip(self.losses, steps, strict=True) if _epoch(e) == number]
+            validation = [e for e in self.validations if _epoch(e) == number]
+            losses, weights = zip(*logged, strict=True) if logged else ((), ())
+            rows.append(
+                Epoch(
+                    number,
+                    float(np.average(losses, weights=weights)) if sum(weights) else None,
+                    validation[-1]["eval_loss"] if validation else None,
+                    validation[-1].get("eval_accuracy") if validation else None,
+                    is_best=bool(self.best) and _epoch(self.best) == number,
+                )
+            )
+        return rows
+
+
+def _epoch(entry: Mapping) -> int:
+    """The number from 1 of the epoch that an entry of the log closes or lies in."""
+    return max(1, math.ceil(entry["epoch"] - 1e-6))
+
+
+class Report:
+    """Everything that a report tells of one run.
+
+    Attributes:
+        name: of the run folder.
+        recipe, prompt, record: what `runs.read_run` gives.
+        evaluations: the run's own source first.
+
+    Raises:
+        UserError: if the folder is not a run, or has not been evaluated.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name
+        self.recipe, self.prompt, self.record = read_run(folder)
+        self.training = Training(self.record)
+        folders = sorted(path.parent for path in self.folder.glob("eval/*/predictions.parquet"))
+        evaluations = [Evaluation(path) for path in folders]
+        if not evaluations:
+            raise UserError(f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first")
+        self.evaluations = sorted(evaluations, key=lambda e: e.summary["source"] != self.recipe.get("dataset_name"))
+
+    @property
+    def own(self) -> Evaluation:
+        return self.evaluations[0]
+
+    @property
+    def method(self) -> str:
+        """What was trained, such as `QLoRA r=64` or `all parameters`."""
+        if not self.recipe.get("use_peft"):
+            return "all parameters"
+        quantised = self.recipe.get("load_in_4bit") or self.recipe.get("load_in_8bit")
+        return f"{'QLoRA' if quantised else 'LoRA'} r={self.recipe.get('lora_r', 16)}"
+
+    def size(self) -> list[tuple[str, str]]:
+        """Rows of the table on the model's size."""
+        counts = self.record["parameters"]
+        total, trainable, stored = counts["total"], counts["trainable"], counts["stored"]
+        rows = [
+            ("Parameters", f"{total:,}"),
+            ("Trainable parameters", f"{trainable:,} ({trainable / total:.2%} of all)"),
+        ]
+        if stored != total:
+            rows.append(
+                (
+                    "Stored elements",
+                    f"{stored:,}, since 4-bit storage packs two weights into a byte; tools that count elements "
+                    f"give {trainable:,} of {stored:,} ({trainable / stored:.2%})",
+                )
+            )
+        return rows
+
+    def resources(self) -> list[tuple[str, str]]:
+        """Rows of the table on time, memory, disk and throughput; what was not measured is left out."""
+        training = self.record.get("resources", {})
+        rows = _measured("Training run", training)
+        if not training and "seconds" in self.record:
+            rows.append(("Training run: wall time in all", duration(self.record["seconds"])))
+        # One evaluation of several splits is measured once, and told with each of them.
+        measured: list[Mapping] = []
+        for evaluation in self.evaluations:
+            resources = evaluation.summary.get("resources")
+            if resources and resources not in measured:
+                measured.append(resources)
+                of = f"Evaluation {len(measured)}" if len(measured) > 1 else "Evaluation"
+                rows += _measured(of, resources)
+        for evaluation in self.evaluations:
+            for model in evaluation.models:
+                figures = evaluation.summary.get(model, {})
+                if "seconds" in figures:
+                    speed = f"{duration(figures['seconds'])}, {figures['pairs_per_second']:,.0f} pairs/s"
+                    rows.append((f"Scoring {evaluation.name}, {MODEL_NAMES[model]}", speed))
+        return rows
+
+    def provenance(self) -> list[tuple[str, str]]:
+        """Rows of the table on what the run was made from."""
+        data, versions = self.record.get("data", {}), self.record.get("versions", {})
+        rows = [("Base model", self.record["model"])]
+        for key, name in (("model_revision", "Base model's commit"), ("dataset_name", "Source of pairs")):
+            if self.recipe.get(key):
+                rows.append((name, str(self.recipe[key])))
+        rows.append(("Prompt", f"{self.prompt.name}, fingerprint {self.prompt.fingerprint}"))
+        for split in ("train", "validation"):
+            if split in data:
+                fingerprint = f"{data[split]['pairs']:,}, fingerprint {data[split]['fingerprint']}"
+                rows.append((f"{split.capitalize()} pairs", fingerprint))
+        dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.get("dropped", {}).items())
+        rows.append(("Rows dropped before training", dropped or "none"))
+        for evaluation in self.evaluations:
+            summary = evaluation.summary
+            text = f"{summary['pairs']:,}, fingerprint {summary['data_fingerprint']}"
+            if summary.get("unlabelled_pairs_dropped"):
+                text += f"; {summary['unlabelled_pairs_dropped']:,} without a gold label left out"
+            rows.append((f"Pairs of {evaluation.name}", text))
+        git = self.record.get("git")
+        if git:
+            rows.append(("Code", git["commit"] + (", with uncommitted changes" if git["dirty"] else "")))
+        rows.append(("Seed", str(self.recipe.get("seed", "the default of the Trainer, 42"))))
+        rows.append(("Processes", str(self.record.get("world_size", 1))))
+        rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+        rows.append(("Command", f"accelerate launch recipes/sft.py --config {self.folder / 'recipe.yaml'}"))
+        return rows
+
+    def recipe_text(self) -> str:
+        return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
+
+    def how_to_run_controls(self) -> list[str]:
+        """Commands that train the hypothesis-only control and judge this run beside it."""
+        control = self.folder / HYPOTHESIS_ONLY
+        return [
+            f"accelerate launch recipes/sft.py --config {self.folder / 'recipe.yaml'} --prompt {HYPOTHESIS_ONLY} "
+            f"--output_dir {control}",
+            f"accelerate launch recipes/eval.py --run {self.folder}",
+        ]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt as a script: who says what, and what the model may answer."""
+    turns = "\n\n".join(f"{turn['role']}:\n{turn['content']}" for turn in prompt.turns())
+    answers = " | ".join(prompt.label_words)
+    return f"{turns}\n\nassistant:\n{answers}"
+
+
+def duration(seconds: float) -> str:
+    """`2,522 s (42 min)`, as precise as is worth reading."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{seconds:,.0f} s ({minutes:.0f} min)" if minutes < 120 else f"{seconds:,.0f} s ({minutes / 60:.1f} h)"
+
+
+def size_text(n: float) -> str:
+    """A number of bytes in GiB or MiB."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
+
+
+def _measured(what: str, resources: Mapping) -> list[tuple[str, str]]:
+    """Rows from what `resources.ResourceRecorder.summary` returned."""
+    if not resources:
+        return []
+    rows = [(f"{what}: wall time in all", duration(resources["seconds"]))]
+    for name, phase in resources["phases"].items():
+        speeds = [f"{phase[f'{unit}_per_second']:,.0f} {unit}/s" for unit in ("pairs", "tokens") if unit in phase]
+        rows.append((f"{what}: {name.replace('_', ' ')}", ", ".join([duration(phase["seconds"]), *speeds])))
+    processes = resources["processes"]
+    for number, process in enumerate(processes):
+        of = f", process {number}" if len(processes) > 1 else ""
+        rows.append((f"{what}: peak RAM{of}", size_text(process["peak_ram_bytes"])))
+        device = process["device"]
+        if device:
+            rows.append(
+                (
+                    f"{what}: peak GPU memory{of}",
+                    f"{size_text(device['peak_allocated_bytes'])} allocated, "
+                    f"{size_text(device['peak_reserved_bytes'])} reserved, of "
+                    f"{size_text(device['memory_bytes'])} on {device['name']}",
+                )
+            )
+            if device["energy_joules"] is not None:
+                rows.append((f"{what}: energy of the GPU{of}", f"{device['energy_joules'] / 3600:,.1f} Wh"))
+    for key, name in (("run_bytes", "disk used by the run"), ("model_bytes", "disk used by the base model")):
+        if resources["disk"][key] is not None:
+            rows.append((f"{what}: {name}", size_text(resources["disk"][key])))
+    hardware = resources["hardware"]
+    rows.append(
+        (f"{what}: machine", f"{hardware['cpu']}, {hardware['cores']} cores, {size_text(hardware['ram_bytes'])} RAM")
+    )
+    return rows

@@ -1,0 +1,349 @@
+"""The plots of a report: each one small enough for a phone, with a title that states what it shows.
+
+Colours are from Okabe and Ito (2008), "Color Universal Design", told apart by people of every colour vision; before
+and after also differ in lightness and marker, so that a print in grey can be read.
+"""
+
+import io
+import re
+import textwrap
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from ..comparison import points
+from .content import MODEL_NAMES, Evaluation, Training
+
+BEFORE, AFTER, CONTROL, INK, FAINT = "#8c8c8c", "#0072B2", "#D55E00", "#222222", "#d9d9d9"
+BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#cfe3f1", "#56a0d0", "#0072B2", "#00466e"])
+WIDTH = 4.8  # inches
+TITLE_CHARACTERS = 50
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: small, sharp, and in the reader's own font
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": "#ececec",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "figure.constrained_layout.use": True,
+}
+
+# matplotlib lays text out in DejaVu Sans, which is wide: in the reader's own font it takes no more room.
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as SVG text, with the name of its file, its finding, and what it shows for those who cannot see it."""
+
+    name: str
+    title: str
+    description: str
+    svg: str
+
+
+def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
+    """The plots of one split, by what they show; without `slices` if no slice is large enough."""
+    plots = {
+        "accuracies": accuracies(evaluation),
+        "confusion_before": confusion(evaluation, "base"),
+        "confusion_after": confusion(evaluation, "tuned"),
+        "movement": movement(evaluation),
+        "reliability": reliability(evaluation),
+    }
+    if evaluation.slices:
+        plots["slices"] = slice_dumbbells(evaluation)
+    return plots
+
+
+def training_plots(training: Training) -> dict[str, Plot]:
+    """The plots of the training: loss, accuracy; those of which the log knows something."""
+    plots = {}
+    if training.losses or training.validations:
+        plots["loss"] = loss(training)
+    if any("eval_accuracy" in entry for entry in training.validations):
+        plots["accuracy"] = validation_accuracy(training)
+    return plots
+
+
+def accuracies(evaluation: Evaluation) -> Plot:
+    """Accuracy with Wilson intervals of the base, the tuned model and the controls, beside what is free to have."""
+    label, share = evaluation.most_frequent_label
+    best_control = max(
+        [(f"always {label}", share)]
+        + [
+            (MODEL_NAMES[m], evaluation.metrics[m]["accuracy"])
+            for m in evaluation.models
+            if m not in ("base", "tuned")
+        ],
+        key=lambda control: control[1],
+    )
+    above = evaluation.metrics["tuned"]["accuracy"] - best_control[1]
+    title = f"After tuning: {points(above)} points against the best control, {best_control[0]}"
+    rows = [
+        ("tuned", AFTER, "o"),
+        ("base", BEFORE, "s"),
+        ("hypothesis_only", CONTROL, "D"),
+        ("shuffled", CONTROL, "^"),
+    ]
+    rows = [row for row in rows if row[0] in evaluation.models][::-1]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * (len(rows) + 1)))
+        axes = figure.add_subplot()
+        for y, (model, colour, marker) in enumerate(rows, start=1):
+            accuracy = evaluation.metrics[model]["accuracy"]
+            axes.plot(evaluation.metrics[model]["accuracy_interval"], [y, y], color=colour, linewidth=2)
+            axes.plot(accuracy, y, marker, color=colour, markersize=7)
+            axes.annotate(
+                f"{accuracy:.1%}", (accuracy, y), (0, 7), textcoords="offset points", ha="center", fontsize=8.5
+            )
+        axes.plot(share, 0, "|", color=INK, markersize=12, markeredgewidth=1.5)
+        axes.annotate(f"{share:.1%}", (share, 0), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.set_yticks(range(len(rows) + 1), [f"always {label}", *(MODEL_NAMES[model] for model, *_ in rows)])
+        axes.set(xlim=(0, 1), ylim=(-0.5, len(rows) + 0.7))
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="x")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+    description = "Accuracy with 95% intervals: " + ", ".join(
+        f"{MODEL_NAMES[model]} {evaluation.metrics[model]['accuracy']:.1%}" for model, *_ in rows[::-1]
+    )
+    return _plot(f"{evaluation.key}-accuracies", figure, title, f"{description}, always {label} {share:.1%}.")
+
+
+def confusion(evaluation: Evaluation, model: str) -> Plot:
+    """Confusion matrix: share of each gold label's pairs, and their number."""
+    counts = np.array(evaluation.metrics[model]["confusion"])
+    names = evaluation.label_names
+    shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
+    said = counts.sum(axis=0) / counts.sum()
+    when = MODEL_NAMES[model].capitalize()
+    if said.max() > 0.8:
+        title = f"{when} the answer is {names[said.argmax()]} for {said.max():.0%} of pairs"
+    else:
+        wrong = np.where(np.eye(len(names), dtype=bool), -1, shares)
+        gold, answer = np.unravel_index(wrong.argmax(), wrong.shape)
+        title = f"{when} the commonest mistake is {names[answer]} for {names[gold]}: {wrong.max():.0%} of such pairs"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.5))
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap=BLUES, vmin=0, vmax=1, aspect="auto")
+        for (row, column), share in np.ndenumerate(shares):
+            ink = "white" if share > 0.5 else INK
+            axes.text(column, row - 0.08, f"{share:.0%}", ha="center", va="center", color=ink, fontsize=12)
+            axes.text(column, row + 0.2, f"{counts[row, column]:,}", ha="center", va="center", color=ink, fontsize=8)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="answer", ylabel="gold")
+        axes.spines[:].set_visible(False)
+        # White lines between the cells.
+        axes.set_xticks(np.arange(1, len(names)) - 0.5, minor=True)
+        axes.set_yticks(np.arange(1, len(names)) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=2)
+        axes.tick_params(which="minor", length=0)
+    rows = "; ".join(
+        f"gold {name}: " + ", ".join(f"{answer} {counts[g, a]:,}" for a, answer in enumerate(names))
+        for g, name in enumerate(names)
+    )
+    return _plot(f"{evaluation.key}-confusion-{model}", figure, title, f"Confusion matrix. {rows}.")
+
+
+def reliability(evaluation: Evaluation) -> Plot:
+    """Accuracy against confidence, before and after, and how many pairs have which confidence."""
+    after = evaluation.metrics["tuned"]
+    gap = after["mean_confidence"] - after["accuracy"]
+    manner = (
+        "about as sure as it is right"
+        if abs(gap) < 0.02
+        else "surer than right"
+        if gap > 0
+        else "less sure than right"
+    )
+    title = f"After tuning the model is {manner}: {after['mean_confidence']:.0%} sure, {after['accuracy']:.0%} right"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6))
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=(0, (4, 3)))
+        for model, colour, marker, shift in (("base", BEFORE, "s", -1), ("tuned", AFTER, "o", 1)):
+            metrics = evaluation.metrics[model]
+            bins = metrics["reliability"]
+            label = f"{MODEL_NAMES[model]}: ECE {metrics['ece']:.3f}"
+            confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+            axes.plot(confidence, accuracy, marker=marker, markersize=4.5, linewidth=1.5, color=colour, label=label)
+            # Two bars side by side in each bin.
+            width = (bins[0]["high"] - bins[0]["low"]) * 0.4
+            middles = [(b["low"] + b["high"]) / 2 + shift * width / 2 for b in bins]
+            below.bar(middles, [b["n"] / metrics["n"] for b in bins], width, color=colour)
+        axes.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
+        axes.legend(loc="upper left")
+        axes.grid()
+        below.set(xlabel="confidence in the answer", ylabel="pairs")
+        for axis in (axes.yaxis, below.yaxis, below.xaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        below.yaxis.set_major_locator(MaxNLocator(2))
+    description = "; ".join(
+        f"{MODEL_NAMES[m]}: mean confidence {evaluation.metrics[m]['mean_confidence']:.1%}, accuracy "
+        f"{evaluation.metrics[m]['accuracy']:.1%}, expected calibration error {evaluation.metrics[m]['ece']:.3f}"
+        for m in ("base", "tuned")
+    )
+    return _plot(f"{evaluation.key}-reliability", figure, title, f"Reliability diagram. {description}.")
+
+
+def slice_dumbbells(evaluation: Evaluation) -> Plot:
+    """Accuracy before and after on every slice; the band is the 95 % interval of the change, laid around after."""
+    slices = evaluation.slices
+    rose = sum(s.changed and s.change > 0 for s in slices)
+    fell = sum(s.changed and s.change < 0 for s in slices)
+    title = f"Accuracy rose on {rose} of {len(slices)} slices and fell on {fell}; the rest could be chance"
+    if rose + fell == len(slices):
+        title = title.partition(";")[0]
+    with mpl.rc_context(STYLE):
+        families = list(dict.fromkeys(s.family for s in slices))
+        figure = Figure(figsize=(WIDTH + 0.6, 1.2 + 0.25 * (len(slices) + len(families))))
+        axes = figure.add_subplot()
+        y, ticks, names = 0.0, [], []
+        for family in families:
+            axes.text(-0.02, y, family, fontweight="bold", fontsize=8.5, ha="right", va="center")
+            y += 1
+            for s in (s for s in slices if s.family == family):
+                colour = AFTER if s.changed else "#9cc3dc"
+                axes.plot(
+                    [s.before + s.interval[0], s.before + s.interval[1]], [y, y], color=colour, linewidth=5, alpha=0.35
+                )
+                axes.plot([s.before, s.after], [y, y], color=colour, linewidth=1.2)
+                axes.plot(s.before, y, "s", color=BEFORE, markersize=4.5)
+                axes.plot(s.after, y, "o", color=colour, markersize=6)
+                ticks.append(y)
+                names.append(f"{s.name}  ({s.pairs:,})")
+                y += 1
+        overall = evaluation.comparison.after
+        axes.axvline(overall, color=AFTER, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+        axes.set_yticks(ticks, names)
+        axes.set(
+            xlim=(0, 1), ylim=(y - 0.4, -0.8), xlabel="accuracy (pairs in brackets; dashed: all pairs after tuning)"
+        )
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
+        axes.grid(axis="x")
+        before, after = axes.plot([], [], "s", color=BEFORE)[0], axes.plot([], [], "o", color=AFTER)[0]
+        faint = axes.plot([], [], "o", color="#9cc3dc")[0]
+        labels = ["before", "after", "after, change within chance"]
+        figure.legend([before, after, faint], labels, loc="outside lower center", ncols=3, columnspacing=1.2)
+    description = "; ".join(f"{s.family}, {s.name}: {s.before:.1%} to {s.after:.1%}" for s in slices)
+    return _plot(f"{evaluation.key}-slices", figure, title, f"Accuracy by slice. {description}.")
+
+
+def movement(evaluation: Evaluation) -> Plot:
+    """Probability of the gold label, before against after, pair by pair."""
+    before, after = evaluation.p_gold("base"), evaluation.p_gold("tuned")
+    rose = (after > before).mean()
+    title = (
+        f"The right label became likelier for {rose:.0%} of pairs; its median probability went from "
+        f"{np.median(before):.2f} to {np.median(after):.2f}"
+    )
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.6))
+        axes = figure.add_subplot()
+        # On a log scale that starts below one, so that a single pair shows.
+        limits = [[0, 1], [0, 1]]
+        axes.hist2d(before, after, bins=40, range=limits, cmap=BLUES, norm=LogNorm(vmin=0.4), rasterized=True)
+        axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+        box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
+        axes.text(0.03, 0.97, "likelier", va="top", fontsize=8.5, bbox=box)
+        axes.text(0.97, 0.03, "less likely", ha="right", fontsize=8.5, bbox=box)
+        axes.set(
+            xlabel="probability of the gold label before (darker: more pairs)",
+            ylabel="after",
+            xlim=(0, 1),
+            ylim=(0, 1),
+        )
+    description = f"Two-dimensional histogram. {title}."
+    return _plot(f"{evaluation.key}-movement", figure, title, description)
+
+
+def loss(training: Training) -> Plot:
+    """Training and validation loss and, below, the learning rate."""
+    losses, validations = training.losses, training.validations
+    if training.best:
+        lowest = min(validations, key=lambda entry: entry["eval_loss"])
+        title = f"Validation loss is lowest, {lowest['eval_loss']:.3f}, after epoch {lowest['epoch']:.3g}"
+        title += f"; the checkpoint of epoch {training.best['epoch']:.3g} was kept"
+    elif validations:
+        title = f"Validation loss ends at {validations[-1]['eval_loss']:.3f}; the last checkpoint was kept"
+    else:
+        title = f"Training loss ends at {losses[-1]['loss']:.3f}"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4))
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes.plot(
+            [e["epoch"] for e in losses], [e["loss"] for e in losses], color=BEFORE, linewidth=1.2, label="training"
+        )
+        _validation_line(axes, training, "eval_loss")
+        axes.set(ylabel="loss, nats a label token")
+        axes.legend(loc="upper right")
+        axes.grid(axis="y")
+        rates = [(e["epoch"], e["learning_rate"]) for e in losses if "learning_rate" in e]
+        if rates:
+            below.plot(*zip(*rates, strict=True), color=INK, linewidth=1.2)
+        below.set(xlabel="epoch", ylabel="rate")
+        below.set_ylim(bottom=0)
+        below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _plot("training-loss", figure, title, f"Loss by epoch, with the learning rate below. {title}.")
+
+
+def validation_accuracy(training: Training) -> Plot:
+    """Label accuracy on validation by epoch."""
+    measured = [e for e in training.validations if "eval_accuracy" in e]
+    best = max(measured, key=lambda e: e["eval_accuracy"])
+    title = f"Label accuracy on validation peaks at {best['eval_accuracy']:.1%}, after epoch {best['epoch']:.3g}"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.4))
+        axes = figure.add_subplot()
+        _validation_line(axes, training, "eval_accuracy")
+        axes.set(xlabel="epoch", ylabel="label accuracy")
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(axis="y")
+        axes.legend(loc="lower right")
+    return _plot("training-accuracy", figure, title, f"Label accuracy by epoch. {title}.")
+
+
+def _validation_line(axes, training: Training, key: str) -> None:
+    measured = [e for e in training.validations if key in e]
+    axes.plot(
+        [e["epoch"] for e in measured], [e[key] for e in measured], "o-", color=AFTER, markersize=5, label="validation"
+    )
+    if training.best and key in training.best:
+        place = training.best["epoch"], training.best[key]
+        axes.plot(*place, "o", markersize=11, markerfacecolor="none", markeredgecolor=CONTROL, label="checkpoint kept")
+
+
+def _plot(name: str, figure: Figure, title: str, description: str) -> Plot:
+    """Title a figure, across its whole width, and write it as SVG."""
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):  # the same figures make the same file
+        figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), x=0.01, ha="left", fontsize=10, fontweight="bold")
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    svg = re.sub(r"font-family: [^;\"]*", f"font-family: {FONT}", buffer.getvalue())
+    return Plot(name, title, description, svg[svg.index("<svg") :])

@@ -1,0 +1,89 @@
+"""The table of all pairs, to search and filter, as DataTables in the page itself (itables, offline)."""
+
+import itables
+import pandas as pd
+from itables.javascript import generate_init_offline_itables_html
+
+from .content import BUCKET_NAMES, Evaluation
+
+# A page with more is slow to open.
+MOST_ROWS = 20_000
+SEED = 0
+
+# What DataTables' ColumnControl puts into a column's heading: a list to tick, or a box to type into.
+CHOOSE = ["order", ["searchList"]]
+TYPE = ["order", ["search"]]
+CHOICES = ("gold", "before", "after", "change", "split")
+
+
+def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
+    """(HTML, a sentence on what it holds). Every text is escaped by itables.
+
+    Up to `MOST_ROWS` pairs are told, the first split's before those of others; of what is too large a part is drawn
+    in which every split, gold label and bucket keeps its share.
+    """
+    own, *others = (_rows(evaluation) for evaluation in evaluations)
+    total = len(own) + sum(map(len, others))
+    own = _stratified(own, MOST_ROWS)
+    rows = pd.concat([own, _stratified(pd.concat(others, ignore_index=True), MOST_ROWS - len(own))]) if others else own
+    if len(rows) == total:
+        note = f"All {total:,} pairs."
+    else:
+        note = (
+            f"{len(rows):,} of {total:,} pairs, of which {len(own):,} are from {evaluations[0].name}: a part in which "
+            f"gold labels and kinds of change keep their shares. The predictions.parquet files hold all."
+        )
+    columns = list(rows.columns)
+    html = itables.to_html_datatable(
+        rows,
+        connected=False,
+        allow_html=False,
+        display_logo_when_loading=False,
+        showIndex=False,
+        maxBytes=0,
+        maxRows=0,
+        pageLength=10,
+        table_id="pairs-table",
+        classes="display compact",
+        style="width:100%",
+        columnDefs=[
+            {"targets": [columns.index(name) for name in CHOICES], "columnControl": CHOOSE},
+            {"targets": [columns.index("premise"), columns.index("hypothesis")], "className": "text"},
+            {"targets": [columns.index(name) for name in CHOICES], "className": "dt-nowrap"},
+        ],
+        columnControl=TYPE,
+        ordering={"indicators": False, "handler": False},
+        scrollX=True,
+        autoWidth=False,
+    )
+    # The loader says something to those without JavaScript that is meant for notebooks: it stays hidden.
+    return f"<div hidden>{generate_init_offline_itables_html(itables.options.dt_bundle)}</div>{html}", note
+
+
+def _rows(evaluation: Evaluation) -> pd.DataFrame:
+    table = evaluation.table
+    p_before, p_after = evaluation.p_gold("base"), evaluation.p_gold("tuned")
+    return pd.DataFrame(
+        {
+            "premise": table["premise"],
+            "hypothesis": table["hypothesis"],
+            "gold": table["label"],
+            "before": table["base_prediction"],
+            "after": table["tuned_prediction"],
+            "change": [BUCKET_NAMES[bucket] for bucket in evaluation.bucket],
+            "p(gold) before": p_before.round(3),
+            "p(gold) after": p_after.round(3),
+            "split": evaluation.name,
+            "uid": table["uid"],
+        }
+    )
+
+
+def _stratified(rows: pd.DataFrame, most: int) -> pd.DataFrame:
+    if len(rows) <= most:
+        return rows
+    shuffled = rows.sample(frac=1, random_state=SEED)
+    # Each stratum's rows are spread evenly over (0, 1): the first `most` hold every stratum in proportion.
+    strata = shuffled.groupby(["split", "gold", "change"])
+    place = (strata.cumcount() + 0.5) / strata["uid"].transform("size")
+    return shuffled.loc[place.sort_values(kind="stable").index[:most]].sort_index()
