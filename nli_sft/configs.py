@@ -112,6 +112,10 @@ class EvalConfig(DataConfig):
     split: str | None = field(
         default=None, metadata={"help": "Split to judge on: test by default, or all of a single file."}
     )
+    sources: list[str] | None = field(
+        default=None,
+        metadata={"help": "Further sources for the same report, such as hans.jsonl or scenes:test (name:split)."},
+    )
     max_samples: int | None = field(
         default=None,
         metadata={"help": "Judge on so many pairs, taken by premise, with the label shares of the whole."},
