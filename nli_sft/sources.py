@@ -88,7 +88,7 @@ def load_pairs(
     if path.exists():
         files = _split_files(path, split)
         column_names = _file_columns(files[0])
-        rows = ((f"{file.name} row {number}", row) for file in files for number, row in _read_rows(file))
+        rows = ((f"{file.name} row {number}", row) for file in files for number, row in read_rows(file))
         names = None
     elif _looks_like_path(source):
         raise UserError(
@@ -322,11 +322,11 @@ def _file_columns(file: Path) -> list[str]:
     if file.suffix in (".csv", ".tsv"):
         with _reading(file) as lines:
             return list(_csv_reader(file, lines).fieldnames or [])
-    _, first = next(_read_rows(file), (0, {}))
+    _, first = next(read_rows(file), (0, {}))
     return list(first)
 
 
-def _read_rows(file: Path) -> Iterator[tuple[int, dict]]:
+def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
     """Yield (line or row number from 1, row). Numbers of text files are lines, so that an editor finds them."""
     if file.suffix == ".parquet":
         rows = (row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist())

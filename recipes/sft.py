@@ -15,6 +15,7 @@ from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
+from nli_sft.hub import prepare_training, push_trained
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
@@ -26,12 +27,14 @@ from nli_sft.trainer import NLITrainer
 def main(data_args, prompt_args, batch_args, training_args, model_args):
     run = training_args.output_dir
     prompt = train(data_args, prompt_args, batch_args, training_args, model_args)
+    if training_args.push_to_hub and PartialState().is_main_process:
+        print(f"Pushed, with the results on validation: {push_trained(training_args)}")
     if prompt_args.hypothesis_only_control:
         prompt_args = replace(
             prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
         )
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
-        training_args.report_to = []  # the control is part of the run, not another one
+        training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
         train(data_args, prompt_args, batch_args, training_args, model_args)
     if PartialState().is_main_process:
         print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {run}")
@@ -47,6 +50,8 @@ def train(data_args, prompt_args, batch_args, training_args, model_args):
         )
         prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
         encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
+        if training_args.push_to_hub:
+            prepare_training(training_args, recipe, prompt)
         dropped = Counter()
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped)
         with PartialState().main_process_first():
@@ -78,7 +83,7 @@ def train(data_args, prompt_args, batch_args, training_args, model_args):
     with resources.phase("training") as phase:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # or it would push too, before there are results for the card
     with resources.phase("validation"):
         final = trainer.evaluate()
     used = resources.summary(run=training_args.output_dir, model=model_args.model_name_or_path)

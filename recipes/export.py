@@ -1,0 +1,70 @@
+"""Merge a run's adapter into its base, and check that the merged model answers as the two did.
+
+python recipes/export.py --run outputs/qwen3-0.6b-lora
+python recipes/export.py --run outputs/phi-2-qlora --dequantize --pairs 2000
+
+A 4-bit base is read again without quantisation, which moves answers a little: the adapter was trained to sit on the
+quantised weights. --dequantize merges into those instead.
+
+For llama.cpp, convert the folder that this writes, with the converter of a llama.cpp checkout:
+python convert_hf_to_gguf.py outputs/qwen3-0.6b-lora-merged --outtype q8_0
+A GGUF file does not carry the restriction to the label words: give it to llama.cpp as a grammar,
+--grammar 'root ::= "entailment" | "neutral" | "contradiction"'
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich import print
+from trl import ModelConfig
+
+from nli_sft import UserError
+from nli_sft.classifier import NLIClassifier, pick_device
+from nli_sft.configs import DataConfig, from_recipe, run_script
+from nli_sft.export import ExportConfig, Parity, write_merged
+from nli_sft.runs import read_run, write_json
+from nli_sft.sources import load_pairs, subsample
+
+
+def main(args):
+    output = Path(args.output_dir)
+    if output.exists():
+        raise UserError(f"output_dir {output} is there already; remove it, or name another")
+    recipe, _, _ = read_run(args.run)
+    device = torch.device(args.device) if args.device else pick_device()
+    model_args = from_recipe(ModelConfig, recipe)
+    dtype = args.dtype or model_args.dtype
+    data = from_recipe(DataConfig, recipe)
+    pairs = load_pairs(
+        data.dataset_name,
+        args.split,
+        config=data.dataset_config,
+        revision=data.dataset_revision,
+        columns=data.columns(),
+        label_spellings=data.label_spellings,
+    )
+    pairs = subsample(pairs, min(args.pairs, len(pairs)), seed=0)
+    texts = pairs["premise"], pairs["hypothesis"]
+
+    before = NLIClassifier.from_pretrained(args.run, device=device, dtype=dtype)(*texts)
+    # Only what has passed gets the name that was asked for.
+    unchecked = output.with_name(f"{output.name}.unchecked")
+    write_merged(args.run, unchecked, replace(model_args, dtype=dtype), device, args.dequantize)
+    after = NLIClassifier.from_pretrained(unchecked, device=device, dtype=dtype)(*texts)
+    parity = Parity.between(before, after)
+
+    print(f"Merged against adapter: {parity}.")
+    write_json(unchecked / "parity.json", parity.as_dict() | {"dequantized": args.dequantize, "dtype": dtype})
+    if not parity.is_within(args.max_difference, args.max_flips):
+        hint = "; try --dequantize" if recipe.get("load_in_4bit") and not args.dequantize else ""
+        raise UserError(
+            f"the merged model is not the one that was measured: {parity}, and max_difference is "
+            f"{args.max_difference}, max_flips {args.max_flips}{hint}. It is left in {unchecked}"
+        )
+    unchecked.rename(output)
+    print(f"Written to {output}")
+
+
+if __name__ == "__main__":
+    run_script(main, (ExportConfig,))

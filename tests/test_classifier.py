@@ -1,0 +1,213 @@
+import json
+import threading
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import SCENES, TOKENIZERS, few_pairs
+from tiny_run import make_base, make_run
+
+from nli_sft import UserError
+from nli_sft.__main__ import main
+from nli_sft.classifier import Judgement, NLIClassifier, pick_dtype
+from nli_sft.labels import LABELS
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    return make_run(folder / "run", make_base(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def classifier(run):
+    return NLIClassifier.from_pretrained(run, device="cpu")
+
+
+def test_it_says_what_the_evaluation_said(run, classifier):
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    for model, judge in (("tuned", classifier), ("base", classifier.before_tuning())):
+        judgements = judge(table["premise"], table["hypothesis"])
+        assert [j.label for j in judgements] == list(table[f"{model}_prediction"])
+        for label in LABELS:
+            assert [j.probabilities[label] for j in judgements] == pytest.approx(table[f"{model}_p_{label}"], abs=1e-5)
+    assert list(table["tuned_prediction"]) != list(table["base_prediction"])
+
+
+def test_one_pair_lists_generators_and_columns(classifier):
+    premise, hypothesis, _ = SCENES[0]
+    one = classifier(premise, hypothesis)
+    assert isinstance(one, Judgement)
+    assert one.label in LABELS
+    assert list(one.probabilities) == list(LABELS)
+    assert sum(one.probabilities.values()) == pytest.approx(1)
+    pairs = few_pairs()
+    columns = classifier(pairs["premise"], pairs["hypothesis"])
+    generated = classifier((p for p, _, _ in SCENES), (h for _, h, _ in SCENES))
+    assert [j.label for j in columns] == [j.label for j in generated]
+    assert len(columns) == len(SCENES)
+    assert columns[0].probabilities == pytest.approx(one.probabilities, abs=1e-5)
+    assert classifier([], []) == []
+
+
+def test_padded_batches_and_tries_agree(run, classifier):
+    padded = NLIClassifier(classifier.model, classifier.encoder, batch_size=3)
+    padded._batch_args.batching = "padded"
+    pairs = few_pairs()
+    for a, b in zip(classifier(*texts(pairs)), padded(*texts(pairs)), strict=True):
+        assert a.label == b.label
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+
+
+def texts(pairs):
+    return pairs["premise"], pairs["hypothesis"]
+
+
+def test_threads_get_what_they_asked_for(classifier):
+    base = classifier.before_tuning()
+    expected = {judge: [judge(p, h) for p, h, _ in SCENES] for judge in (classifier, base)}
+    wrong = []
+
+    def ask(judge, index):
+        premise, hypothesis, _ = SCENES[index]
+        for _ in range(3):
+            if judge(premise, hypothesis).probabilities != pytest.approx(
+                expected[judge][index].probabilities, abs=1e-5
+            ):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=ask, args=(judge, index)) for judge in expected for index in range(len(SCENES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_full_model_and_its_base(tmp_path, run):
+    base = run.parent / "base"
+    classifier = NLIClassifier.from_pretrained(make_run(tmp_path / "full", base, use_peft=False), device="cpu")
+    tuned = pd.read_parquet(tmp_path / "full" / "eval" / "snli-test" / "predictions.parquet")
+    assert [j.label for j in classifier(tuned["premise"], tuned["hypothesis"])] == list(tuned["tuned_prediction"])
+    of_adapter = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    judgements = classifier.before_tuning()(of_adapter["premise"], of_adapter["hypothesis"])
+    assert [j.label for j in judgements] == list(of_adapter["base_prediction"])
+
+
+@pytest.mark.parametrize("family", ["byte_level", "sentencepiece"])
+def test_tokenizers_without_a_chat_template(tmp_path, family):
+    tokenizer = TOKENIZERS[family]()
+    base = make_base(tmp_path / "base", tokenizer)
+    run = make_run(tmp_path / "run", base, tokenizer=tokenizer)
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    judgements = NLIClassifier.from_pretrained(run, device="cpu")(table["premise"], table["hypothesis"])
+    assert [j.label for j in judgements] == list(table["tuned_prediction"])
+
+
+@pytest.mark.parametrize(
+    ("premise", "hypothesis", "message"),
+    [
+        ("A dog.", ["A cat."], "give two texts, or two lists"),
+        (["A dog.", "A cat."], ["A cat."], "2 premises but 1 hypotheses"),
+        (["A dog.", "A cat."], ["A cat.", None], "hypothesis 1 is None; expected text"),
+        ("A dog.<|im_end|>", "A cat.", "holds '<|im_end|>', a special token"),
+    ],
+)
+def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
+    with pytest.raises(UserError) as error:
+        classifier(premise, hypothesis)
+    assert message in str(error.value)
+    assert classifier("A dog.", "A cat.").label in LABELS, "the lock is free again"
+
+
+def test_only_safetensors_are_read(tmp_path, run):
+    (run.parent / "pickled").mkdir()
+    for path in run.iterdir():
+        if path.is_file() and path.suffix != ".safetensors":
+            (run.parent / "pickled" / path.name).write_bytes(path.read_bytes())
+    torch.save({}, run.parent / "pickled" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors; other formats can run code"):
+        NLIClassifier.from_pretrained(run.parent / "pickled")
+
+
+def test_a_base_in_pickles_is_not_read_either(tmp_path, run):
+    base = make_base(tmp_path / "base")
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    (tmp_path / "run").mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            text = path.read_bytes().replace(str(run.parent / "base").encode(), str(base).encode())
+            (tmp_path / "run" / path.name).write_bytes(text)
+    with pytest.raises(UserError, match="cannot load the model"):
+        NLIClassifier.from_pretrained(tmp_path / "run")
+
+
+def test_code_that_comes_with_a_model_is_not_run(tmp_path):
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base, use_peft=False, trust_remote_code=True)
+    marker = tmp_path / "it-ran"
+    (run / "modeling_odd.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = json.loads((run / "config.json").read_text())
+    config |= {
+        "model_type": "odd",
+        "auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd", "AutoConfig": "modeling_odd.C"},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot load the"):
+        NLIClassifier.from_pretrained(run)
+    assert not marker.exists()
+
+
+def test_folders_that_are_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
+        NLIClassifier.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+        NLIClassifier.from_pretrained("./no/such/folder")
+
+
+def test_types_by_device():
+    assert pick_dtype("bfloat16", torch.device("cpu")) == "float32"
+    assert pick_dtype("bfloat16", torch.device("mps")) == "bfloat16"
+    assert pick_dtype(None, torch.device("cuda")) == "float32"
+
+
+def test_the_command_line_judges_one_pair(run, classifier, capsys):
+    premise, hypothesis, _ = SCENES[0]
+    main(["predict", "--model", str(run), "--premise", premise, "--hypothesis", hypothesis])
+    printed = json.loads(capsys.readouterr().out)
+    expected = classifier(premise, hypothesis)
+    assert printed["prediction"] == expected.label
+    assert printed["p_neutral"] == pytest.approx(expected.probabilities["neutral"], abs=1e-4)
+
+
+def test_the_command_line_judges_files_without_labels(run, tmp_path, classifier, capsys, monkeypatch):
+    monkeypatch.setattr("nli_sft.__main__.CHUNK", 5)
+    path = tmp_path / "pairs.tsv"
+    path.write_text("id\tsentence1\tsentence2\n" + "".join(f"{i}\t{p}\t{h}\n" for i, (p, h, _) in enumerate(SCENES)))
+    main(["predict", "--model", str(run), str(path)])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["id"] for row in printed] == [str(i) for i in range(len(SCENES))]
+    assert [row["prediction"] for row in printed] == [j.label for j in classifier(*texts(few_pairs()))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --premise and --hypothesis, or a file of pairs"),
+        (["--premise", "A dog."], "give --premise and --hypothesis, or a file of pairs"),
+        (["nowhere.tsv"], "nowhere.tsv: expected a file of pairs"),
+        (["odd.tsv"], "odd.tsv: no premise column (looked for premise, sentence1"),
+        (["empty.jsonl"], "empty.jsonl: no pair in it"),
+        (["blank.jsonl"], "blank.jsonl row 1: hypothesis is ''; expected text"),
+    ],
+)
+def test_bad_command_lines_end_in_a_sentence(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd.tsv").write_text("a\tb\n1\t2\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"premise": "A dog.", "hypothesis": ""}\n')
+    with pytest.raises(SystemExit) as exit:
+        main(["predict", "--model", str(run), *arguments])
+    assert message in str(exit.value)
