@@ -102,6 +102,21 @@ class BatchConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """How a run appears in Weights & Biases (and, as far as they know such things, in Trackio)."""
+
+    wandb_entity: str | None = field(default=None, metadata={"help": "User or team; your default one if empty."})
+    wandb_project: str | None = field(
+        default=None, metadata={"help": "nli-sft if neither this nor WANDB_PROJECT is set."}
+    )
+    wandb_group: str | None = field(
+        default=None, metadata={"help": "The study that the run belongs to; base-source by default."}
+    )
+    wandb_tags: list[str] | None = field(default=None, metadata={"help": "Tags beside source, method and seed."})
+    wandb_notes: str | None = field(default=None, metadata={"help": "What the run is for, in a sentence."})
+
+
+@dataclass
 class EvalConfig(DataConfig):
     """What to judge a run on."""
 

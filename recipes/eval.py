@@ -10,17 +10,20 @@ from rich import print
 from rich.table import Table
 from trl import ModelConfig
 
-from nli_sft.configs import BatchConfig, DataConfig, EvalConfig, from_recipe, run_script
+from nli_sft.configs import BatchConfig, DataConfig, EvalConfig, TrackingConfig, from_recipe, run_script
 from nli_sft.evaluation import judge_run, write_evaluation
+from nli_sft.ledger import run_config
 from nli_sft.report import write_report
+from nli_sft.report.content import Report
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import evaluation_folder, read_run, versions
 from nli_sft.sources import fingerprint, load_evaluation_sets
+from nli_sft.tracking import open_run
 
 
 def main(args):
     resources = ResourceRecorder()
-    recipe, prompt, _ = read_run(args.run)
+    recipe, prompt, record = read_run(args.run)
     sets = load_evaluation_sets(args, trained_on=from_recipe(DataConfig, recipe))
 
     device = PartialState().device.type
@@ -56,6 +59,16 @@ def main(args):
         write_evaluation(evaluation_folder(args.run, one.source, one.split), one.pairs, scores, summary)
         print(results_table(f"{one}, {len(one.pairs):,} pairs", results))
     print(f"The report: {write_report(args.run)}")
+    tracker = open_run(
+        args.run,
+        report_to=recipe.get("report_to"),
+        settings=from_recipe(TrackingConfig, recipe),
+        config=run_config(recipe, prompt, record),
+        job_type="eval",
+        resumed=True,
+    )
+    tracker.publish_evaluation(Report(args.run))
+    tracker.finish()
 
 
 def results_table(title, results):

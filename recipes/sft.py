@@ -14,19 +14,21 @@ from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
+from nli_sft.configs import BatchConfig, PromptConfig, TrackingConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.hub import prepare_training, push_trained
+from nli_sft.ledger import run_config
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run
 from nli_sft.sources import fingerprint, load_train_and_validation
+from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
 
-def main(data_args, prompt_args, batch_args, training_args, model_args):
+def main(data_args, prompt_args, batch_args, tracking_args, training_args, model_args):
     run = training_args.output_dir
-    prompt = train(data_args, prompt_args, batch_args, training_args, model_args)
+    prompt = train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args)
     if training_args.push_to_hub and PartialState().is_main_process:
         print(f"Pushed, with the results on validation: {push_trained(training_args)}")
     if prompt_args.hypothesis_only_control:
@@ -35,14 +37,14 @@ def main(data_args, prompt_args, batch_args, training_args, model_args):
         )
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
         training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
-        train(data_args, prompt_args, batch_args, training_args, model_args)
+        train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args)
     if PartialState().is_main_process:
         print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {run}")
 
 
-def train(data_args, prompt_args, batch_args, training_args, model_args):
+def train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args):
     resources = ResourceRecorder()
-    recipe = resolve_recipe((data_args, prompt_args, batch_args, training_args, model_args))
+    recipe = resolve_recipe((data_args, prompt_args, batch_args, tracking_args, training_args, model_args))
 
     with resources.phase("loading"):
         tokenizer = load_tokenizer(
@@ -74,12 +76,32 @@ def train(data_args, prompt_args, batch_args, training_args, model_args):
             peft_config=get_peft_config(model_args),
         )
     parameters = count_parameters(trainer.model)
+    facts = {
+        "model": model_args.model_name_or_path,
+        "parameters": parameters.as_dict(),
+        "prompt_fingerprint": prompt.fingerprint,
+        "data": {
+            "dropped": dict(dropped),
+            **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
+        },
+        "world_size": training_args.world_size,
+        "versions": versions(),
+        "git": git_state(),
+    }
     if trainer.is_world_process_zero():
         print("\nOne training example; the loss is on the marked tokens alone:\n")
         print(encoder.marked_example(pairs["train"][0]))
         print(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
         print(f"{parameters}.\n")
 
+    tracker = open_run(
+        training_args.output_dir,
+        report_to=training_args.report_to,
+        settings=tracking_args,
+        config=run_config(recipe, prompt, facts),
+        resumed=training_args.resume_from_checkpoint is not None,
+    )
+    tracker.watch(trainer)
     with resources.phase("training") as phase:
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
@@ -89,28 +111,20 @@ def train(data_args, prompt_args, batch_args, training_args, model_args):
     used = resources.summary(run=training_args.output_dir, model=model_args.model_name_or_path)
 
     if trainer.is_world_process_zero():
-        record = {
-            "model": model_args.model_name_or_path,
-            "parameters": parameters.as_dict(),
-            "prompt_fingerprint": prompt.fingerprint,
-            "data": {
-                "dropped": dict(dropped),
-                **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
-            },
+        record = facts | {
             "train": result.metrics,
             "validation": {key: value for key, value in final.items() if key in ("eval_loss", "eval_accuracy")},
             "best_checkpoint_step": trainer.state.best_global_step,
             "history": trainer.state.log_history,
             "resources": used,
             "seconds": used["seconds"],
-            "world_size": training_args.world_size,
-            "versions": versions(),
-            "git": git_state(),
         }
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
+        tracker.publish_training(record)
+        tracker.finish()
         print(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
     return prompt
 
 
 if __name__ == "__main__":
-    run_script(main, (TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig))
+    run_script(main, (TrainDataConfig, PromptConfig, BatchConfig, TrackingConfig, SFTConfig, ModelConfig))

@@ -31,7 +31,7 @@ def launch(script, *arguments, cwd, processes=1, **environment):
 
 def read_wandb(folder: Path) -> list:
     """The records of an offline W&B run: protobuf messages in LevelDB's log format, in blocks of 32 KiB."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    path = min(folder.glob("wandb/offline-run-*/*.wandb"))  # the first
     data, records, parts = path.read_bytes(), [], b""
     position = 7  # W&B's own header
     while position < len(data):

@@ -10,13 +10,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
-from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, parse_recipe
+from nli_sft.configs import BatchConfig, PromptConfig, TrackingConfig, TrainDataConfig, parse_recipe
 from nli_sft.models import count_parameters
 from nli_sft.prompts import load_prompt
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml"))
-TYPES = (TrainDataConfig, PromptConfig, BatchConfig, SFTConfig, ModelConfig)
+TYPES = (TrainDataConfig, PromptConfig, BatchConfig, TrackingConfig, SFTConfig, ModelConfig)
 
 # The published config.json of each base, as far as shapes go, and its number of parameters.
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True}
@@ -97,7 +97,7 @@ def test_all_recipes_are_seen():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_builds_its_model(path):
-    data, prompt, _, training, model = parse(path)
+    data, prompt, _, _, training, model = parse(path)
     name = f"{path.parent.name}-{path.stem}"
     assert training.output_dir == f"outputs/{name}"
     assert training.run_name == name

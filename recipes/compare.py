@@ -1,0 +1,83 @@
+"""Lay runs side by side: accuracy, cost, what differs, and whether one is better than another.
+
+python recipes/compare.py outputs/*
+python recipes/compare.py outputs/* --html compare.html --json compare.json
+python recipes/compare.py entity/project --filters '{"group": "qwen3-0.6b-snli", "config.lora_r": 64}'
+"""
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from nli_sft import UserError
+from nli_sft.configs import run_script
+from nli_sft.ledger import fetch_runs, load_runs, rank
+from nli_sft.report.ledger import as_dict, as_frame, lay_out, markdown, page
+
+
+@dataclass
+class CompareConfig:
+    """What to compare, and where to write it."""
+
+    runs: list[str] = field(metadata={"help": "Run folders, entity/project of W&B, or both."})
+    filters: str | None = field(default=None, metadata={"help": "JSON, as W&B's Api.runs takes it; for W&B alone."})
+    html: str | None = field(default=None, metadata={"help": "Write all of it into this page, plots included."})
+    md: str | None = field(default=None, metadata={"help": "Write the tables into this Markdown file."})
+    json: str | None = field(default=None, metadata={"help": "Write every figure into this JSON file."})
+    csv: str | None = field(default=None, metadata={"help": "Write one line a run into this CSV file."})
+
+
+def main(args):
+    console = Console()
+    with tempfile.TemporaryDirectory() as fetched:
+        sides = lay_out(rank(load_runs(find_runs(args, Path(fetched), console))))
+    for side in sides:
+        if side.apart:
+            console.print(f"\n{side.apart}", markup=False)
+        for sheet in side.sheets:
+            console.print(sheet.rich())
+        for claim in side.claims:
+            console.print(f"- {claim}", markup=False, highlight=False)
+    outputs = {
+        args.html: page,
+        args.md: markdown,
+        args.json: lambda sides: json.dumps(as_dict(sides), indent=2, ensure_ascii=False),
+        args.csv: lambda sides: as_frame(sides).to_csv(index=False),
+    }
+    for path, make in outputs.items():
+        if path is not None:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(make(sides), encoding="utf-8")
+            console.print(f"Written to {path}", markup=False)
+
+
+def find_runs(args, fetched, console):
+    """The folders among `args.runs` that hold a finished run, and the runs of W&B."""
+    filters = None
+    if args.filters is not None:
+        try:
+            filters = json.loads(args.filters)
+        except json.JSONDecodeError as error:
+            raise UserError(f'filters is not JSON ({error}); write it as \'{{"group": "name"}}\'') from error
+    found = []
+    for name in args.runs:
+        if Path(name).is_dir():
+            if (Path(name) / "run.json").is_file():
+                found.append(name)
+            else:
+                console.print(f"{name} is left out: it holds no finished run", markup=False)
+        elif not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "~")):
+            found += fetch_runs(name, fetched, filters)
+        elif not Path(name).exists():
+            raise UserError(f"{name} is not there; runs takes run folders or entity/project of W&B")
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--runs")  # so that a shell's outputs/* is all it takes
+    run_script(main, (CompareConfig,))
