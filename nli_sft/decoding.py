@@ -245,8 +245,8 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def generate_freely(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    """Greedy generation without constraints: what the model says of its own accord."""
+) -> list[list[int]]:
+    """Greedy generation without constraints: the token ids that the model says of its own accord."""
     input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
     output = model.generate(
         input_ids=input_ids.to(model.device),
@@ -255,7 +255,7 @@ def generate_freely(
         pad_token_id=tokenizer.pad_token_id,
         **GREEDY,
     )
-    return tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return output[:, input_ids.shape[1] :].tolist()
 
 
 def named_label(text: str, label_words: tuple[str, ...]) -> int | None:

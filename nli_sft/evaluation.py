@@ -54,14 +54,24 @@ def free_generation(
 ) -> dict[str, object]:
     """What the model says without constraints: the share of answers that name no label, and the accuracy.
 
-    An answer counts for a label if its first line holds that label's word and no other's. One that names none, or
-    several, is invalid, and is wrong. Runs on the main process's share only when called there: it is a sample.
+    An answer counts for a label if it begins with that label's tokens, or if its first line holds that label's word
+    and no other's. One that names none, or several, is invalid, and is wrong.
     """
-    said: list[str] = []
+    said: list[list[int]] = []
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     for start in range(0, len(prompts), batch_size):
         said += generate_freely(model, encoder.tokenizer, prompts[start : start + batch_size], max_new_tokens)
-    named = [named_label(text, encoder.prompt.label_words) for text in said]
+    texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
+    label_of = {tuple(answer): label for label, answer in enumerate(encoder.answers)}
+
+    def begun(ids: list[int]) -> int | None:
+        # A model that was not trained to end its turn goes on after its answer without a space.
+        return next((label for answer, label in label_of.items() if tuple(ids[: len(answer)]) == answer), None)
+
+    named = [
+        label if (label := begun(ids)) is not None else named_label(text, encoder.prompt.label_words)
+        for ids, text in zip(said, texts, strict=True)
+    ]
     valid = [label is not None for label in named]
     if pairs.features["label"].num_classes != len(LABELS):
         named = [None if label is None else to_two_way(label) for label in named]
@@ -71,7 +81,7 @@ def free_generation(
         "invalid_share": 1 - sum(valid) / len(said),
         "accuracy": right / len(said),
         "accuracy_of_valid": right / sum(valid) if any(valid) else None,
-        "examples": said[:5],
+        "examples": texts[:5],
     }
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from . import trie
+from . import metrics, trie
 from .configs import BatchConfig
 from .decoding import gather_scores, score_prompts
 from .prompts import PromptEncoder
@@ -91,14 +91,16 @@ class NLITrainer(SFTTrainer):
         scores = gather_scores(own, len(prompts), shares.process_index, shares.num_processes)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
-        metrics = {
+        figures = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
+        values = {
             "loss": -scores.joint[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
-            "accuracy": (scores.choice == gold).float().mean().item(),
+            **{name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece")},
+            **{f"f1_{label}": of_label["f1"] for label, of_label in figures["per_label"].items()},
         }
         return EvalLoopOutput(
             predictions=scores.log_probs.numpy(),
             label_ids=gold.numpy(),
-            metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in values.items()},
             num_samples=len(prompts),
         )
 

@@ -113,7 +113,11 @@ def train(data_args, prompt_args, batch_args, tracking_args, training_args, mode
     if trainer.is_world_process_zero():
         record = facts | {
             "train": result.metrics,
-            "validation": {key: value for key, value in final.items() if key in ("eval_loss", "eval_accuracy")},
+            "validation": {
+                key: value
+                for key, value in final.items()
+                if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
+            },
             "best_checkpoint_step": trainer.state.best_global_step,
             "history": trainer.state.log_history,
             "resources": used,

@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny import few_pairs
 
+from nli_sft import evaluation
 from nli_sft.decoding import LabelScores
 from nli_sft.evaluation import exchange_premises, write_evaluation
 from nli_sft.labels import LABELS
+from nli_sft.prompts import PROMPTS, PromptEncoder
 
 
 def scores(choice):
@@ -25,6 +27,19 @@ def test_every_premise_is_exchanged_and_nothing_else_changes():
     for column in ("uid", "hypothesis", "label"):
         assert list(exchanged[column]) == list(pairs[column])
     assert exchanged.features == pairs.features
+
+
+def test_an_answer_that_goes_on_without_a_space_still_names_its_label(chatml, monkeypatch):
+    """A model that was not trained to end its turn says "neutralral…"; one that never says a label is invalid."""
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    pairs = few_pairs().select(range(3))
+    tail, other = chatml("ral", add_special_tokens=False)["input_ids"], chatml("Who knows?")["input_ids"]
+    said = [encoder.answers[0] + tail, encoder.answers[1] + tail, other]
+    monkeypatch.setattr(evaluation, "generate_freely", lambda *_: said)
+    free = evaluation.free_generation(None, encoder, pairs, batch_size=3)
+    assert free["invalid_share"] == pytest.approx(1 / 3)
+    assert free["accuracy"] == pytest.approx(2 / 3)
+    assert free["accuracy_of_valid"] == 1
 
 
 def test_what_is_written_joins_pairs_and_predictions(tmp_path):

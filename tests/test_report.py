@@ -209,8 +209,10 @@ def test_one_file_that_fetches_nothing(nine):
 def test_markdown_shows_the_files_of_the_figures(nine):
     write_report(nine)
     markdown = (nine / "report.md").read_text(encoding="utf-8")
-    shown = re.findall(r"\]\((figures/[^)]+)\)", markdown)
-    assert len(shown) == len(list((nine / "figures").iterdir())) == 7
+    shown = re.findall(r"^!\[.+\]\((figures/[^)]+)\)$", markdown, re.MULTILINE)
+    assert (
+        len(shown) == len(list((nine / "figures").glob("*.svg"))) == len(list((nine / "figures").glob("*.png"))) == 7
+    )
     assert all((nine / path).is_file() for path in shown)
 
 

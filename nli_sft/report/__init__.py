@@ -18,7 +18,7 @@ from .table import pairs_table
 
 
 def write_report(run: str | Path) -> Path:
-    """Write report.html (one file that needs no other), report.md and figures/*.svg into an evaluated run folder.
+    """Write report.html (one file that needs no other), report.md and figures/ into an evaluated run folder.
 
     Returns:
         The path of report.html.
@@ -36,6 +36,7 @@ def write_report(run: str | Path) -> Path:
     for group in plots.values():
         for plot in group.values():
             (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+            (figures / f"{plot.name}.png").write_bytes(plot.png)
 
     content = {
         "report": report,

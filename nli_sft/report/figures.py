@@ -54,12 +54,13 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, '
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as SVG text, with the name of its file, its finding, and what it shows for those who cannot see it."""
+    """A figure as SVG text and as a PNG, with the name of its file, its finding, and what it shows in words."""
 
     name: str
     title: str
     description: str
     svg: str
+    png: bytes  # the same, for places that cannot show SVG
 
 
 def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
@@ -345,5 +346,7 @@ def _plot(name: str, figure: Figure, title: str, description: str) -> Plot:
         figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), x=0.01, ha="left", fontsize=10, fontweight="bold")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=144)
     svg = re.sub(r"font-family: [^;\"]*", f"font-family: {FONT}", buffer.getvalue())
-    return Plot(name, title, description, svg[svg.index("<svg") :])
+    return Plot(name, title, description, svg[svg.index("<svg") :], png.getvalue())
