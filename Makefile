@@ -3,7 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: setup test check
+.PHONY: demo setup test check
+
+# The main job from end to end on a bare machine: no GPU, no Hub, no account.
+demo: setup
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/lora.yaml
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/eval.py --run outputs/demo-lora
+	@echo "Look here: open outputs/demo-lora/report.html in a browser."
 
 setup: .venv/installed
 
@@ -12,7 +18,7 @@ setup: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	# torch first and alone, so that pip takes the build that suits this machine before anything else asks for one
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 test: setup

@@ -23,6 +23,7 @@ from .configs import BatchConfig, from_recipe
 from .decoding import score_prompts
 from .evaluation import load_encoder
 from .labels import LABELS
+from .models import locate_model
 from .prompts import PromptEncoder
 from .runs import read_run
 
@@ -173,7 +174,11 @@ class NLIClassifier:
                 self.encoder.tokenizer.pad_token_id,
                 batch_size=self.batch_size,
                 max_row_tokens=trie.row_tokens(
-                    self._batch_args.batching, self._batch_args.max_row_tokens, self.model.config, longest
+                    self._batch_args.batching,
+                    self._batch_args.max_row_tokens,
+                    self.model.config,
+                    longest,
+                    self.encoder.instruction_tokens,
                 ),
             )
         probabilities = scores.log_probs.double().exp().tolist()
@@ -228,7 +233,7 @@ def load_tuned(
 def load_base(model_args: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The model that a run started from, quantised if it was."""
     return _load(
-        model_args.model_name_or_path,
+        locate_model(model_args.model_name_or_path),
         model_args.model_revision,
         model_args.dtype,
         device,

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.stats import binomtest, norm
 
 from . import UserError
 
@@ -104,6 +105,43 @@ def buckets(gold: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarr
 def mcnemar(fixed: int, broken: int) -> float:
     """p-value of the exact, two-sided test on the pairs that changed sides (McNemar, 1947); 1 if none did."""
     return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+
+
+def smallest_difference(
+    pairs: int, changed: int, *, design_effect: float = 1.0, power: float = 0.8, level: float = 0.05
+) -> float | None:
+    """The smallest difference of two accuracies that McNemar's test would find in `power` of such comparisons.
+
+    The formula of Connor (1987), "Sample size for testing differences in proportions for the paired-sample design",
+    solved for the difference.
+
+    Args:
+        pairs: how many were judged by both.
+        changed: of how many one was right and the other wrong.
+        design_effect: by how much pairs that share a premise inflate the variance; see `design_effect`.
+
+    Returns:
+        A share of the pairs, or `None` where no difference that so few changed pairs allow would be found.
+    """
+    share, n = changed / pairs, pairs / design_effect
+    z_level, z_power = norm.isf(level / 2), norm.isf(1 - power)
+
+    def excess(difference: float) -> float:
+        needed = z_level * np.sqrt(share) + z_power * np.sqrt(share - difference**2)
+        return needed - difference * np.sqrt(n)
+
+    return float(brentq(excess, 0, share)) if changed and excess(share) < 0 else None
+
+
+def design_effect(values: np.ndarray, groups: np.ndarray) -> float:
+    """The variance of a mean over groups that err together, over that of as many independent values (Kish, 1965).
+
+    Args:
+        values: (n,) numbers.
+        groups: (n,) group numbers from 0 without a gap.
+    """
+    centred = values - values.mean()
+    return float((np.bincount(groups, weights=centred) ** 2).sum() / (centred**2).sum()) if centred.any() else 1.0
 
 
 def bootstrap_interval(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
@@ -22,6 +23,7 @@ from trl import TrlParser
 
 from . import UserError
 from .labels import LABELS
+from .precision import choose_precision, default_device
 
 Config = TypeVar("Config")
 
@@ -59,6 +61,21 @@ class TrainDataConfig(DataConfig):
     )
     max_eval_samples: int | None = field(
         default=None, metadata={"help": "Validate on so many pairs, taken in the same way."}
+    )
+    train_mix: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Further sources to train on, each with how many of its pairs go with one of the run's own: "
+            "scenes=0.25 mnli.jsonl=0.5."
+        },
+    )
+    balance: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave training pairs out until all labels are as frequent (label), or until no premise has two "
+            "pairs of one label (premise).",
+            "choices": ["label", "premise"],
+        },
     )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of premises held out where the source has no validation split."}
@@ -99,6 +116,32 @@ class BatchConfig:
         },
     )
     max_row_tokens: int = field(default=512, metadata={"help": "The longest row of a trie, in tokens."})
+    max_batch_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "The most tokens of a forward pass on tries; larger batches go in parts, to the same effect."
+        },
+    )
+    group_by_premise: bool = field(
+        default=False, metadata={"help": "Put pairs with the same premise into the same batch, where tries share it."}
+    )
+
+
+@dataclass
+class MachineConfig:
+    """What is asked of the machine."""
+
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "auto is bf16 where the device has it natively, fp16 on older cards, fp32 on most CPUs.",
+            "choices": ["auto", "bf16", "fp16", "fp32"],
+        },
+    )
+    estimate: bool = field(
+        default=False,
+        metadata={"help": "Only say what memory the training would take, before anything but a config is downloaded."},
+    )
 
 
 @dataclass
@@ -131,6 +174,17 @@ class EvalConfig(DataConfig):
         default=None,
         metadata={"help": "Further sources for the same report, such as hans.jsonl or scenes:test (name:split)."},
     )
+    suite: str | None = field(
+        default=None,
+        metadata={"help": "Judge on the sets of a suite instead: one of recipes/suites, or a .yaml file of your own."},
+    )
+    suite_root: str | None = field(
+        default=None, metadata={"help": "A folder with the sets of the suite by name; the others are fetched."}
+    )
+    calibration_pairs: int = field(
+        default=1000,
+        metadata={"help": "Fit the temperature on so many validation pairs of the run's own source; 0 for none."},
+    )
     max_samples: int | None = field(
         default=None,
         metadata={"help": "Judge on so many pairs, taken by premise, with the label shares of the whole."},
@@ -141,20 +195,34 @@ class EvalConfig(DataConfig):
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "Prompts a forward pass; halved by itself if they do not fit in memory."}
     )
-    bf16: bool = field(
-        default=False, metadata={"help": "Compute in bf16, as training does; by default where the hardware has it."}
+    precision: str = field(
+        default="auto",
+        metadata={
+            "help": "As in training: by default what the device has.",
+            "choices": ["auto", "bf16", "fp16", "fp32"],
+        },
     )
     batching: str | None = field(
         default=None, metadata={"help": "trie or padded; as in training by default.", "choices": ["trie", "padded"]}
     )
     seed: int = field(default=42, metadata={"help": "Seed of max_samples."})
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={
+            "help": "Run code that comes with the base model. What the run says is not enough: it may be anyone's."
+        },
+    )
 
     def __post_init__(self):
         if not self.run:
             raise RecipeError("run is missing; give the run folder as --run outputs/<model>-<method>")
+        if self.suite is not None and (self.dataset_name or self.split or self.sources):
+            raise RecipeError("suite lists its own sets; leave out dataset_name, split and sources")
+        if self.suite_root is not None and self.suite is None:
+            raise RecipeError("suite_root holds the sets of a suite; name one with --suite")
 
 
-MACHINE = ("bf16", "fp16", "use_cpu")
+MACHINE = ("precision", "bf16", "fp16", "use_cpu")
 
 # Never written to a run folder, a card or W&B.
 SECRETS = ("hub_token",)
@@ -185,6 +253,8 @@ def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None) -> tu
 
 def run_script(main: Callable, types: Sequence[type]) -> None:
     """Call a script's `main` with its parsed configs; what the user got wrong ends in a sentence, not a traceback."""
+    # What libraries deprecate is for those who write code, not for those who run it.
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         main(*parse_recipe(types))
     except UserError as error:
@@ -200,6 +270,8 @@ def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
             value = getattr(config, f.name)
             if f.init and f.name not in SECRETS and value != defaults.get(f.name, MISSING):
                 resolved[f.name] = value.value if isinstance(value, Enum) else value
+    if "precision" in resolved:  # says what TRL's two flags say
+        resolved = {key: value for key, value in resolved.items() if key not in ("bf16", "fp16")}
     return resolved
 
 
@@ -252,15 +324,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _parse(types: Sequence[type], argv: list[str]) -> tuple:
     parser = _Parser(list(types), allow_abbrev=False)
-    # TRL's default is bf16 on every machine, and stops where there is no GPU unless it is told so.
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    for name, value in {"bf16": _has_native_bf16(), "use_cpu": not torch.accelerator.is_available()}.items():
-        if f"--{name}" in actions:
-            parser.set_defaults(**{name: value})
+    if "--use_cpu" in actions:  # TRL stops where there is no GPU unless it is told so
+        parser.set_defaults(use_cpu=not torch.accelerator.is_available())
     argv, config_path = _take_config_flag(argv)
     tokens = []
     if config_path is not None:
-        recipe = _read_yaml(config_path)
+        recipe = read_yaml(config_path)
         try:
             for key, value in recipe.items():
                 tokens += _as_flags(str(key), value, actions)
@@ -271,15 +341,23 @@ def _parse(types: Sequence[type], argv: list[str]) -> tuple:
     for token in argv:
         if token.startswith("--"):
             _check_known(token.split("=")[0], actions)
-    return _run(parser, [*tokens, *argv])
+    tokens += argv
+    if "--bf16" in actions:
+        tokens += _precision_flags(parser.parse_args(tokens))
+    return _run(parser, tokens)
 
 
-def _has_native_bf16() -> bool:
-    """Whether bf16 is fast here, on GPU or CPU; `torch.cuda.is_bf16_supported()` also counts slow emulation."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+def _precision_flags(said: argparse.Namespace) -> list[str]:
+    """The flags of the precision chosen. TRL's two say the same as ours; its own default is bf16 on every machine."""
+    wanted = getattr(said, "precision", "auto")
+    flag = "bf16" if said.bf16 else "fp16" if said.fp16 else "fp32" if said.bf16 is False else None
+    if flag is not None:
+        if wanted not in ("auto", flag):
+            raise RecipeError(f"precision is {wanted}, but bf16 and fp16 say {flag}; keep precision and remove them")
+        wanted = flag
+    chosen = choose_precision(wanted, torch.device("cpu") if said.use_cpu else default_device()).name
+    flags = [f"--bf16={chosen == 'bf16'}", f"--fp16={chosen == 'fp16'}"]
+    return [*flags, f"--precision={chosen}"] if hasattr(said, "precision") else flags
 
 
 def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
@@ -296,11 +374,12 @@ def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
     return rest, path
 
 
-def _read_yaml(path: Path) -> dict[str, object]:
+def read_yaml(path: Path) -> dict[str, object]:
+    """The keys of a YAML file, each of which may stand there once."""
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except OSError as error:
-        raise RecipeError(f"--config {path}: {error.strerror}") from error
+        raise RecipeError(f"{path}: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     except RecipeError as error:

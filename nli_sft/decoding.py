@@ -109,14 +109,15 @@ def generate_labels(
     """Constrained greedy generation: the label id said for each prompt."""
     input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        prefix_allowed_tokens_fn=allowed_tokens(answers, input_ids.shape[1], end),
-        max_new_tokens=max(map(len, answers)),
-        pad_token_id=tokenizer.pad_token_id,
-        **GREEDY,
-    )
+    with trie.exact_logits(model):
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            prefix_allowed_tokens_fn=allowed_tokens(answers, input_ids.shape[1], end),
+            max_new_tokens=max(map(len, answers)),
+            pad_token_id=tokenizer.pad_token_id,
+            **GREEDY,
+        )
     said = output[:, input_ids.shape[1] :].tolist()
     return [next(label for label, answer in enumerate(answers) if row[: len(answer)] == answer) for row in said]
 
@@ -130,6 +131,7 @@ def score_prompts(
     batch_size: int,
     max_row_tokens: int | None,
     progress: str | None = None,
+    gold: list[int] | None = None,
 ) -> LabelScores:
     """Score any number of prompts and return the scores in the order given.
 
@@ -139,14 +141,16 @@ def score_prompts(
         batch_size: prompts a forward pass, at first.
         max_row_tokens: the longest row of a trie, or `None` for padded batches.
         progress: the text before a progress bar; no bar without it.
+        gold: the right labels, for the accuracy so far on that bar.
     """
     if max_row_tokens is None:
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     else:
         order = sorted(range(len(prompts)), key=prompts.__getitem__)  # prompts that share a premise stand together
     log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
-    done = 0
-    with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None) as bar:
+    done = right = 0
+    # leave=None: a bar within another one is gone when it is done.
+    with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None, leave=None) as bar:
         while done < len(order):
             batch = order[done : done + batch_size]
             chosen = [prompts[index] for index in batch]
@@ -163,6 +167,10 @@ def score_prompts(
                 logger.info("out of memory: scoring goes on with %d prompts a batch", batch_size)
                 continue
             done += len(batch)
+            if gold is not None:
+                said = LabelScores.from_token_log_probs(log_probs[batch], answers).choice.tolist()
+                right += sum(label == gold[index] for label, index in zip(said, batch, strict=True))
+                bar.set_postfix(accuracy=f"{right / done:.1%}", refresh=False)
             bar.update(len(batch))
     return LabelScores.from_token_log_probs(log_probs, answers)
 
@@ -172,9 +180,11 @@ def score_trie(
     model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int
 ) -> torch.Tensor:
     """What `score_padded` returns, from one pass over a trie of all prompts with all answers below each."""
-    batch = trie.pack_scoring(prompts, answers, max_row_tokens)
+    # A pair longer than a row gets rows of its own length, in this batch alone.
+    longest = max(map(len, prompts)) + max(map(len, answers)) - 1
+    batch = trie.pack_scoring(prompts, answers, max(max_row_tokens, longest))
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    with trie.logits_at(model, batch["predict"]):
+    with trie.exact_logits(model, batch["predict"]):
         logits = model(**trie.model_inputs(model, batch), use_cache=False).logits[0]
     return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"]).cpu()
 
@@ -205,7 +215,7 @@ def score_padded(
                 flat.append(row * width + width - 1 - len(paths[path]) + step)
                 targets.append(token)
                 where.append((index, label, step))
-    with trie.logits_at(model, torch.tensor(flat, device=model.device)):
+    with trie.exact_logits(model, torch.tensor(flat, device=model.device)):
         logits = model(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),

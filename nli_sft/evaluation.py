@@ -1,7 +1,9 @@
 """Judge a run: the predictions of base, tuned model and controls, pair by pair, and what they add up to."""
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,40 +15,91 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from . import metrics, trie
+from . import UserError, metrics, trie
+from .calibration import apply_temperature, fit_temperature
 from .configs import BatchConfig
 from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts
 from .labels import LABELS, to_two_way
 from .models import load_model, load_run, load_tokenizer
 from .prompts import PromptEncoder
+from .robustness import label_orders, prompt_choices, sensitivity, set_figures
 from .runs import HYPOTHESIS_ONLY, read_run, write_json
-from .sources import EvaluationSet
+from .sources import EvaluationSet, subsample
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Pairs that are put to a model with one prompt.
+
+    Attributes:
+        free_samples: how many of them, evenly spaced, are also answered without constraints.
+    """
+
+    name: str
+    pairs: Dataset
+    encoder: PromptEncoder
+    free_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How far answers hang on the way of asking: on how many pairs of the first set that is looked at.
+
+    Attributes:
+        label_order_pairs: asked with the labels listed in all six orders.
+        prompt_pairs: asked with every built-in prompt.
+    """
+
+    label_order_pairs: int = 0
+    prompt_pairs: int = 0
 
 
 def predict(
     model: PreTrainedModel,
-    encoder: PromptEncoder,
-    pairs: Dataset,
+    asked: Sequence[Asked],
     *,
     batch_size: int,
     batch_args: BatchConfig,
     progress: str | None = None,
-) -> LabelScores:
-    """Score every pair, each process its share; all processes return the scores of all pairs, in order."""
+) -> list[LabelScores]:
+    """Score all pairs of all sets in one pass: what their prompts share is computed once.
+
+    Each process takes its share; all processes return the scores of all pairs, in order.
+
+    Raises:
+        ValueError: if the encoders do not answer with the same tokens.
+    """
     state = PartialState()
-    share = pairs.select(range(state.process_index, len(pairs), state.num_processes))
-    prompts = encoder.encode(share["premise"], share["hypothesis"])
-    longest = max(map(len, prompts), default=0) + max(map(len, encoder.answers))
+    answers = asked[0].encoder.answers
+    if any(one.encoder.answers != answers for one in asked):
+        raise ValueError("sets of one pass must have the same answers")
+    prompts, total = [], 0
+    for one in asked:
+        # Of all pairs of all sets, a process takes every `num_processes`-th.
+        share = range((state.process_index - total) % state.num_processes, len(one.pairs), state.num_processes)
+        own = one.pairs.select(share)
+        prompts += one.encoder.encode(own["premise"], own["hypothesis"])
+        total += len(one.pairs)
+    longest = max(map(len, prompts), default=0) + max(map(len, answers))
+    encoder = asked[0].encoder
+    row_tokens = trie.row_tokens(
+        batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
+    )
     own = score_prompts(
         model,
         prompts,
-        encoder.answers,
-        encoder.tokenizer.pad_token_id,
+        answers,
+        asked[0].encoder.tokenizer.pad_token_id,
         batch_size=batch_size,
-        max_row_tokens=trie.row_tokens(batch_args.batching, batch_args.max_row_tokens, model.config, longest),
+        max_row_tokens=row_tokens,
         progress=progress if state.is_local_main_process else None,
     )
-    return gather_scores(own, len(pairs), state.process_index, state.num_processes)
+    scores = gather_scores(own, total, state.process_index, state.num_processes)
+    ends = np.cumsum([len(one.pairs) for one in asked]).tolist()
+    return [
+        LabelScores(*(values[start:end] for values in vars(scores).values()))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
 
 
 def free_generation(
@@ -95,25 +148,37 @@ def judge(
     batch_args: BatchConfig,
     free_samples: int = 0,
 ) -> tuple[LabelScores, dict[str, object]]:
-    """Scores and metrics of one model, called `name` on the progress bar.
+    """Scores and metrics of one model, called `name` on the progress bar, on one set."""
+    asked = [Asked(name, pairs, encoder, free_samples)]
+    return judge_all(model, asked, name=name, batch_size=batch_size, batch_args=batch_args)[0]
 
-    Args:
-        free_samples: how many pairs, evenly spaced, are also answered without constraints.
+
+def judge_all(
+    model: PreTrainedModel, asked: Sequence[Asked], *, name: str, batch_size: int, batch_args: BatchConfig
+) -> list[tuple[LabelScores, dict[str, object]]]:
+    """Scores and metrics of one model on each set, from one pass over all of them.
+
+    `pairs_per_second` is that of the pass, and `seconds` are divided among the sets accordingly.
     """
     start = time.perf_counter()
-    scores = predict(model, encoder, pairs, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
-    seconds = time.perf_counter() - start
-    result = metrics.compute(
-        gold=pairs["label"],
-        predicted=scores.choice.numpy(),
-        probabilities=scores.log_probs.exp().numpy(),
-        mass=scores.mass.numpy(),
-        label_names=pairs.features["label"].names,
-    )
-    if free_samples and PartialState().is_main_process:
-        sample = pairs.select(np.linspace(0, len(pairs) - 1, min(free_samples, len(pairs))).astype(int))
-        result["free_generation"] = free_generation(model, encoder, sample, batch_size=batch_size)
-    return scores, result | {"seconds": seconds, "pairs_per_second": len(pairs) / seconds}
+    scored = predict(model, asked, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
+    speed = sum(len(one.pairs) for one in asked) / (time.perf_counter() - start)
+    judged = []
+    for one, scores in zip(asked, scored, strict=True):
+        names = one.pairs.features["label"].names
+        gold, predicted = np.array(one.pairs["label"]), scores.choice.numpy()
+        probabilities = scores.log_probs.exp().numpy()
+        result = metrics.compute(gold, predicted, probabilities, scores.mass.numpy(), names)
+        right = np.array([to_two_way(label) for label in predicted]) == gold if len(names) == 2 else predicted == gold
+        pairs = one.pairs.to_pandas()
+        pairs["label"] = [names[label] for label in gold]
+        result |= set_figures(pairs, right, probabilities)
+        if one.free_samples and PartialState().is_main_process:
+            spaced = np.linspace(0, len(pairs) - 1, min(one.free_samples, len(pairs))).astype(int)
+            sample = one.pairs.select(spaced)
+            result["free_generation"] = free_generation(model, one.encoder, sample, batch_size=batch_size)
+        judged.append((scores, result | {"seconds": len(pairs) / speed, "pairs_per_second": speed}))
+    return judged
 
 
 def judge_run(
@@ -124,42 +189,103 @@ def judge_run(
     batch_size: int,
     batch_args: BatchConfig,
     free_samples: int,
+    calibration_pairs: Dataset | None = None,
+    checks: Checks | None = None,
     trust_remote_code: bool = False,
 ) -> list[dict[str, tuple[LabelScores, dict[str, object]]]]:
     """Judge everything that tells whether a run worked, on each set: scores and metrics by model.
 
     - `base` and `tuned`, with the same prompt. With an adapter one model serves both, the base being what is left when
       the adapter is switched off. A full model is judged first, then given up for its base: memory never holds two.
-    - On the first set also `shuffled`, the tuned model with every premise exchanged for another, and
-      `hypothesis_only`, the control run in the folder of that name, where there is one: neither can know the answer.
+    - `hypothesis_only`, the control run in the folder of that name, where there is one, and on the first set
+      `shuffled`, the tuned model with every premise exchanged for another: neither can know the answer.
+
+    Each model passes over all sets at once. On the first set the results of `base` and `tuned` also hold what `checks`
+    ask for, `label_orders` and `prompts` (see `robustness.sensitivity`).
+
+    Args:
+        calibration_pairs: three-way pairs that no set holds. From them each model's temperature is fitted, and its
+            results hold `calibrated`, the figures of calibration with that `temperature`.
     """
-    first, results = sets[0], [{} for _ in sets]
+    results = [{} for _ in sets]
     options = {"batch_size": batch_size, "batch_args": batch_args}
 
+    def ask(model: PreTrainedModel, encoder: PromptEncoder, name: str, free_samples: int, checks: Checks | None):
+        first = sets[0].pairs
+        asked = [Asked(str(one), one.pairs, encoder, free_samples) for one in sets]
+        beside = {}
+        if calibration_pairs is not None:
+            beside["calibration"] = Asked("calibration", calibration_pairs, encoder)
+        if name == "tuned" and encoder.prompt.reads_premise:
+            beside["shuffled"] = Asked("premises exchanged", exchange_premises(first), encoder)
+        variants, refused = _variants(encoder, first, checks) if checks is not None else ({}, {})
+        judged = judge_all(model, [*asked, *beside.values(), *variants.values()], name=name, **options)
+        for result, one in zip(results, judged, strict=False):
+            result[name] = one
+        judged_beside = dict(zip([*beside, *variants], judged[len(asked) :], strict=True))
+        if "shuffled" in beside:
+            results[0]["shuffled"] = judged_beside["shuffled"]
+        if calibration_pairs is not None:
+            gold = np.array(calibration_pairs["label"])
+            temperature = fit_temperature(judged_beside["calibration"][0].log_probs.double().numpy(), gold)
+            for one, result in zip(sets, results, strict=True):
+                result[name][1]["calibrated"] = _calibrated(result[name][0], one.pairs, temperature, len(gold))
+        for check in ("label_orders", "prompts"):
+            ways = {way: judged_beside[check_, way] for check_, way in variants if check_ == check}
+            if ways:
+                told = sensitivity(
+                    {way: result["accuracy"] for way, (_, result) in ways.items()},
+                    [scores.choice.numpy() for scores, _ in ways.values()],
+                )
+                results[0][name][1][check] = told | {"refused": refused.get(check, {})}
+
     model, encoder = load_run(run, model_args, trust_remote_code), load_encoder(run, trust_remote_code)
-    for index, one in enumerate(sets):
-        results[index]["tuned"] = judge(
-            model, encoder, one.pairs, name=f"tuned, {one}", free_samples=free_samples, **options
-        )
-    if encoder.prompt.reads_premise:
-        shuffled = exchange_premises(first.pairs)
-        results[0]["shuffled"] = judge(model, encoder, shuffled, name=f"tuned, premises exchanged, {first}", **options)
+    if not encoder.prompt.reads_premise:
+        checks = None  # other prompts would show the model what it never saw
+    ask(model, encoder, "tuned", free_samples, checks)
 
     if isinstance(model, PeftModel):
         base_is_on = model.disable_adapter()
     else:
         model, base_is_on = load_model(model_args, trust_remote_code).to(PartialState().device).eval(), nullcontext()
     with base_is_on:
-        for index, one in enumerate(sets):
-            results[index]["base"] = judge(
-                model, encoder, one.pairs, name=f"base, {one}", free_samples=free_samples, **options
-            )
+        ask(model, encoder, "base", free_samples, checks)
 
     control = Path(run) / HYPOTHESIS_ONLY
     if control.is_dir():
         model, encoder = load_run(control, model_args, trust_remote_code), load_encoder(control, trust_remote_code)
-        results[0][HYPOTHESIS_ONLY] = judge(model, encoder, first.pairs, name=f"hypothesis only, {first}", **options)
+        ask(model, encoder, HYPOTHESIS_ONLY, 0, None)
     return results
+
+
+def _variants(
+    encoder: PromptEncoder, pairs: Dataset, checks: Checks
+) -> tuple[dict[tuple[str, str], Asked], dict[str, dict[str, str]]]:
+    """The ways of asking that are compared, {(check, way): asked}, and those that cannot be, {check: {way: why}}."""
+    variants, refused = {}, {}
+    for check, n, prompts in (
+        ("label_orders", checks.label_order_pairs, label_orders(encoder.prompt)),
+        ("prompts", checks.prompt_pairs, prompt_choices(encoder.prompt)),
+    ):
+        sample = subsample(pairs, n, seed=0) if n else None
+        for way, prompt in prompts.items() if n else ():
+            try:
+                other = PromptEncoder(prompt, encoder.tokenizer, train_on_end=encoder.train_on_end)
+                if other.answers != encoder.answers:
+                    raise UserError("its answers are other tokens")
+            except UserError as error:  # chat templates refuse some prompts
+                refused.setdefault(check, {})[way] = str(error)
+                continue
+            variants[check, way] = Asked(f"{check}: {way}", sample, other)
+    return variants, refused
+
+
+def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_on: int) -> dict[str, object]:
+    probabilities = apply_temperature(scores.log_probs.numpy(), temperature)
+    names = pairs.features["label"].names
+    figures = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)
+    kept = ("nll", "brier", "ece", "mean_confidence", "reliability")
+    return {"temperature": temperature, "fitted_on_pairs": fitted_on} | {key: figures[key] for key in kept}
 
 
 def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:

@@ -45,6 +45,7 @@ from . import UserError
 from .comparison import compare, headline
 from .evaluation import load_encoder
 from .labels import LABELS, TWO_WAY_LABELS, to_two_way
+from .models import locate_model
 from .prompts import Prompt, PromptEncoder, load_prompt
 from .runs import read_run, versions
 
@@ -66,7 +67,7 @@ MODEL_FILES = (
     "chat_template.jinja",
 )
 RUN_FILES = ("prompt.json", "recipe.yaml", "run.json", "parity.json")
-RESULT_FILES = ("eval/*/metrics.json", "report.html", "report.md", "figures/*")
+RESULT_FILES = ("eval/*/metrics.json", "eval/*.json", "report.html", "report.md", "figures/*")
 
 # Of sources whose own page cannot be read.
 KNOWN_LICENSES = {"stanfordnlp/snli": "cc-by-sa-4.0"}
@@ -141,10 +142,11 @@ def push(args: PushConfig) -> str:
             f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first, or push it with "
             f"--without_results"
         )
-    if "adapter_config.json" in files and Path(base).exists():
+    if "adapter_config.json" in files and Path(locate_model(base)).exists():
         raise UserError(
-            f"{folder}: its base model {base} is a folder of this machine, so nobody could load the adapter; push the "
-            f"base and name it with --base_model, or merge it in with recipes/export.py and push that"
+            f"{folder}: its base model {locate_model(base)} is a folder of this machine, so nobody could load the "
+            f"adapter; push the base and name it with --base_model, or merge it in with recipes/export.py and push "
+            f"that"
         )
     api = HfApi()
     with _explained(args.hub_model_id):
@@ -265,7 +267,7 @@ def model_card(
     encoder = load_encoder(folder)
     tokenizer = encoder.tokenizer
     base = base_model or recipe["model_name_or_path"]
-    base_id = None if Path(base).exists() else base
+    base_id = None if Path(locate_model(base)).exists() else base
     dataset = recipe["dataset_name"]
     dataset_id = dataset if _is_hub_id(dataset) else None
     base_license = _stated_license(base_id, "model")

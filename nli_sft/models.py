@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, get_quantization_config
 
 from . import UserError
+from .scenes import BASE_MODEL, SCENES
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
     """
     total = trainable = stored = 0
     for parameter in model.parameters():  # tied weights are given once
-        elements = parameter.numel()
+        elements = getattr(parameter, "ds_numel", parameter.numel())  # of which ZeRO-3 leaves each process a part
         if type(parameter).__name__ == "Params4bit":
             per_element = 2 * parameter.quant_storage.itemsize
             weights = elements * per_element if parameter.bnb_quantized else elements
@@ -61,6 +62,11 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
         total += weights
         trainable += weights if parameter.requires_grad else 0
     return ParameterCounts(total, trainable, stored)
+
+
+def locate_model(name: str) -> str:
+    """What transformers loads: for `scenes` the folder of the base that comes with this package, else the name."""
+    return str(BASE_MODEL) if name == SCENES else name
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -77,13 +83,14 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
 
 
 def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The base model of a recipe on this process's device, quantised if the recipe says so."""
+    """The base model of a recipe on this process's device, quantised if the recipe says so. Safetensors only."""
     quantization = get_quantization_config(args)
     model = _from_pretrained(
         AutoModelForCausalLM,
         args.model_name_or_path,
         revision=args.model_revision,
         trust_remote_code=trust_remote_code,
+        use_safetensors=True,  # a pickle can run code when it is loaded
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
         quantization_config=quantization,
@@ -94,9 +101,15 @@ def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrained
 
 
 def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The tuned model of a run folder: its adapter on its base, or the full model, ready for evaluation."""
+    """The tuned model of a run folder: its adapter on its base, or the full model, ready for evaluation.
+
+    Raises:
+        UserError: if the weights are not there as safetensors.
+    """
     path = Path(path)
     if (path / "adapter_config.json").is_file():
+        if not (path / "adapter_model.safetensors").is_file():  # PEFT would fall back on a pickle
+            raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not read")
         base = load_model(model_args, trust_remote_code)
         model = PeftModel.from_pretrained(base, path, config=PeftConfig.from_pretrained(path))
     else:
@@ -105,14 +118,15 @@ def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool 
                 model_name_or_path=str(path),
                 dtype=model_args.dtype,
                 attn_implementation=model_args.attn_implementation,
-            )
+            ),
+            trust_remote_code,
         )
     return model.to(PartialState().device).eval()
 
 
 def _from_pretrained(auto_class: type, name: str, **arguments):
     try:
-        return auto_class.from_pretrained(name, **arguments)
+        return auto_class.from_pretrained(locate_model(name), **arguments)
     except (OSError, ValueError) as error:
         # transformers explains at length; the first line says what was not found, or what is missing.
         what = "tokenizer" if auto_class is AutoTokenizer else "model"

@@ -10,10 +10,12 @@ another text than it was trained on. What an encoder guarantees, and checks on e
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import yaml
@@ -145,6 +147,7 @@ class PromptEncoder:
     Attributes:
         frame (`str`): the whole prompt as text, special tokens included, with `{premise}` and `{hypothesis}` open.
         answers (`list[list[int]]`): the token ids that answer with each label, in the order of `LABELS`.
+        answer_texts (`list[str]`): the same as text, what stands before and after the label word included.
         is_chat (`bool`): whether the tokenizer's chat template was used, rather than `Instruct: … Output:` (the form
             that Phi-2 was trained on, and a fair one for any base model without a template).
 
@@ -162,11 +165,12 @@ class PromptEncoder:
     def __init__(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, train_on_end: bool = False):
         self.prompt = prompt
         self.tokenizer = tokenizer
+        self.train_on_end = train_on_end
         self.is_chat = tokenizer.chat_template is not None
         self.frame, answers, end = _chat_frame(prompt, tokenizer) if self.is_chat else _plain_frame(prompt, tokenizer)
         if train_on_end and not end:
             raise UserError("train_on_end: this tokenizer has no end-of-sequence token to train on")
-        self._answer_texts = [answer + end if train_on_end else answer for answer in answers]
+        self.answer_texts = [answer + end if train_on_end else answer for answer in answers]
         # A template writes its own beginning-of-sequence token; plain text leaves it to the tokenizer.
         self._prefix = [] if self.is_chat else _beginning(tokenizer)
         self._data_must_not_hold = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or r"(?!)")
@@ -185,6 +189,8 @@ class PromptEncoder:
     ) -> Dataset:
         """Rows for TRL: `input_ids` = prompt + answer, `labels` = -100 on the prompt and the ids of the answer.
 
+        The premise stays with them, for samplers that group by it.
+
         Args:
             pairs: three-way pairs as `sources.load_pairs` gives them.
             max_length: the longest row allowed, in tokens.
@@ -195,7 +201,8 @@ class PromptEncoder:
         """
         if pairs.features["label"].names != list(LABELS):
             raise UserError(f"training needs the three labels {', '.join(LABELS)}; this set has two")
-        rows = pairs.map(self._encode_batch, batched=True, remove_columns=pairs.column_names, desc="Tokenizing")
+        unused = [name for name in pairs.column_names if name != "premise"]
+        rows = pairs.map(self._encode_batch, batched=True, remove_columns=unused, desc="Tokenizing")
         if max_length is None:
             return rows
         too_long = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
@@ -209,6 +216,13 @@ class PromptEncoder:
         if dropped is not None:
             dropped["too_long"] += len(too_long)
         return rows.select(sorted(set(range(len(rows))) - set(too_long))) if too_long else rows
+
+    @cached_property
+    def instruction_tokens(self) -> int:
+        """How many tokens all prompts begin with, whatever the pair."""
+        return len(
+            os.path.commonprefix(self.encode(["A dog runs.", "2 men sing"], ["Animals move.", "nobody's here"]))
+        )
 
     def marked_example(self, pair: dict) -> Text:
         """One training row as text, the supervised tokens marked: what the loss sees, at a glance."""
@@ -236,7 +250,7 @@ class PromptEncoder:
         # Two probes of different shapes; encode_rows repeats the check on every row that it makes.
         probes = [self.text("A dog runs.", "An animal moves."), self.text("2 men (in red) sing", "nobody's here!")]
         answers = []
-        for word, text in zip(self.prompt.label_words, self._answer_texts, strict=True):
+        for word, text in zip(self.prompt.label_words, self.answer_texts, strict=True):
             prompt, other_prompt, full, other_full = self._tokenize([*probes, *(probe + text for probe in probes)])
             answer, other = full[len(prompt) :], other_full[len(other_prompt) :]
             if full[: len(prompt)] != prompt or answer != other or not answer:
@@ -257,7 +271,7 @@ class PromptEncoder:
         texts = self._texts(batch["premise"], batch["hypothesis"])
         prompts = self._tokenize(texts)
         full = self._tokenize(
-            [text + self._answer_texts[label] for text, label in zip(texts, batch["label"], strict=True)]
+            [text + self.answer_texts[label] for text, label in zip(texts, batch["label"], strict=True)]
         )
         for uid, label, prompt, row in zip(batch["uid"], batch["label"], prompts, full, strict=True):
             if row != prompt + self.answers[label]:

@@ -11,6 +11,7 @@ outputs/<model>-<method>/
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -70,7 +71,8 @@ def evaluation_folder(path: str | Path, source: str, split: str) -> Path:
     name = Path(source).name
     for suffix in (".gz", ".jsonl", ".csv", ".tsv", ".parquet"):
         name = name.removesuffix(suffix)
-    return Path(path) / "eval" / f"{name}-{split}"
+    # Whatever they are called, the folder is one below the run's: names may come from a recipe of somebody else.
+    return Path(path) / "eval" / re.sub(r"[^\w.+-]", "-", f"{name}-{split}")
 
 
 def versions() -> dict[str, str]:

@@ -95,7 +95,8 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
     """The members of every slice: {(family, name, where): (n,) booleans}.
 
     Args:
-        pairs: premise, hypothesis, label (a name), and what else the source tells: hard, agreement, subset, rule.
+        pairs: premise, hypothesis, label (a name), and what else the source tells: hard, agreement, subset,
+            genre, rule.
     """
     premise_words = [set(words(text)) for text in pairs["premise"]]
     hypothesis_words = [words(text) for text in pairs["hypothesis"]]
@@ -138,7 +139,7 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
         ("Person words", "any (person, people)", "the hypothesis says person, people or the like"): anybody,
         ("Person words", "none", "the hypothesis has no word for a person"): ~kind & ~anybody,
     }
-    return label_slices | text_slices | _told_by_source(pairs)
+    return label_slices | text_slices | told_by_source(pairs)
 
 
 def _is_negation(word: str) -> bool:
@@ -149,16 +150,20 @@ def _is_number(word: str) -> bool:
     return word in NUMBERS or word.isdigit()
 
 
-def _told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+def told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+    """The slices of `describe` that come from what the source says of its pairs."""
     members = {}
     if "hard" in pairs:
         hard = pairs["hard"].eq(True).to_numpy()
         members[("Difficulty", "hard", "the pair belongs to the hard subset")] = hard
-    for column, family in (("agreement", "Annotators agreeing"), ("subset", "Subset"), ("rule", "Rule")):
-        values = sorted(set(pairs[column].dropna())) if column in pairs else []
-        for value in values:
-            where = f"the {family.lower()} is {value}"
-            members[(family, str(value), where)] = (pairs[column] == value).to_numpy()
+    for column, family, where in (
+        ("agreement", "Annotators agreeing", "the gold label is that of {} of the annotators"),
+        ("subset", "Subset", "the subset is {}"),
+        ("genre", "Genre", "the genre is {}"),
+        ("rule", "Rule", "the rule is {}"),
+    ):
+        for value in sorted(set(pairs[column].dropna())) if column in pairs else []:
+            members[(family, str(value), where.format(value))] = (pairs[column] == value).to_numpy()
     # HANS means something only by subset and label: who always answers the same is right on half of every subset.
     if "subset" in pairs and set(pairs["label"]) == set(TWO_WAY_LABELS):
         for value, label in product(sorted(set(pairs["subset"].dropna())), TWO_WAY_LABELS):

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,33 +21,71 @@ from typing import TextIO
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, Value, get_dataset_split_names, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+)
 
 from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
 from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
-from .scenes import generate_pairs
+from .scenes import SCENES, generate_pairs
 
 logger = logging.getLogger(__name__)
 
-SCENES = "scenes"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
 
-# The names under which the usual NLI sets keep our columns; the first one that a set has is taken.
+# The names under which the usual NLI sets keep our columns (SNLI, MNLI, ANLI, SICK, HANS, Breaking NLI, ChaosNLI, and
+# the benchmarks made of them); the first one that a set has is taken. A dot stands before a column inside another.
 COLUMN_NAMES = {
-    "premise": ("premise", "sentence1", "context", "sentence_A"),
-    "hypothesis": ("hypothesis", "sentence2", "sentence_B"),
-    "label": ("gold_label", "label", "entailment_label", "entailment_judgment"),
+    "premise": ("premise", "sentence1", "context", "sentence_A", "example.premise"),
+    "hypothesis": ("hypothesis", "sentence2", "sentence_B", "example.hypothesis"),
+    "label": ("gold_label", "label", "majority_label", "entailment_label", "entailment_judgment"),
     "uid": ("uid", "pairID", "pair_ID", "id"),
 }
-# Columns that name a slice of pairs are kept where a source has them.
-SLICE_COLUMNS = {"hard": Value("bool"), "subset": Value("string"), "subcase": Value("string"), "rule": Value("string")}
+# Columns that name a slice of pairs are kept where a source has them, under any of these names.
+SLICE_NAMES = {
+    "hard": ("hard",),
+    "subset": ("subset", "heuristic", "category"),
+    "genre": ("genre",),
+    "subcase": ("subcase",),
+    "rule": ("rule",),
+    "edit_of": ("edit_of",),
+}
+# What single annotators said: how many gave each label, in the order of LABELS, or the labels that they gave.
+COUNT_NAMES = ("label_counts", "label_count")
+ANNOTATOR_NAMES = ("annotator_labels", "label1", "label2", "label3", "label4", "label5")
+
+# All that a pair may carry beside uid, premise, hypothesis and label.
+EXTRA_COLUMNS = {
+    "hard": Value("bool"),
+    **dict.fromkeys(("subset", "subcase", "genre", "rule"), Value("string")),
+    "edit_of": Value("string"),  # uid of the pair of which this one is a minimal edit
+    "label_counts": List(Value("int32")),  # (3,), annotators by label
+    "agreement": Value("string"),  # how many of them gave the gold label
+}
+
+# With fewer pairs a temperature says more of them than of the model.
+FEWEST_TO_CALIBRATE = 100
+
+# Single files that hold several splits name them in a column.
+SPLIT_COLUMNS = ("SemEval_set",)
 
 SPLIT_NAMES = {
     "train": ("train", "training"),
-    "validation": ("validation", "dev", "val", "valid"),
+    "validation": ("validation", "dev", "val", "valid", "trial"),
     "test": ("test",),
 }
+
+
+class SourceMissing(UserError):
+    """A source or split that is not there, on disk or on the Hub."""
 
 
 def load_pairs(
@@ -76,11 +115,12 @@ def load_pairs(
 
     Returns:
         `Dataset[uid, premise, hypothesis, label]` in the order of the source, `label` a `ClassLabel` over `LABELS`
-        (over `TWO_WAY_LABELS` for a set such as HANS), with the columns of `SLICE_COLUMNS` that the source has.
+        (over `TWO_WAY_LABELS` for a set such as HANS), with the columns of `EXTRA_COLUMNS` that the source has.
 
     Raises:
-        UserError: naming file (or Hub id) and row, for a row that cannot be used; or naming what was looked for,
-            where a column or split is missing.
+        SourceMissing: naming what was looked for, where the source or its split is not there.
+        UserError: naming file (or Hub id), row and column, for a row that cannot be used; or the columns that were
+            looked for.
     """
     path = Path(source).expanduser()
     if source == SCENES:
@@ -89,9 +129,12 @@ def load_pairs(
         files = _split_files(path, split)
         column_names = _file_columns(files[0])
         rows = ((f"{file.name} row {number}", row) for file in files for number, row in read_rows(file))
+        split_column = next((name for name in SPLIT_COLUMNS if name in column_names), None)
+        if split_column is not None and split is not None:
+            rows = _rows_of_split(rows, path, split_column, split)
         names = None
     elif _looks_like_path(source):
-        raise UserError(
+        raise SourceMissing(
             f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)})"
         )
     else:
@@ -111,21 +154,21 @@ def load_pairs(
 
 
 def pairs_dataset(pairs: dict[str, list]) -> Dataset:
-    """A `Dataset` with our column types from lists of uid, premise, hypothesis, label name, and any slice columns."""
+    """A `Dataset` with our column types from lists of uid, premise, hypothesis, label name, and any extra columns."""
     two_way = any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
     features = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
     features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else LABELS))
-    features |= {name: feature for name, feature in SLICE_COLUMNS.items() if name in pairs}
+    features |= {name: feature for name, feature in EXTRA_COLUMNS.items() if name in pairs}
     return Dataset.from_dict({name: pairs[name] for name in features}, features=Features(features))
 
 
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
-    """Whether `source` names a split of that kind. A single file is one split only."""
+    """Whether `source` names a split of that kind. A single file is one split, unless a column names several."""
     path = Path(source).expanduser()
     if source == SCENES:
         return True
     if path.is_file():
-        return False
+        return any(name in SPLIT_COLUMNS for name in _file_columns(path))
     if path.is_dir():
         return any(_is_split_file(file, split) for file in _data_files(path))
     names = get_dataset_split_names(source, config, revision=revision)
@@ -137,15 +180,10 @@ def load_train_and_validation(
 ) -> dict[str, Dataset]:
     """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
-    Where the source has no validation split, `args.validation_fraction` of the training premises is held out.
+    Where the source has no validation split, `args.validation_fraction` of the training premises is held out. Other
+    sources are mixed into the training pairs, and these are balanced, as the recipe says; validation stays as it is.
     """
-    options = {
-        "config": args.dataset_config,
-        "revision": args.dataset_revision,
-        "columns": args.columns(),
-        "label_spellings": args.label_spellings,
-        "dropped": dropped,
-    }
+    options = _options(args) | {"dropped": dropped}
     train = load_pairs(args.dataset_name, "train", **options)
     if has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
         validation = load_pairs(args.dataset_name, "validation", **options)
@@ -158,9 +196,66 @@ def load_train_and_validation(
         )
     if args.max_train_samples is not None:
         train = subsample(train, args.max_train_samples, seed)
+    if args.train_mix:
+        train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"]), dropped=dropped)
+    if args.balance is not None:
+        before = len(train)
+        train = balance_labels(train, seed) if args.balance == "label" else balance_premises(train, seed)
+        logger.info("balance: %s leaves out %s of %s training pairs", args.balance, before - len(train), before)
+        if dropped is not None:
+            dropped["left_out_for_balance"] += before - len(train)
     if args.max_eval_samples is not None:
         validation = subsample(validation, args.max_eval_samples, seed)
     return {"train": train, "validation": validation}
+
+
+def load_calibration_pairs(
+    args: EvalConfig, *, trained_on: TrainDataConfig, seed: int, sets: Iterable["EvaluationSet"]
+) -> Dataset | None:
+    """Validation pairs of a run's own source to fit a temperature on; `None`, with the reason logged, if it has none.
+
+    Premises that one of `sets` holds are left out: ChaosNLI, for one, was made from SNLI's validation split.
+
+    Args:
+        seed: that of the training, for a source whose validation pairs were held out from training.
+    """
+    if not args.calibration_pairs:
+        return None
+    try:
+        validation = _load_validation(trained_on, seed)
+    except SourceMissing as error:
+        logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
+        return None
+    judged = set().union(*(one.pairs["premise"] for one in sets))
+    premises = validation["premise"]
+    pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
+    if len(pairs) < FEWEST_TO_CALIBRATE:
+        logger.warning(
+            "no temperature is fitted: %d validation pairs of the run have premises that are not judged; it takes %d",
+            len(pairs),
+            FEWEST_TO_CALIBRATE,
+        )
+        return None
+    return subsample(pairs, args.calibration_pairs, seed)
+
+
+def _load_validation(args: TrainDataConfig, seed: int) -> Dataset:
+    """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
+    options = _options(args)
+    try:
+        return load_pairs(args.dataset_name, "validation", **options)
+    except SourceMissing:
+        return hold_out(load_pairs(args.dataset_name, "train", **options), args.validation_fraction, seed)[1]
+
+
+def _options(args: DataConfig) -> dict[str, object]:
+    """What `load_pairs` wants to know of a source beside its name and split."""
+    return {
+        "config": args.dataset_config,
+        "revision": args.dataset_revision,
+        "columns": args.columns(),
+        "label_spellings": args.label_spellings,
+    }
 
 
 @dataclass(frozen=True)
@@ -171,9 +266,11 @@ class EvaluationSet:
     split: str
     pairs: Dataset
     unlabelled: int  # pairs left out because annotators did not agree on a label
+    name: str | None = None  # in a suite
+    unlinked: int = 0  # edits left out because the pair that they were made of is not there
 
     def __str__(self) -> str:
-        return f"{Path(self.source).name} {self.split}"
+        return self.name or f"{Path(self.source).name} {self.split}"
 
 
 def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[EvaluationSet]:
@@ -195,18 +292,70 @@ def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) 
     whole = Path(data.dataset_name).expanduser().is_file() and is_given_file
     split = split or (None if whole else "test")
     dropped: Counter = Counter()
-    pairs = load_pairs(
-        data.dataset_name,
-        split,
-        config=data.dataset_config,
-        revision=data.dataset_revision,
-        columns=data.columns(),
-        label_spellings=data.label_spellings,
-        dropped=dropped,
-    )
+    pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
     if args.max_samples is not None:
         pairs = subsample(pairs, args.max_samples, args.seed)
     return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
+
+
+def mix(
+    pairs: Dataset, others: list[str], *, seed: int, held_out: set[str], dropped: Counter | None = None
+) -> Dataset:
+    """Add pairs of other sources to train on.
+
+    Args:
+        pairs: three-way pairs.
+        others: `source=weight`: so many pairs of that source's training split (or file) for each of `pairs`, taken by
+            `subsample`.
+        held_out: premises to leave out, those of validation; counted in `dropped["mixed_premise_in_validation"]`.
+
+    Returns:
+        uid, premise, hypothesis and label of all; the uids of others with their source before them.
+
+    Raises:
+        UserError: for an entry of another form, a two-way source, or one with too few pairs.
+    """
+    columns = ["uid", "premise", "hypothesis", "label"]
+    parts = [pairs.select_columns(columns)]
+    for entry in others:
+        source, _, weight = entry.rpartition("=")
+        try:
+            n = round(float(weight) * len(pairs))
+        except ValueError:
+            n = 0
+        if not source or n < 1:
+            raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {SCENES}=0.25")
+        other = load_pairs(source, "train", dropped=dropped)
+        if other.features["label"].num_classes != len(LABELS):
+            raise UserError(f"train_mix: {source} has two labels, and training needs {', '.join(LABELS)}")
+        premises = other["premise"]
+        fresh = other.select([index for index, premise in enumerate(premises) if premise not in held_out])
+        if dropped is not None and len(fresh) < len(other):
+            dropped["mixed_premise_in_validation"] += len(other) - len(fresh)
+        if n > len(fresh):
+            raise UserError(
+                f"train_mix: {entry} asks for {n:,} pairs, and {source} has {len(fresh):,}; with {len(pairs):,} pairs "
+                f"of the run's own it can have a weight of {math.floor(1000 * len(fresh) / len(pairs)) / 1000}"
+            )
+        uids = [f"{Path(source).name}/{uid}" for uid in fresh["uid"]]
+        fresh = fresh.select_columns(columns[1:]).add_column("uid", uids).select_columns(columns)
+        parts.append(subsample(fresh, n, seed))
+    return concatenate_datasets(parts)
+
+
+def balance_labels(pairs: Dataset, seed: int) -> Dataset:
+    """As many pairs of each label as the rarest has, taken premise by premise in seeded order."""
+    counts = np.bincount(pairs["label"], minlength=pairs.features["label"].num_classes)
+    return _take(pairs, np.full_like(counts, counts.min()), seed)
+
+
+def balance_premises(pairs: Dataset, seed: int) -> Dataset:
+    """At most one pair of each label on each premise, so that no scene is told more often than others."""
+    kept: dict[tuple[str, int], int] = {}
+    premises, labels = pairs["premise"], pairs["label"]
+    for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
+        kept.setdefault((premises[index], labels[index]), index)
+    return pairs.select(sorted(kept.values()))
 
 
 def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
@@ -223,7 +372,12 @@ def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
     exact = n * counts / counts.sum()
     quotas = np.floor(exact).astype(int)
     quotas[np.argsort(quotas - exact, kind="stable")[: n - quotas.sum()]] += 1
-    chosen = []
+    return _take(pairs, quotas, seed)
+
+
+def _take(pairs: Dataset, quotas: np.ndarray, seed: int) -> Dataset:
+    """So many pairs of each label, premise by premise in seeded order."""
+    labels, quotas, chosen = np.asarray(pairs["label"]), quotas.copy(), []
     for index in _premise_order(pairs, seed):
         if quotas[labels[index]]:
             quotas[labels[index]] -= 1
@@ -256,7 +410,7 @@ def fingerprint(pairs: Dataset) -> str:
 def _generate_scenes(split: str | None) -> Dataset:
     name = next((name for name, names in SPLIT_NAMES.items() if split in names), None)
     if name is None:
-        raise UserError(f"{SCENES} has no split {split}; it has {', '.join(SPLIT_NAMES)}")
+        raise SourceMissing(f"{SCENES} has no split {split}; it has {', '.join(SPLIT_NAMES)}")
     rows = generate_pairs("dev" if name == "validation" else name)
     return pairs_dataset({column: [row[column] for row in rows] for column in rows[0]})
 
@@ -274,7 +428,10 @@ def _looks_like_path(source: str) -> bool:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    # SNLI and MNLI come with every split twice, as JSON lines and as text.
+    stems = {file.name.partition(".jsonl")[0] for file in files if ".jsonl" in file.name}
+    return [file for file in files if not (file.suffix == ".txt" and file.stem in stems)]
 
 
 def _is_split_file(file: Path, split: str) -> bool:
@@ -287,8 +444,9 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
-        if split not in (None, "train") and not _is_split_file(path, split):
-            raise UserError(
+        in_column = any(name in SPLIT_COLUMNS for name in _file_columns(path))
+        if split not in (None, "train") and not in_column and not _is_split_file(path, split):
+            raise SourceMissing(
                 f"{path} is a single file, so it has no {split} split; name another file for it, or a folder with "
                 f"train, validation and test files"
             )
@@ -299,7 +457,7 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
     chosen = [file for file in files if _is_split_file(file, split)]
     if not chosen:
         there = ", ".join(file.name for file in files) or f"no {', '.join(SUFFIXES)} file"
-        raise UserError(f"{path} has no file for split {split}; it has {there}")
+        raise SourceMissing(f"{path} has no file for split {split}; it has {there}")
     if len(chosen) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in chosen):
         raise UserError(
             f"{path}: {' and '.join(f.name for f in chosen)} could each be split {split}; keep one, or name a file"
@@ -307,9 +465,24 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
     return chosen
 
 
+def _rows_of_split(
+    rows: Iterator[tuple[str, dict]], path: Path, column: str, split: str
+) -> Iterator[tuple[str, dict]]:
+    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    there = set()
+    found = False
+    for where, row in rows:
+        there.add(row[column])
+        if str(row[column]).lower() in names:
+            found = True
+            yield where, row
+    if not found:
+        raise SourceMissing(f"{path} has no row of split {split}: its column {column} has {', '.join(sorted(there))}")
+
+
 def _csv_reader(file: Path, lines: Iterable[str]) -> csv.DictReader:
-    # Tab-separated NLI sets (SNLI, SICK, GLUE) do not quote: a lone " in a sentence is text.
-    is_tsv = file.suffix == ".tsv"
+    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text.
+    is_tsv = file.suffix in (".tsv", ".txt")
     return csv.DictReader(
         lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
     )
@@ -319,7 +492,7 @@ def _file_columns(file: Path) -> list[str]:
     """The columns of a file; of a .jsonl file, the keys of its first row."""
     if file.suffix == ".parquet":
         return pq.read_schema(file).names
-    if file.suffix in (".csv", ".tsv"):
+    if file.suffix in (".csv", ".tsv", ".txt"):
         with _reading(file) as lines:
             return list(_csv_reader(file, lines).fieldnames or [])
     _, first = next(read_rows(file), (0, {}))
@@ -333,7 +506,7 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
         yield from enumerate(rows, start=1)
         return
     with _reading(file) as lines:
-        if file.suffix in (".csv", ".tsv"):
+        if file.suffix in (".csv", ".tsv", ".txt"):
             reader = _csv_reader(file, lines)
             for row in reader:
                 if None in row or None in row.values():
@@ -376,13 +549,13 @@ def _load_from_hub(source: str, config: str | None, split: str | None, revision:
     try:
         there = get_dataset_split_names(source, config, revision=revision)
     except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
-        raise UserError(
+        raise SourceMissing(
             f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     chosen = next((name for name in names if name in there), None)
     if chosen is None:
-        raise UserError(f"{source} has no split {split}; it has {', '.join(there)}")
+        raise SourceMissing(f"{source} has no split {split}; it has {', '.join(there)}")
     return load_dataset(source, config, split=chosen, revision=revision)
 
 
@@ -396,16 +569,25 @@ def _find_columns(source: str, there: list[str], columns: dict[str, str] | None)
     found = {}
     for role, usual in COLUMN_NAMES.items():
         named = (columns or {}).get(role)
-        column = named or next((name for name in usual if name in there), None)
+        # Of a column inside another only the outer one is told by the heading; rows are checked for the inner one.
+        column = named or next((name for name in usual if name.partition(".")[0] in there), None)
         looked_for = named or ", ".join(usual)
-        if role != "uid" and (column is None or column not in there):
+        if role != "uid" and (column is None or column.partition(".")[0] not in there):
             raise UserError(
                 f"{source}: no {role} column (looked for {looked_for}); it has {', '.join(there)}; "
                 f"name it with {role}_column"
             )
-        if column in there:
+        if column is not None and column.partition(".")[0] in there:
             found[role] = column
     return found
+
+
+def _value(row: dict, column: str | None) -> object:
+    """The value of a column, or of one inside another, `example.premise`; `None` where a row has none."""
+    if column in row:
+        return row[column]
+    outer, _, inner = (column or "").partition(".")
+    return row[outer].get(inner) if inner and isinstance(row.get(outer), dict) else None
 
 
 def _check_rows(
@@ -417,43 +599,85 @@ def _check_rows(
 ) -> tuple[dict[str, list], int]:
     """Check every row; return lists by column (label as a name) and the number of rows without a label."""
     pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
-    slices: dict[str, list] = {}
+    extras: dict[str, list] = {}
     seen: Counter = Counter()
     unlabelled = 0
     two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else any(map(is_two_way_name, names or ()))
     for index, (where, row) in enumerate(rows):
-        label = row.get(columns["label"])
+        label = _value(row, columns["label"])
         if names is not None and isinstance(label, int) and label >= 0:
             label = names[label]
         two_way = two_way or is_two_way_name(label)
         try:
             label_id = parse_label(label, spellings, two_way)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{where}, column {columns['label']}: {error}") from None
         if label_id == UNLABELLED:
             unlabelled += 1
             continue
         for role in ("premise", "hypothesis"):
-            text = row.get(columns[role])
+            text = _value(row, columns[role])
             if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{where}: the {role} is {'missing' if text is None else repr(text)}; expected text")
+                raise UserError(
+                    f"{where}, column {columns[role]}: the {role} is {'missing' if text is None else repr(text)}; "
+                    f"expected text"
+                )
             pairs[role].append(text.strip())
-        uid = str(row.get(columns.get("uid"), "") or f"{uid_prefix}-{index + 1}")
+        uid = str(_value(row, columns.get("uid")) or f"{uid_prefix}-{index + 1}")
         seen[uid] += 1
         # Predictions of two models are joined by uid, so a repeated one is told apart by its count.
         pairs["uid"].append(uid if seen[uid] == 1 else f"{uid}#{seen[uid]}")
         pairs["label"].append((TWO_WAY_LABELS if two_way else LABELS)[label_id])
-        for name in SLICE_COLUMNS:
-            if row.get(name) is not None:
-                slices.setdefault(name, [None] * (len(pairs["uid"]) - 1))
-            if name in slices:
-                slices[name].append(_slice_value(name, row.get(name)))
+        extra = _slice_values(row)
+        if not two_way:
+            extra |= _annotators(where, row, label_id)
+        for name, value in extra.items():
+            if value is not None:
+                extras.setdefault(name, [None] * (len(pairs["uid"]) - 1))
+        for name, values in extras.items():
+            values.append(extra.get(name))
     if two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
         raise UserError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
-    return pairs | slices, unlabelled
+    return pairs | extras, unlabelled
 
 
-def _slice_value(name: str, value: object) -> str | bool | None:
-    if value is None or isinstance(value, bool):
-        return value
-    return str(value).strip().lower() in ("1", "true", "yes") if name == "hard" else str(value)
+def _slice_values(row: dict) -> dict[str, str | bool | None]:
+    values = {
+        name: next((row[n] for n in names if row.get(n) is not None), None) for name, names in SLICE_NAMES.items()
+    }
+    return {
+        name: str(value).strip().lower() in ("1", "true", "yes") if name == "hard" else str(value)
+        for name, value in values.items()
+        if value not in (None, "")
+    }
+
+
+def _annotators(where: str, row: dict, label: int) -> dict[str, object]:
+    """`label_counts` and `agreement` of a row on which more than one annotator gave a label; nothing of others."""
+    name = next((name for name in COUNT_NAMES if row.get(name) is not None), None)
+    if name is not None:
+        counts = row[name]
+        if len(counts) != len(LABELS) or not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise UserError(f"{where}, column {name}: {counts!r} is not one count a label ({', '.join(LABELS)})")
+        counts = list(counts)
+    else:
+        counts = [0] * len(LABELS)
+        for name in ANNOTATOR_NAMES:
+            given = row.get(name)
+            for value in given if isinstance(given, list) else [given]:
+                try:
+                    said = parse_label(value)
+                except UserError as error:
+                    raise UserError(f"{where}, column {name}: {error}") from None
+                if said != UNLABELLED:
+                    counts[said] += 1
+    if sum(counts) < 2:
+        return {}
+    return {"label_counts": counts, "agreement": agreement(counts[label] / sum(counts))}
+
+
+def agreement(share: float) -> str:
+    """The name of a slice by the share of annotators who gave the gold label, alike for 5 annotators and for 100."""
+    if share == 1:
+        return "all"
+    return "80 to 99 %" if share >= 0.8 else "60 to 79 %" if share >= 0.6 else "under 60 %"

@@ -1,23 +1,38 @@
 """`NLITrainer`: TRL's `SFTTrainer` on token tries, and with the number that its users want, label accuracy."""
 
-import torch
-from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTConfig, SFTTrainer
+import logging
+import math
+from contextlib import nullcontext
+from itertools import chain, repeat
 
-from . import metrics, trie
+import numpy as np
+import torch
+from accelerate import DistributedType
+from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig
+
+from . import UserError, metrics, trie
+from .checkpoints import ResumableTrainer
 from .configs import BatchConfig
-from .decoding import gather_scores, score_prompts
+from .decoding import LabelScores, gather_scores, score_prompts
+from .progress import TrainingBar
 from .prompts import PromptEncoder
 
+logger = logging.getLogger(__name__)
 
-class NLITrainer(SFTTrainer):
+
+class NLITrainer(ResumableTrainer):
     """Trains on rows of `PromptEncoder.encode_rows` and evaluates by constrained scoring.
 
     A batch of pairs is packed into the rows of a trie by the data loader's workers (`trie.py`). Batches, steps and the
-    loss are those of padded batches; only what is computed twice there is computed once.
+    loss are those of padded batches; only what is computed twice there is computed once. A batch of more tokens than
+    `max_batch_tokens` is passed forward and back in parts, with the same gradient: memory does not grow with it.
 
     Every evaluation reports `eval_loss` (mean negative log-likelihood of a gold answer's token, as in training) and
     `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass
@@ -26,7 +41,7 @@ class NLITrainer(SFTTrainer):
 
     Args:
         encoder: the encoder that made the rows.
-        batch_args: whether to pack tries, and how long their rows may be.
+        batch_args: whether to pack tries, how long their rows may be, and which pairs stand together in a batch.
         **kwargs: as for `SFTTrainer`.
     """
 
@@ -42,28 +57,152 @@ class NLITrainer(SFTTrainer):
     ):
         self.encoder = encoder
         longest = max(map(len, train_dataset["input_ids"]))
-        self.max_row_tokens = trie.row_tokens(batch_args.batching, batch_args.max_row_tokens, model.config, longest)
+        self.max_row_tokens = trie.row_tokens(
+            batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
+        )
+        if self.max_row_tokens is not None and args.label_smoothing_factor > 0:
+            raise UserError(
+                "label_smoothing_factor: smoothing takes the logits of whole batches, which tries do without; set "
+                "batching: padded, or leave it out"
+            )
         if self.max_row_tokens is not None:
-            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens)
+            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
+        self.group_by_premise = batch_args.group_by_premise
+        self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
+        self._step_ended = True
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
         )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingBar)
+        if args.torch_compile and self.max_row_tokens is not None:
+            # Layer by layer, before the Trainer does it as a whole: a compiled model does not see the hooks of a trie,
+            # and layers that are alike are compiled once. Tries have many shapes, hence `dynamic`.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            for layer in self.model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile(dynamic=True, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        if not args.bf16 and not self.is_deepspeed_enabled:
+            # TRL casts the adapter on a quantised base to bf16, whatever the precision. Loss scaling cannot unscale
+            # gradients in 16 bits, and in fp32 nothing is to be lost.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches whose pairs are the same for any number of processes, each process its share (`SharedBatches`).
+
+        accelerate deals out whole batches and repeats pairs until all processes have as many, so that the last step of
+        an epoch depends on their number.
+        """
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            return super().get_train_dataloader()
+        args = self.args
+        return EpochLoader(
+            self._remove_unused_columns(self.train_dataset, description="Training"),
+            batch_sampler=SharedBatches(
+                self._get_train_sampler(),
+                args.train_batch_size * args.world_size,
+                args.process_index,
+                args.world_size,
+                args.dataloader_drop_last,
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        # Not the data set that is handed over: it has lost the column of premises.
+        rows = self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairSampler(rows["premise"] if self.group_by_premise else range(len(rows)), seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and back. Where that does not fit in memory, the step is done again, in smaller parts.
+
+        Raises:
+            UserError: where a single row does not fit, or where other processes wait for this one in every pass.
+        """
+        if self._step_ended:
+            counts = {name: len(kept) for name, kept in self._metrics["train"].items()}
+            self._step_inputs, self._before_step = [], (self._total_train_tokens, counts)
+        self._step_inputs.append(inputs)
+        self._step_ended = self.accelerator.sync_gradients
+        todo = [inputs]
+        while True:
+            try:
+                for batch in todo:
+                    loss = self._pass_parts(model, batch, num_items_in_batch)
+                return loss
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self._use_smaller_parts(error)
+            # Not in the except clause: there the traceback holds on to what the failed pass had computed.
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            self._total_train_tokens, counts = self._before_step
+            for name, kept in self._metrics["train"].items():
+                del kept[counts.get(name, 0) :]
+            todo = self._step_inputs
+
+    def _use_smaller_parts(self, error: RuntimeError) -> None:
+        parts = [part["input_ids"] for batch in self._step_inputs for part in self._parts(batch)]
+        rows, length = max((ids.shape for ids in parts), key=math.prod)
+        if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
+            smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
+            raise UserError(
+                f"out of memory at step {self.state.global_step + 1}, with {rows} x {length} tokens in a pass: go on "
+                f"with resume_from_checkpoint: auto and a smaller {smaller} or per_device_train_batch_size"
+            ) from error
+        self.most_tokens = rows * length // 2
+        logger.warning(
+            "Out of memory at step %d: at most %d tokens a pass from here on, and the step is done again.",
+            self.state.global_step + 1,
+            self.most_tokens,
+        )
+
+    def _parts(self, inputs: dict) -> list[dict]:
+        parts = inputs.get("parts", [inputs])
+        if self.most_tokens is None:
+            return parts
+        return [piece for part in parts for piece in cut(part, self.most_tokens)]
+
+    def _pass_parts(self, model, inputs, num_items_in_batch):
+        """A batch's parts one after the other; their losses add up to that of the batch."""
+        parts = self._parts(inputs)
+        if self.accelerator.num_processes > 1:
+            # Sharded models wait for each other in every pass, so all processes must make as many.
+            most = max(gather_object([len(parts)]))
+            parts = parts + [_without_labels(parts[0])] * (most - len(parts))
+        loss = 0.0
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, on a trie where the batch is one."""
+        """TRL's loss, on a part of a trie where the batch is one."""
         if "exit" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tokens_before = self._total_train_tokens
-        tokens = self.accelerator.gather(inputs["tokens"]).sum().item()
-        labels = inputs["shift_labels"].flatten()[inputs["predict"]][None]
-        with trie.hidden_states_at(self.model, inputs["predict"]):
-            inputs = trie.model_inputs(self.model, inputs) | {"shift_labels": labels}
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # TRL has counted tokens from a mask of another shape. The logs count what separate sequences would feed.
-        self._total_train_tokens = tokens_before + tokens
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        tokens = inputs["tokens"]
+        if self.accelerator.num_processes > 1:
+            tokens = sum(gather_object([tokens]))
+        tokens += self._total_train_tokens
+        read = {name: inputs[name] for name in ("input_ids", "position_ids", "shift_labels")}
+        with trie.training_pass(self.model, inputs):
+            loss = super().compute_loss(model, read, return_outputs, num_items_in_batch)
+        # TRL has counted the positions of the trie. The logs count what separate sequences would feed.
+        self._total_train_tokens = tokens
+        self._metrics["train"]["num_tokens"] = [tokens]
         return loss
 
     def evaluation_loop(
@@ -77,17 +216,23 @@ class NLITrainer(SFTTrainer):
         """Score the whole data set of `dataloader`, each process its share; its batches are not used."""
         prompts, gold = split_rows(dataloader.dataset, self.encoder.answers)
         shares = self.accelerator
+        share = range(shares.process_index, len(prompts), shares.num_processes)
+        # Sharded models wait for each other in every pass, so all processes must make as many: one prompt is scored
+        # beyond a share that is smaller than others, and left out again.
+        even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
         self.model.eval()
         with self.compute_loss_context_manager(), shares.autocast():
             own = score_prompts(
                 self.model,
-                prompts[shares.process_index :: shares.num_processes],
+                [prompts[pair] for pair in even],
                 self.encoder.answers,
                 self.processing_class.pad_token_id,
                 batch_size=self.args.per_device_eval_batch_size,
                 max_row_tokens=self.max_row_tokens,
                 progress=None if self.args.disable_tqdm or not shares.is_local_main_process else description,
+                gold=[gold[pair] for pair in even],
             )
+        own = LabelScores(*(values[: len(share)] for values in vars(own).values()))
         scores = gather_scores(own, len(prompts), shares.process_index, shares.num_processes)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
@@ -113,29 +258,154 @@ class NLITrainer(SFTTrainer):
         """Not TRL's card, which says nothing of what was measured."""
 
 
+class PairSampler(Sampler):
+    """Every pair once an epoch, in an order that depends on seed and epoch alone, not on the number of processes.
+
+    Args:
+        groups: for each pair the group it belongs to, such as its premise. Groups come in random order, and the pairs
+            of one stand together.
+        seed: of the order.
+    """
+
+    def __init__(self, groups, seed: int):
+        _, self.group = np.unique(np.asarray(groups), return_inverse=True)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        random = np.random.default_rng((self.seed, self.epoch))
+        place = random.permutation(self.group.max() + 1)[self.group]
+        return iter(np.lexsort((random.permutation(len(place)), place)).tolist())
+
+    def __len__(self):
+        return len(self.group)
+
+
+class SharedBatches(Sampler):
+    """The share that one process has in each batch of all of them.
+
+    Args:
+        sampler: the order of the pairs, the same on all processes.
+        batch_size: pairs in a batch of all processes together.
+        process_index, num_processes: whose share.
+        drop_last: leave out the last batch of an epoch if it is smaller.
+
+    Yields:
+        Lists of indices. Where there are fewer pairs than processes, in the last batch of an epoch, some get a pair
+        that another has too: each must take part in every step.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, process_index: int, num_processes: int, drop_last: bool):
+        self.sampler = sampler
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.sampler, PairSampler):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        for batch in self.batches:
+            # Neighbours stay together: they may share a premise.
+            start = len(batch) * self.process_index // self.num_processes
+            end = len(batch) * (self.process_index + 1) // self.num_processes
+            yield batch[start:end] or batch[start : start + 1]
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class EpochLoader(DataLoader):
+    """Passes the number of the epoch on to its batches, as the loaders do that accelerate makes for the Trainer."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+
 class TrieCollator:
     """Packs a batch of rows into a trie. Runs in the loader's workers.
 
+    Args:
+        answers: the token ids of the answers.
+        max_row_tokens: the longest row of a trie; a longer pair makes the rows of its batch as long as itself.
+        max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
+
     Returns:
-        A dict of tensors: `input_ids`, `position_ids`, `exit` and `shift_labels` of `trie.pack_training`; `predict`,
-        the nodes that have a label, as indices into the flattened (rows * length); `labels`, the same as
-        `shift_labels`, from which the Trainer counts the items of a batch; and `tokens`, (1,), what separate sequences
-        would have fed.
+        A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
+        counts the items of a batch in the second. And of `parts`, one dict a forward pass: `input_ids`, `position_ids`
+        and `exit` of some rows of `trie.pack_training`; `predict`, the nodes that have a label, as indices into the
+        flattened (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, what separate sequences would
+        have fed (for the whole batch, in its first part).
     """
 
-    def __init__(self, answers: list[list[int]], max_row_tokens: int):
+    def __init__(self, answers: list[list[int]], max_row_tokens: int, max_batch_tokens: int):
         self.answers = answers
         self.max_row_tokens = max_row_tokens
+        self.max_batch_tokens = max_batch_tokens
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | list]:
         prompts, gold = split_rows(rows, self.answers)
-        batch = trie.pack_training(prompts, [self.answers[label] for label in gold], self.max_row_tokens)
-        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-        return tensors | {
-            "predict": (batch["shift_labels"].flatten() != trie.IGNORE_INDEX).nonzero().flatten(),
-            "labels": batch["shift_labels"],
-            "tokens": torch.tensor([batch["sequence_tokens"]]),
+        longest = max(len(row["input_ids"]) for row in rows)
+        answers = [self.answers[label] for label in gold]
+        batch = trie.pack_training(prompts, answers, max(self.max_row_tokens, longest))
+        n_rows, length = batch["input_ids"].shape
+        n_parts = -(-n_rows // max(1, self.max_batch_tokens // length))
+        tokens = chain([batch["sequence_tokens"]], repeat(0))
+        parts = [
+            self._part(*tensors)
+            for tensors in zip(
+                *(batch[name].tensor_split(n_parts) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
+                tokens,
+                strict=False,
+            )
+        ]
+        labels = torch.cat([part["shift_labels"] for part in parts], dim=1)
+        # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
+        return {"parts": parts, "labels": labels, "shift_labels": labels}
+
+    @staticmethod
+    def _part(input_ids, position_ids, exit, shift_labels, tokens):
+        predict = (shift_labels.flatten() != trie.IGNORE_INDEX).nonzero().flatten()
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "exit": exit,
+            "predict": predict,
+            "shift_labels": shift_labels.flatten()[predict][None],
+            "tokens": tokens,
         }
+
+
+def _without_labels(part: dict) -> dict:
+    """A pass that computes and changes nothing."""
+    return part | {"shift_labels": torch.full_like(part["shift_labels"], trie.IGNORE_INDEX), "tokens": 0}
+
+
+def cut(part: dict, most_tokens: int) -> list[dict]:
+    """Cut a part of a trie, or a padded batch, into parts of at most `most_tokens` tokens, but of at least one row."""
+    rows, length = part["input_ids"].shape
+    pieces = -(-rows // max(1, most_tokens // length))
+    if pieces == 1:
+        return [part]
+    if "exit" not in part:
+        return [
+            dict(zip(part, tensors, strict=True))
+            for tensors in zip(*(tensor.tensor_split(pieces) for tensor in part.values()), strict=True)
+        ]
+    cut_parts, start, tokens = [], 0, part["tokens"]
+    names = ("input_ids", "position_ids", "exit")
+    for tensors in zip(*(part[name].tensor_split(pieces) for name in names), strict=True):
+        piece = dict(zip(names, tensors, strict=True))
+        end = start + piece["input_ids"].numel()
+        inside = (start <= part["predict"]) & (part["predict"] < end)
+        piece |= {"predict": part["predict"][inside] - start, "shift_labels": part["shift_labels"][:, inside]}
+        cut_parts.append(piece | {"tokens": tokens})
+        start, tokens = end, 0
+    return cut_parts
 
 
 def split_rows(rows: Dataset | list[dict], answers: list[list[int]]) -> tuple[list[list[int]], list[int]]:

@@ -41,7 +41,8 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16):
         answers: the token ids of each pair's answer, likewise.
         max_row_tokens: the most nodes in a row. Pairs fill as few rows as this allows, evenly.
         pad_to_multiple_of: rows are padded to a common length, a multiple of this. With 16 (see `attention_mask`) and
-            a `max_row_tokens` that is a multiple too, no row is longer than `max_row_tokens`.
+            a `max_row_tokens` that is a multiple too, no row is longer than `max_row_tokens`; but where that is 64
+            more than a multiple of 128, rows may be one step longer (see `_pack`).
 
     Returns:
         A dict of int64 tensors of shape (rows, length), all indices relative to the row:
@@ -195,49 +196,76 @@ def _block_mask(exit):
 
 
 @contextmanager
-def logits_at(model, positions):
-    """A context in which the LM head sees some nodes only, and the model returns logits of (1, P, vocabulary).
+def exact_logits(model, positions=None):
+    """A context in which a causal LM returns float32 logits, whatever it computes in.
 
-    `logits_to_keep` keeps the same columns of every row; this keeps single nodes. What the model does to its logits
-    afterwards (soft-capping, scaling) still happens.
+    A logit in bf16 has 8 significant bits: between 8 and 16 it moves in steps of 1/16, and the first two labels of one
+    pair in fifty tie (recipes/README.md). The product itself is summed in float32 anyway; here it is not rounded.
 
     Args:
-        model: a causal LM, or one wrapped by PEFT.
-        positions: (P,), indices into the flattened (rows * length), such as `predict` of `pack_scoring`.
+        model: a causal LM, or one wrapped by PEFT. Its head stays as it is where it is no plain linear layer.
+        positions: (P,), indices into the flattened (rows * length), such as `predict` of `pack_scoring`: the logits
+            are of these nodes only, (1, P, vocabulary). `logits_to_keep` keeps the same columns of every row; this
+            keeps single nodes. What the model does to its logits afterwards (soft-capping, scaling) still happens.
     """
+    head = model.get_output_embeddings()
+    plain, forward, replaced = type(head) is torch.nn.Linear, head.forward, head.__dict__.get("forward")
 
-    def keep(module, args):
-        return (args[0].flatten(0, -2)[positions][None],)
+    def project(hidden):
+        if positions is not None:
+            hidden = hidden.flatten(0, -2)[positions][None]
+        if not plain or torch.is_grad_enabled():
+            return forward(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.is_cuda and hidden.dtype == head.weight.dtype != torch.float32:
+                logits = torch.mm(hidden.flatten(0, -2), head.weight.T, out_dtype=torch.float32)
+                logits = logits.unflatten(0, hidden.shape[:-1])
+                return logits if head.bias is None else logits + head.bias.float()
+            return torch.nn.functional.linear(
+                hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()
+            )
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    head.forward = project
     try:
         yield
     finally:
-        handle.remove()
+        del head.forward
+        if replaced is not None:  # accelerate puts a forward of its own on modules that it moves
+            head.forward = replaced
 
 
 @contextmanager
-def hidden_states_at(model, positions):
-    """A context in which the backbone returns the last hidden states of some nodes only, as (1, P, hidden size).
+def training_pass(model, batch):
+    """A context in which a causal LM attends along a trie and returns the last hidden states of labelled nodes only.
 
     For losses that read the hidden states themselves, such as TRL's fused LM head: off CUDA it would put every node
-    through the head, and on CUDA it would wait for the device to tell which nodes have a label.
+    through the head, and on CUDA it would wait for the device to tell which nodes have a label. The mask comes by a
+    hook because TRL sums the mask it is given, which not every kind of mask can do.
 
     Args:
         model: a causal LM, or one wrapped by PEFT.
-        positions: (P,), indices into the flattened (rows * length).
+        batch: of `pack_training`, with `predict`: (P,), the labelled nodes, as indices into the flattened
+            (rows * length). The hidden states come as (1, P, hidden size).
     """
+    mask = model_inputs(model, batch)["attention_mask"]
+
+    def attend(module, args, kwargs):
+        return args, kwargs | {"attention_mask": mask}
 
     def keep(module, args, output):
-        output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[positions][None]
+        output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[batch["predict"]][None]
         return output
 
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    handle = causal_lm.base_model.register_forward_hook(keep)
+    handles = [
+        causal_lm.base_model.register_forward_pre_hook(attend, with_kwargs=True),
+        causal_lm.base_model.register_forward_hook(keep),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def answer_log_probs(logits, answer_nodes, answer_ids):
@@ -256,13 +284,16 @@ def answer_log_probs(logits, answer_nodes, answer_ids):
     return chosen.masked_fill(answer_ids == IGNORE_INDEX, 0.0)
 
 
-def row_tokens(batching, max_row_tokens, config, longest):
-    """The longest row to pack for a model, or None where padded batches must do; says so if they were not asked for.
+def row_tokens(batching, max_row_tokens, config, longest, instruction):
+    """How long rows may be for a model, or None where padded batches must do; says so if they were not asked for.
+
+    Every row begins with the instruction that all prompts share. Rows get longer with it, so that a long one is cheap.
 
     Args:
         batching: "trie" or "padded".
-        max_row_tokens: the longest row wanted; a longer pair gets rows of its own length.
+        max_row_tokens: the longest row wanted where the instruction is short.
         config, longest: as for `unsupported_reason`.
+        instruction: the tokens with which all prompts begin.
     """
     if batching == "padded":
         return None
@@ -270,7 +301,7 @@ def row_tokens(batching, max_row_tokens, config, longest):
     if reason is not None:
         logger.warning("Padded batches instead of tries: %s", reason)
         return None
-    return max(max_row_tokens, longest)
+    return max(max_row_tokens, 8 * instruction)
 
 
 def unsupported_reason(config, longest):
@@ -382,6 +413,10 @@ def _pack(tokens, lengths, shared, predict_from, max_row_tokens, pad_to_multiple
     row_start = start[first]
     used = np.diff(np.append(row_start, start[-1]))
     length = int(-(-used.max() // pad_to_multiple_of) * pad_to_multiple_of)
+    if length % 128 == 64:
+        # cuDNN's attention, PyTorch's first choice on an H100, can return NaN gradients under a mask at these lengths:
+        # https://github.com/pytorch/pytorch/issues/196678 (torch 2.11 to 2.13). At all others it does not.
+        length += pad_to_multiple_of
     row = np.repeat(np.arange(len(first)), used)
     column = np.arange(start[-1]) - row_start[row]
 

@@ -3,33 +3,44 @@
     python recipes/benchmark.py --dataset_name stanfordnlp/snli --model_name_or_path Qwen/Qwen3-0.6B --json out.json
     python recipes/benchmark.py --dataset_name scenes --model_name_or_path my-config/ --random_weights
 
-One process, the same pairs for all, weights loaded anew for each. The first step warms up and is not counted; the rate
-is the median of the others. Speed and memory are compared with the best of TRL's settings at the same batch.
-lm-evaluation-harness takes part where it is installed (`pip install nli-sft[benchmark]`).
+One process, the same pairs for all, weights loaded anew for each. The first steps warm up and are not counted; the
+rate is that of the median step. Speed and memory are compared with the best of TRL's settings at the same batch. The
+keys of SFTConfig and ModelConfig say what is trained, and how. lm-evaluation-harness takes part where it is installed
+(`pip install nli-sft[benchmark]`).
 """
 
+import functools
+import gc
 import importlib.util
 import json
+import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from rich import print
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.decoding import LabelScores, generate_labels, score_padded, score_trie
-from nli_sft.models import load_model, load_tokenizer
+from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.sources import load_pairs, subsample
-from nli_sft.trainer import NLITrainer
+from nli_sft.trainer import NLITrainer, PairSampler, split_rows
+
+# The first three are TRL's. Compiling takes a minute before it pays.
+TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]
+SCORE = ["lm_eval", "generate", "padded", "tries", "tries_compiled"]
+WARM_UP = 2  # steps
 
 
 @dataclass
@@ -38,7 +49,24 @@ class BenchmarkConfig:
 
     pairs: int = field(default=512, metadata={"help": "So many training pairs, taken by premise."})
     random_weights: bool = field(default=False, metadata={"help": "Build the model from its config.json alone."})
+    train: list[str] = field(
+        default_factory=lambda: [name for name in TRAIN if "compiled" not in name],
+        metadata={"help": f"Ways to train: {', '.join(TRAIN)}; or none."},
+    )
+    score: list[str] = field(
+        default_factory=lambda: [name for name in SCORE if "compiled" not in name],
+        metadata={"help": f"Ways to score: {', '.join(SCORE)}; or none."},
+    )
     json: str | None = field(default=None, metadata={"help": "Write all figures to this file."})
+
+    def __post_init__(self):
+        for name, known in (("train", TRAIN), ("score", SCORE)):
+            wanted = [way for way in getattr(self, name) if way != "none"]
+            if unknown := set(wanted) - set(known):
+                raise ValueError(
+                    f"{name}: no way is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+                )
+            setattr(self, name, wanted)
 
 
 def main(args, data_args, prompt_args, batch_args, training_args, model_args):
@@ -50,37 +78,37 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         "columns": data_args.columns(),
     }
     pairs = subsample(load_pairs(data_args.dataset_name, "train", **source), args.pairs, seed=0).shuffle(seed=0)
-    rows = encoder.encode_rows(pairs, max_length=None)
-    shared = {"args": args, "training_args": training_args, "model_args": model_args, "rows": rows}
+    by_premise = pairs.select(list(PairSampler(pairs["premise"], seed=0)))
+    shared = {"args": args, "training_args": training_args, "model_args": model_args, "encoder": encoder}
+    rows, rows_by_premise = (encoder.encode_rows(some, max_length=None) for some in (pairs, by_premise))
 
-    train = {
-        "TRL, its defaults": train_speed(**shared, per_device_train_batch_size=8, gradient_checkpointing=True),
-        "TRL, padded": train_speed(**shared),
-        "TRL, grouped by length": train_speed(**shared, train_sampling_strategy="group_by_length"),
-        "tries": train_speed(**shared, encoder=encoder, batch_args=batch_args),
+    compiled = {"torch_compile": True}
+    ways = {
+        "trl_defaults": lambda: train_speed(
+            **shared,
+            rows=rows.select(range(min(256, len(rows)))),
+            per_device_train_batch_size=8,
+            gradient_checkpointing=True,
+        ),
+        "trl_padded": lambda: train_speed(**shared, rows=rows),
+        "trl_grouped": lambda: train_speed(**shared, rows=rows, train_sampling_strategy="group_by_length"),
+        "trl_compiled": lambda: train_speed(**shared, rows=rows, **compiled),
+        "tries": lambda: train_speed(**shared, rows=rows, batch_args=batch_args),
+        "tries_by_premise": lambda: train_speed(**shared, rows=rows_by_premise, batch_args=batch_args),
+        "tries_compiled": lambda: train_speed(**shared, rows=rows_by_premise, batch_args=batch_args, **compiled),
     }
+    train = {}
+    for name in args.train:
+        train[name] = ways[name]()
+        print(speed_table("Training", train))
     score = score_speed(args, training_args, model_args, batch_args, encoder, pairs)
 
-    best = max(
-        (train["TRL, padded"], train["TRL, grouped by length"]), key=lambda figures: figures["pairs_per_second"]
-    )
-    ours, generated = train["tries"], score["generate"]
     figures = {
-        "train": {
-            "methods": train,
-            "speedup": ours["pairs_per_second"] / best["pairs_per_second"],
-            "memory_ratio": ours["peak_bytes"] and ours["peak_bytes"] / best["peak_bytes"],
-            "loss_difference": abs(ours["loss"] - train["TRL, padded"]["loss"]),
-        },
-        "score": {
-            "methods": score,
-            "speedup_generate": score["tries"]["pairs_per_second"] / generated["pairs_per_second"],
-            "speedup_lm_eval": (rival := score.get("lm-evaluation-harness"))
-            and score["tries"]["pairs_per_second"] / rival["pairs_per_second"],
-            "agreement": score["tries"]["agreement"],
-        },
-        "device": PartialState().device.type,
-        "pairs": len(rows),
+        "train": {"methods": train, **train_summary(train)},
+        "score": {"methods": score, **score_summary(score)},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else PartialState().device.type,
+        "pairs": len(pairs),
+        "recipe": resolve_recipe((args, data_args, prompt_args, batch_args, training_args, model_args)),
     }
     print(speed_table("Training", train), speed_table("Scoring", score))
     print({part: {k: v for k, v in figures[part].items() if k != "methods"} for part in ("train", "score")})
@@ -88,10 +116,60 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         Path(args.json).write_text(json.dumps(figures, indent=2))
 
 
+def train_summary(methods):
+    """Our fastest way against TRL's fastest at the same batch."""
+
+    def fastest(beginning):
+        return max(
+            (way for name, way in methods.items() if name.startswith(beginning) and name != "trl_defaults"),
+            key=lambda way: way["pairs_per_second"],
+            default=None,
+        )
+
+    ours, rival = fastest("tries"), fastest("trl")
+    if ours is None or rival is None:
+        return {}
+    same_order = [methods[name]["loss"] for name in ("tries", "trl_padded") if name in methods]
+    return {
+        "speedup": ours["pairs_per_second"] / rival["pairs_per_second"],
+        "memory_ratio": ours["peak_bytes"] and ours["peak_bytes"] / rival["peak_bytes"],
+        "loss_difference": abs(same_order[0] - same_order[-1]) if len(same_order) == 2 else None,
+    }
+
+
+def score_summary(methods):
+    if "tries" not in methods:
+        return {}
+    ours = max(way["pairs_per_second"] for name, way in methods.items() if name.startswith("tries"))
+
+    def speedup(name):
+        return ours / methods[name]["pairs_per_second"] if name in methods else None
+
+    return {
+        "speedup_generate": speedup("generate"),
+        "speedup_lm_eval": speedup("lm_eval"),
+        "agreement": methods["tries"].get("agreement"),
+    }
+
+
+@functools.cache
+def random_weights(config_folder, dtype):
+    """A folder with random weights for a config, for loaders that read files, such as those that quantise."""
+    folder = tempfile.mkdtemp()
+    config = AutoConfig.from_pretrained(config_folder)
+    with PartialState().device:
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+    return folder
+
+
 def build_model(args, model_args):
+    gc.collect()  # the last model, which its trainer held in a circle
     torch.manual_seed(0)
     if not args.random_weights:
         return load_model(model_args).to(PartialState().device)
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        folder = random_weights(model_args.model_name_or_path, model_args.dtype)
+        return load_model(replace(model_args, model_name_or_path=folder))
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
     dtype = getattr(torch, model_args.dtype)
     with PartialState().device:
@@ -109,9 +187,9 @@ class StepTimes(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def train_speed(args, training_args, model_args, rows, encoder=None, batch_args=None, **changes):
-    """Pairs a second (median step), the mean loss, and the device's peak, of one epoch of one trainer."""
-    start_memory_count()
+def train_speed(args, training_args, model_args, encoder, rows, batch_args=None, **changes):
+    """Speed, mean loss and the device's peak over one epoch of one trainer: ours if it is told how to batch."""
+    forget_compilation()
     times = StepTimes()
     options = resolve_recipe([training_args]) | {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     options |= {"num_train_epochs": 1, "train_sampling_strategy": "sequential"} | changes
@@ -123,46 +201,95 @@ def train_speed(args, training_args, model_args, rows, encoder=None, batch_args=
             "callbacks": [times],
             "peft_config": get_peft_config(model_args),
         }
-        if encoder is not None:
+        if batch_args is not None:
             trainer = NLITrainer(encoder=encoder, batch_args=batch_args, **arguments)
         else:
-            trainer = SFTTrainer(**arguments)
+            trainer = SFTTrainer(processing_class=encoder.tokenizer, **arguments)
+        parameters = count_parameters(trainer.model)
+        batch = trainer.args.per_device_train_batch_size
+        distinct, positions = tokens_per_pair(rows, encoder, batch, trainer.data_collator)
+        start_memory_count()
         loss = trainer.train().training_loss
     steps = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
-    batch = trainer.args.per_device_train_batch_size
-    return {"pairs_per_second": batch / statistics.median(steps), "loss": loss, "peak_bytes": peak_memory()}
+    rate = batch / statistics.median(steps[WARM_UP:] or steps)
+    # Forward and the gradients of what a layer is given take 2 FLOP a weight and token each, those of weights 2 more.
+    per_token = 4 * parameters.total + 2 * parameters.trainable
+    return {
+        "pairs_per_second": rate,
+        "loss": loss,
+        "peak_bytes": peak_memory(),
+        "distinct_tokens_per_pair": distinct,
+        "computed_tokens_per_pair": positions,
+        "useful_flops": rate * distinct * per_token,
+    }
+
+
+def forget_compilation():
+    """Accelerate remembers, for all trainers of a process, that one of them compiled."""
+    AcceleratorState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]
+
+
+def tokens_per_pair(rows, encoder, batch, collator):
+    """(nodes of the tries, what the model is fed with padding), a pair, in batches in the order of the rows."""
+    prompts, gold = split_rows(rows, encoder.answers)
+    nodes = fed = 0
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        nodes += trie.pack_training(prompts[part], [encoder.answers[label] for label in gold[part]], 2**20)[
+            "trie_tokens"
+        ]
+        inputs = collator([rows[index] for index in range(*part.indices(len(rows)))])
+        fed += sum(piece["input_ids"].numel() for piece in inputs.get("parts", [inputs]))
+    return nodes / len(rows), fed / len(rows)
 
 
 def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
     """Pairs a second of each way to judge the same pairs, and the share on which it agrees with `generate`."""
+    if not args.score:
+        return {}
     model = build_model(args, model_args).eval()
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     prompts.sort()  # as `score_prompts` does: prompts that share a premise stand together
-    answers, pad = encoder.answers, encoder.tokenizer.pad_token_id
+    answers, tokenizer = encoder.answers, encoder.tokenizer
     longest = max(map(len, prompts)) + max(map(len, answers))
-    tokens = trie.row_tokens("trie", batch_args.max_row_tokens, model.config, longest)
+    row = trie.row_tokens("trie", batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens)
 
     def choices(log_probs):
         return LabelScores.from_token_log_probs(log_probs, answers).choice.tolist()
 
     ways = {
-        "generate": lambda batch: generate_labels(model, encoder.tokenizer, batch, answers),
-        "padded": lambda batch: choices(score_padded(model, batch, answers, pad)),
-        "tries": lambda batch: choices(score_trie(model, batch, answers, tokens)),
+        "generate": lambda batch: generate_labels(model, tokenizer, batch, answers),
+        "padded": lambda batch: choices(score_padded(model, batch, answers, tokenizer.pad_token_id)),
+        "tries": lambda batch: choices(score_trie(model, batch, answers, row)),
     }
+    ways["tries_compiled"] = ways["tries"]
     size = training_args.per_device_eval_batch_size
     figures, said = {}, {}
-    for name, way in ways.items():
-        way(prompts[:size])
+    for name in [way for way in SCORE if way in args.score]:
+        if name == "lm_eval":
+            if importlib.util.find_spec("lm_eval.models"):
+                figures[name] = lm_eval_speed(model, encoder, prompts, size)
+            continue
+        if name == "tries_compiled":
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile(dynamic=True)
+        for start in (0, size):  # warm up
+            ways[name](prompts[start : start + size] or prompts[:size])
         start_memory_count()
-        start = time.perf_counter()
-        said[name] = [label for at in range(0, len(prompts), size) for label in way(prompts[at : at + size])]
-        synchronize()
-        agreement = sum(map(int.__eq__, said[name], said["generate"])) / len(prompts)
-        rate = len(prompts) / (time.perf_counter() - start)
-        figures[name] = {"pairs_per_second": rate, "agreement": agreement, "peak_bytes": peak_memory()}
-    if importlib.util.find_spec("lm_eval"):
-        figures["lm-evaluation-harness"] = lm_eval_speed(model, encoder, prompts, size)
+        rates = []
+        for _ in range(3):
+            start = time.perf_counter()
+            said[name] = [
+                label for at in range(0, len(prompts), size) for label in ways[name](prompts[at : at + size])
+            ]
+            synchronize()
+            rates.append(len(prompts) / (time.perf_counter() - start))
+        figures[name] = {"pairs_per_second": statistics.median(rates), "peak_bytes": peak_memory()}
+        if "generate" in said:
+            figures[name]["agreement"] = sum(map(int.__eq__, said[name], said["generate"])) / len(prompts)
     return figures
 
 
@@ -196,16 +323,22 @@ def peak_memory():
 
 
 def speed_table(title, methods):
-    table = Table("", "pairs/s", "peak GiB", "loss", "agrees with generate", title=title)
-    for name, figures in methods.items():
-        peak = figures["peak_bytes"]
-        table.add_row(
-            name,
-            f"{figures['pairs_per_second']:,.1f}",
-            f"{peak / 2**30:.1f}" if peak else "–",
-            f"{figures['loss']:.4f}" if "loss" in figures else "–",
-            f"{figures['agreement']:.2%}" if "agreement" in figures else "–",
+    columns = {
+        "pairs/s": ("pairs_per_second", 1, ",.1f"),
+        "peak GiB": ("peak_bytes", 2**30, ".1f"),
+        "tokens/pair": ("distinct_tokens_per_pair", 1, ".1f"),
+        "fed": ("computed_tokens_per_pair", 1, ".1f"),
+        "TFLOP/s": ("useful_flops", 1e12, ".1f"),
+        "loss": ("loss", 1, ".4f"),
+        "as generate": ("agreement", 0.01, ".2f"),
+    }
+    columns = {title: of for title, of in columns.items() if any(way.get(of[0]) for way in methods.values())}
+    table = Table("", *columns, title=title)
+    for name, way in methods.items():
+        values = (
+            format(way[key] / unit, form) if way.get(key) is not None else "–" for key, unit, form in columns.values()
         )
+        table.add_row(name, *values)
     return table
 
 

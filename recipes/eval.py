@@ -2,40 +2,67 @@
 
 accelerate launch recipes/eval.py --run outputs/qwen3-0.6b-lora
 accelerate launch recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
+accelerate launch recipes/eval.py --run outputs/qwen3-0.6b-lora --suite stress
 """
 
-import torch
+import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsandbytes from being printed)
+
+from pathlib import Path
+
 from accelerate import PartialState
 from rich import print
-from rich.table import Table
+from transformers import TrainingArguments
 from trl import ModelConfig
 
-from nli_sft.configs import BatchConfig, DataConfig, EvalConfig, TrackingConfig, from_recipe, run_script
+from nli_sft import UserError
+from nli_sft.configs import BatchConfig, EvalConfig, TrackingConfig, TrainDataConfig, from_recipe, run_script
 from nli_sft.evaluation import judge_run, write_evaluation
 from nli_sft.ledger import run_config
+from nli_sft.precision import choose_precision, default_device
 from nli_sft.report import write_report
-from nli_sft.report.content import Report
+from nli_sft.report.content import Evaluation, Report
+from nli_sft.report.outcome import outcome_sheet
+from nli_sft.report.suite import suite_sheets
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import evaluation_folder, read_run, versions
-from nli_sft.sources import fingerprint, load_evaluation_sets
+from nli_sft.sources import fingerprint, load_calibration_pairs, load_evaluation_sets
+from nli_sft.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.tracking import open_run
 
 
 def main(args):
+    PartialState(cpu=default_device().type == "cpu")  # accelerate joins processes on a CPU only if it is told
     resources = ResourceRecorder()
     recipe, prompt, record = read_run(args.run)
-    sets = load_evaluation_sets(args, trained_on=from_recipe(DataConfig, recipe))
+    if recipe.get("trust_remote_code") and not args.trust_remote_code:
+        raise UserError(
+            f"{args.run} was trained with code that came with its base; --trust_remote_code true runs it here"
+        )
+    trained_on = from_recipe(TrainDataConfig, recipe)
+    if args.suite is None:
+        suite, sets, missing = None, load_evaluation_sets(args, trained_on=trained_on), {}
+    else:
+        suite = load_suite(args.suite, Path(__file__).parent / "suites")
+        sets, missing = load_suite_sets(suite, args)
+    calibration_pairs = load_calibration_pairs(
+        args, trained_on=trained_on, seed=recipe.get("seed", TrainingArguments.seed), sets=sets
+    )
 
-    device = PartialState().device.type
-    with resources.phase("evaluation") as phase, torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+    device = PartialState().device
+    precision = choose_precision(args.precision, device)
+    if PartialState().is_main_process:
+        print(f"{precision}.")
+    with resources.phase("evaluation") as phase, precision.autocast(device):
         judgements = judge_run(
             args.run,
-            from_recipe(ModelConfig, recipe),
+            precision.suit(from_recipe(ModelConfig, recipe)),
             sets,
             batch_size=args.per_device_eval_batch_size,
             batch_args=from_recipe(BatchConfig, recipe | ({"batching": args.batching} if args.batching else {})),
             free_samples=args.free_samples,
-            trust_remote_code=recipe.get("trust_remote_code", False),
+            calibration_pairs=calibration_pairs,
+            checks=suite.checks if suite else None,
+            trust_remote_code=args.trust_remote_code,
         )
         phase.count(pairs=sum(len(one.pairs) * len(judged) for one, judged in zip(sets, judgements, strict=True)))
     used = resources.summary(run=args.run)
@@ -45,10 +72,12 @@ def main(args):
     for one, judged in zip(sets, judgements, strict=True):
         results = {model: result for model, (_, result) in judged.items()}
         summary = {
+            "name": one.name,
             "source": one.source,
             "split": one.split,
             "pairs": len(one.pairs),
             "unlabelled_pairs_dropped": one.unlabelled,
+            "unlinked_edits_dropped": one.unlinked,
             "data_fingerprint": fingerprint(one.pairs),
             "prompt_fingerprint": prompt.fingerprint,
             **results,
@@ -56,9 +85,17 @@ def main(args):
             "versions": versions(),
         }
         scores = {model: score for model, (score, _) in judged.items()}
-        write_evaluation(evaluation_folder(args.run, one.source, one.split), one.pairs, scores, summary)
-        print(results_table(f"{one}, {len(one.pairs):,} pairs", results))
-    print(f"The report: {write_report(args.run)}")
+        folder = evaluation_folder(args.run, one.name or one.source, one.split)
+        write_evaluation(folder, one.pairs, scores, summary)
+        if suite is None:  # its sets are told together, below
+            print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())
+    if suite is not None:
+        write_suite(args.run, suite, sets, missing)
+    path, report = write_report(args.run), Report(args.run)
+    if suite is not None:
+        for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
+            print(sheet.rich())
+    print(f"The report: {path}")
     tracker = open_run(
         args.run,
         report_to=recipe.get("report_to"),
@@ -67,30 +104,8 @@ def main(args):
         job_type="eval",
         resumed=True,
     )
-    tracker.publish_evaluation(Report(args.run))
+    tracker.publish_evaluation(report)
     tracker.finish()
-
-
-def results_table(title, results):
-    table = Table(title=title)
-    for heading in ("", "accuracy", "95 % interval", "macro-F1", "unconstrained", "names no label", "pairs/s"):
-        table.add_column(heading, justify="right")
-    for name in ("base", "tuned", "shuffled", "hypothesis_only"):
-        if name not in results:
-            continue
-        result = results[name]
-        low, high = result["accuracy_interval"]
-        free = result.get("free_generation")
-        table.add_row(
-            name.replace("_", " "),
-            f"{result['accuracy']:.2%}",
-            f"{low:.2%} – {high:.2%}",
-            f"{result['macro_f1']:.3f}",
-            f"{free['accuracy']:.1%} of {free['n']}" if free else "–",
-            f"{free['invalid_share']:.1%}" if free else "–",
-            f"{result['pairs_per_second']:,.0f}",
-        )
-    return table
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
 """
 
+import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsandbytes from being printed)
+
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,23 @@ from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from nli_sft.configs import BatchConfig, PromptConfig, TrackingConfig, TrainDataConfig, resolve_recipe, run_script
-from nli_sft.hub import prepare_training, push_trained
+from nli_sft import UserError
+from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
+from nli_sft.configs import (
+    BatchConfig,
+    MachineConfig,
+    PromptConfig,
+    TrackingConfig,
+    TrainDataConfig,
+    resolve_recipe,
+    run_script,
+)
+from nli_sft.estimate import estimate_recipe
+from nli_sft.hub import prepare_training, push_trained, put_token_away
+from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
-from nli_sft.models import count_parameters, load_model, load_tokenizer
+from nli_sft.models import count_parameters, load_model, load_tokenizer, locate_model
+from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run
@@ -26,9 +41,13 @@ from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
 
-def main(data_args, prompt_args, batch_args, tracking_args, training_args, model_args):
+def main(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
+    put_token_away(training_args)  # or trackers and checkpoints would keep it
+    if machine_args.estimate:
+        tell_estimate(batch_args, machine_args, training_args, model_args)
+        return
     run = training_args.output_dir
-    prompt = train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args)
+    prompt = train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     if training_args.push_to_hub and PartialState().is_main_process:
         print(f"Pushed, with the results on validation: {push_trained(training_args)}")
     if prompt_args.hypothesis_only_control:
@@ -36,15 +55,43 @@ def main(data_args, prompt_args, batch_args, tracking_args, training_args, model
             prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
         )
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
+        training_args.resume_from_checkpoint = AUTO if training_args.resume_from_checkpoint else None
         training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
-        train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args)
+        if PartialState().is_main_process:
+            print("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
+        train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     if PartialState().is_main_process:
-        print(f"Judge it on the test split: accelerate launch recipes/eval.py --run {run}")
+        print(f"To judge it on the test split:\n  accelerate launch recipes/eval.py --run {run}")
 
 
-def train(data_args, prompt_args, batch_args, tracking_args, training_args, model_args):
+def tell_estimate(batch_args, machine_args, training_args, model_args):
+    """Say what memory the training will take; a model that cannot be estimated is still trained."""
+    if not PartialState().is_main_process:
+        return None
+    precision = choose_precision(machine_args.precision, training_args.device)
+    try:
+        estimate, advice = estimate_recipe(precision.suit(model_args), training_args, batch_args, precision)
+    except UserError as error:
+        print(f"No estimate: {error}")
+        return None
+    print(f"{precision}\n{estimate}.{f' {advice}' if advice else ''}")
+    return estimate.as_dict()
+
+
+def train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
     resources = ResourceRecorder()
-    recipe = resolve_recipe((data_args, prompt_args, batch_args, tracking_args, training_args, model_args))
+    recipe = resolve_recipe(
+        (data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
+    )
+    if training_args.resume_from_checkpoint == AUTO and is_finished(training_args.output_dir, recipe):
+        if PartialState().is_main_process:
+            print(f"{training_args.output_dir} is finished.")
+        return load_prompt(prompt_args.prompt, prompt_args.label_words)
+    precision = choose_precision(machine_args.precision, training_args.device)
+    model_args = precision.suit(model_args)
+    check_launch(model_args, training_args, precision.name)
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    estimate = tell_estimate(batch_args, machine_args, training_args, model_args)
 
     with resources.phase("loading"):
         tokenizer = load_tokenizer(
@@ -85,6 +132,8 @@ def train(data_args, prompt_args, batch_args, tracking_args, training_args, mode
             **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
         },
         "world_size": training_args.world_size,
+        "precision": precision.as_dict(),
+        "memory_estimate": estimate,
         "versions": versions(),
         "git": git_state(),
     }
@@ -93,22 +142,24 @@ def train(data_args, prompt_args, batch_args, tracking_args, training_args, mode
         print(encoder.marked_example(pairs["train"][0]))
         print(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
         print(f"{parameters}.\n")
+        if training_args.resume_from_checkpoint:
+            print(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
 
     tracker = open_run(
         training_args.output_dir,
         report_to=training_args.report_to,
         settings=tracking_args,
         config=run_config(recipe, prompt, facts),
-        resumed=training_args.resume_from_checkpoint is not None,
+        resumed=checkpoint is not None,
     )
     tracker.watch(trainer)
     with resources.phase("training") as phase:
-        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
     trainer.save_model(_internal_call=True)  # or it would push too, before there are results for the card
     with resources.phase("validation"):
         final = trainer.evaluate()
-    used = resources.summary(run=training_args.output_dir, model=model_args.model_name_or_path)
+    used = resources.summary(run=training_args.output_dir, model=locate_model(model_args.model_name_or_path))
 
     if trainer.is_world_process_zero():
         record = facts | {
@@ -131,4 +182,6 @@ def train(data_args, prompt_args, batch_args, tracking_args, training_args, mode
 
 
 if __name__ == "__main__":
-    run_script(main, (TrainDataConfig, PromptConfig, BatchConfig, TrackingConfig, SFTConfig, ModelConfig))
+    run_script(
+        main, (TrainDataConfig, PromptConfig, BatchConfig, MachineConfig, TrackingConfig, SFTConfig, ModelConfig)
+    )

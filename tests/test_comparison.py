@@ -5,7 +5,17 @@ import pandas as pd
 import pytest
 
 from nli_sft import UserError
-from nli_sft.comparison import align, bootstrap_interval, buckets, compare, headline, mcnemar, points
+from nli_sft.comparison import (
+    align,
+    bootstrap_interval,
+    buckets,
+    compare,
+    design_effect,
+    headline,
+    mcnemar,
+    points,
+    smallest_difference,
+)
 
 GOLD = np.array([0, 1, 2, 0, 1, 2])
 BEFORE = np.array([0, 0, 0, 0, 0, 0])  # right on the first and the fourth
@@ -159,3 +169,29 @@ def test_the_headline_claims_nothing_on_few_premises():
 
 def test_points_are_signed():
     assert [points(x) for x in (0.1234, -0.1234, 0, -0.00001)] == ["+12.3", "−12.3", "0.0", "0.0"]
+
+
+@pytest.mark.parametrize(("pairs", "share"), [(1_000, 0.2), (400, 0.5)])
+def test_the_smallest_difference_is_found_four_times_in_five(pairs, share):
+    """Against a simulation: changed pairs are drawn with that true difference, and tested."""
+    difference = smallest_difference(pairs, round(pairs * share))
+    rng = np.random.default_rng(0)
+    fixed = (share + difference) / 2
+    drawn = rng.multinomial(pairs, [fixed, share - fixed, 1 - share], size=2_000)
+    found = np.mean([mcnemar(int(f), int(b)) < 0.05 for f, b, _ in drawn])
+    assert found == pytest.approx(0.8, abs=0.04)  # the exact test is a little more careful than the formula
+    assert smallest_difference(4 * pairs, round(4 * pairs * share)) == pytest.approx(difference / 2, rel=0.1)
+    assert smallest_difference(pairs, round(pairs * share), design_effect=4) > 1.8 * difference
+
+
+def test_with_few_changed_pairs_no_difference_could_be_found():
+    assert smallest_difference(10_000, 3) is None
+    assert smallest_difference(100, 0) is None
+
+
+def test_the_design_effect_is_the_size_of_groups_that_err_together():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(2_000), 3)
+    assert design_effect(rng.integers(-1, 2, 6_000), groups) == pytest.approx(1, abs=0.1)
+    assert design_effect(np.repeat(rng.integers(-1, 2, 2_000), 3), groups) == pytest.approx(3)
+    assert design_effect(np.zeros(6_000), groups) == 1

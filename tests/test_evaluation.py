@@ -2,13 +2,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import few_pairs
+from tiny import few_pairs, tiny_llama
+from tiny_run import make_base, make_run
+from trl import ModelConfig
 
 from nli_sft import evaluation
+from nli_sft.configs import BatchConfig
 from nli_sft.decoding import LabelScores
-from nli_sft.evaluation import exchange_premises, write_evaluation
+from nli_sft.evaluation import Asked, Checks, exchange_premises, judge_run, predict, write_evaluation
 from nli_sft.labels import LABELS
 from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.sources import EvaluationSet, pairs_dataset
 
 
 def scores(choice):
@@ -53,3 +57,72 @@ def test_what_is_written_joins_pairs_and_predictions(tmp_path):
     assert set(table["base_prediction"]) == {"neutral"}
     assert table["tuned_p_contradiction"][2] == pytest.approx(0.8)
     assert np.exp(table["base_joint_neutral"][0]) == pytest.approx(0.4)
+
+
+def test_sets_in_one_pass_are_scored_as_they_are_alone(chatml):
+    model = tiny_llama(len(chatml))
+    prompts = [PROMPTS["plain"], PROMPTS["few_shot"], PROMPTS["plain"]]
+    sets = [few_pairs(2), few_pairs().select(range(5)), exchange_premises(few_pairs())]
+    asked = [Asked("set", pairs, PromptEncoder(prompt, chatml)) for pairs, prompt in zip(sets, prompts, strict=True)]
+    options = {"batch_size": 7, "batch_args": BatchConfig(max_row_tokens=64)}  # few-shot prompts are longer than that
+    together = predict(model, asked, **options)
+    for one, scores in zip(asked, together, strict=True):
+        (alone,) = predict(model, [one], **options)
+        padded = predict(model, [one], batch_size=7, batch_args=BatchConfig(batching="padded"))[0]
+        for name, values in vars(scores).items():
+            assert len(values) == len(one.pairs)
+            torch.testing.assert_close(values, getattr(alone, name), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(values, getattr(padded, name), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_is_judged_with_its_control_calibration_and_checks(tmp_path):
+    base = make_base(tmp_path / "base")
+    run = make_run(tmp_path / "run", base, evaluated=False)
+    make_run(run / "hypothesis_only", base, prompt=PROMPTS["hypothesis_only"], evaluated=False)
+    hans = {"uid": ["x", "y"], "premise": ["A man.", "A cat."], "hypothesis": ["A person.", "A dog."]}
+    hans |= {"label": ["entailment", "non-entailment"], "subset": ["overlap", "overlap"]}
+    sets = [EvaluationSet("few", "test", few_pairs(2), 0), EvaluationSet("hans", "all", pairs_dataset(hans), 0)]
+    first, second = judge_run(
+        run,
+        ModelConfig(model_name_or_path=str(base)),
+        sets,
+        batch_size=16,
+        batch_args=BatchConfig(),
+        free_samples=0,
+        calibration_pairs=few_pairs(4),
+        checks=Checks(label_order_pairs=12, prompt_pairs=6),
+    )
+    assert set(first) == {"base", "tuned", "shuffled", "hypothesis_only"}
+    assert set(second) == {"base", "tuned", "hypothesis_only"}
+    for judged in (first, second):
+        for model in ("base", "tuned", "hypothesis_only"):
+            scores, result = judged[model]
+            assert result["calibrated"]["temperature"] == first[model][1]["calibrated"]["temperature"]
+            assert result["calibrated"]["fitted_on_pairs"] == 48
+    assert first["tuned"][1]["calibrated"]["temperature"] != first["base"][1]["calibrated"]["temperature"]
+    assert set(second["tuned"][1]["by_subset"]) == {"overlap, entailment", "overlap, non-entailment"}
+    for model in ("base", "tuned"):
+        orders, prompts = first[model][1]["label_orders"], first[model][1]["prompts"]
+        assert len(orders["accuracy"]) == 6
+        assert orders["n"] == 12
+        assert list(prompts["accuracy"]) == ["plain", "definitions", "few_shot"]
+        assert prompts["n"] == 6
+        assert orders["refused"] == prompts["refused"] == {}
+    assert first["base"][1]["label_orders"]["flips"] > 0, "a model of random weights hangs on every word"
+    assert "label_orders" not in second["tuned"][1]
+    assert "label_orders" not in first["hypothesis_only"][1]
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_told(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    template = chatml.chat_template
+    try:
+        chatml.chat_template = template.replace(
+            "{% for m in messages %}",
+            "{% if messages|length > 2 %}{{ raise_exception('one question only') }}{% endif %}{% for m in messages %}",
+        )
+        variants, refused = evaluation._variants(encoder, few_pairs(), Checks(prompt_pairs=3))
+    finally:
+        chatml.chat_template = template
+    assert [way for _, way in variants] == ["plain", "definitions"]
+    assert "one question only" in refused["prompts"]["few_shot"]

@@ -1,12 +1,16 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny import byte_level_tokenizer, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from trl import ModelConfig
 
+from nli_sft import UserError
 from nli_sft.models import count_parameters, load_model, load_run, load_tokenizer
 
 STUDY_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
@@ -77,6 +81,53 @@ def test_what_cannot_be_loaded_is_said_in_one_line():
         load_tokenizer("./nowhere")
     with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load the model \(.+\)$"):
         load_model(ModelConfig(model_name_or_path="./nowhere"))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    """A pickle runs code when it is loaded; PEFT would fall back on one, and so would transformers."""
+    base = tiny_llama(300)
+    base.save_pretrained(tmp_path / "base")
+    args = ModelConfig(model_name_or_path=str(tmp_path / "base"))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors; other formats can run code"):
+        load_run(tmp_path / "adapter", args)
+    for folder in ("base", "full"):
+        tiny_llama(300).save_pretrained(tmp_path / folder)
+        torch.save(tiny_llama(300).state_dict(), tmp_path / folder / "pytorch_model.bin")
+        (tmp_path / folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="base: cannot load the model"):
+        load_model(args)
+    with pytest.raises(UserError, match="full: cannot load the model"):
+        load_run(tmp_path / "full", args)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+open({marker!r}, "w").close()
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_a_model_runs_only_if_it_is_said(tmp_path):
+    folder, marker = tmp_path / "own", tmp_path / "ran"
+    tiny_llama(300).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(CODE.format(marker=str(marker)))
+    args = ModelConfig(model_name_or_path=str(folder))
+    for load in (lambda: load_model(args), lambda: load_run(folder, args)):
+        with pytest.raises(UserError, match="own: cannot load the model"):
+            load()
+    assert not marker.exists()
+    assert load_run(folder, args, trust_remote_code=True).config.model_type == "own"
+    assert marker.exists()
 
 
 def test_a_run_folder_gives_its_adapter_or_its_full_model(tmp_path):

@@ -211,7 +211,7 @@ def test_markdown_shows_the_files_of_the_figures(nine):
     markdown = (nine / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"^!\[.+\]\((figures/[^)]+)\)$", markdown, re.MULTILINE)
     assert (
-        len(shown) == len(list((nine / "figures").glob("*.svg"))) == len(list((nine / "figures").glob("*.png"))) == 7
+        len(shown) == len(list((nine / "figures").glob("*.svg"))) == len(list((nine / "figures").glob("*.png"))) == 8
     )
     assert all((nine / path).is_file() for path in shown)
 
@@ -416,3 +416,25 @@ def test_a_browser_builds_the_table(tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
     dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     assert "Showing 1 to 10 of 240 entries" in dom
+
+
+def test_power_and_calibration_are_told(tmp_path):
+    run = make_run(tmp_path / "run", many_predictions(n=3_000))
+    path = run / "eval" / "pairs-test" / "metrics.json"
+    summary = json.loads(path.read_text())
+    for model, temperature in (("base", 3.0), ("tuned", 1.25)):
+        summary[model]["calibrated"] = {"temperature": temperature, "nll": 0.4321, "ece": 0.0123}
+    write_json(path, summary)
+    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    assert "Temperature fitted on validation 3.00 1.25" in text
+    assert "Calibration error at that temperature 0.012 0.012" in text
+    evaluation = Report(run).own
+    c = evaluation.comparison
+    told = re.search(r"of 3,000 pairs ([\d,]+) changed sides, so a true difference of (\d\.\d) points", text)
+    assert int(told[1].replace(",", "")) == c.fixed + c.broken
+    assert 1 < float(told[2]) < 6
+    coverage, accuracy = evaluation.abstention("tuned")
+    assert coverage[-1] == 1
+    assert accuracy[-1] == pytest.approx(evaluation.metrics["tuned"]["accuracy"])
+    few = Report(make_run(tmp_path / "few", predictions(GOLDS, {"base": BASE, "tuned": TUNED}))).own
+    assert "This split could have shown no difference at all: of 9 pairs 5 changed sides" in few.power

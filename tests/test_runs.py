@@ -40,6 +40,14 @@ def test_evaluation_folders_are_named_after_what_was_judged():
     assert str(evaluation_folder("out", "data/hans.jsonl.gz", "all")) == "out/eval/hans-all"
 
 
+@pytest.mark.parametrize(
+    ("source", "split"), [("snli", "../../../x"), ("..", "test"), ("a/..", "/etc"), ("x", "..\\..")]
+)
+def test_no_name_of_a_source_or_split_leads_out_of_the_run_folder(tmp_path, source, split):
+    folder = evaluation_folder(tmp_path / "run", source, split)
+    assert folder.resolve().parent == (tmp_path / "run" / "eval").resolve()
+
+
 def test_versions_and_git(tmp_path, monkeypatch):
     assert versions()["transformers"].startswith("5.")
     monkeypatch.chdir(tmp_path)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 import re
@@ -8,11 +9,17 @@ from itertools import islice
 from random import Random
 
 import pytest
+import torch
+from safetensors import safe_open
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from trl import ModelConfig
 
+from nli_sft.classifier import load_base
 from nli_sft.labels import LABELS
+from nli_sft.models import load_model, load_tokenizer, locate_model
+from nli_sft.prompts import PROMPTS
 from nli_sft.scenes import BASE_MODEL, SPLIT_SIZES, generate_pairs, world
 from nli_sft.scenes import scene as scenes
 from nli_sft.scenes.corpus import draw_documents, render_chat
@@ -95,10 +102,6 @@ def test_a_larger_draw_begins_with_the_smaller():
 def test_generating_does_not_import_torch():
     code = "import sys, nli_sft.scenes as s; s.generate_pairs('dev', 3); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_base_model_is_package_data():
-    assert BASE_MODEL.parts[-3:] == ("nli_sft", "scenes", "base")
 
 
 # How splits differ
@@ -432,3 +435,42 @@ def test_pretraining_makes_a_model_that_loads(tmp_path, capsys):
     loss = float(re.search(r"final loss.*\| (\S+) \|", card)[1])
     assert loss < math.log(600)  # it has learned something
     assert re.search(r"sha256.*\| [0-9a-f]{64} \|", card)
+
+
+# The base model that comes with the package
+
+
+def test_the_base_is_small_and_is_the_one_that_its_card_tells_of():
+    weights, card = BASE_MODEL / "model.safetensors", (BASE_MODEL / "README.md").read_text()
+    assert weights.stat().st_size <= 8 * 2**20
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == re.search(r"sha256.*\| ([0-9a-f]{64}) \|", card)[1]
+    tensors = safe_open(weights, "pt")
+    parameters = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    assert f"| parameters | {parameters:,} |" in card
+
+
+def test_the_base_knows_the_world_and_not_the_label_words():
+    from nli_sft.scenes.pretrain import OWN_WORDS, answers_right
+
+    model, tokenizer = load_model(ModelConfig(model_name_or_path="scenes")), load_tokenizer("scenes")
+    assert answers_right(model, tokenizer, OWN_WORDS, n=90) > 0.95
+    for prompt in ("plain", "definitions"):
+        assert 0.29 < answers_right(model, tokenizer, PROMPTS[prompt], n=90) < 0.37, prompt
+
+
+def test_scenes_is_a_model_name_wherever_one_stands(tmp_path, monkeypatch):
+    (tmp_path / "scenes").mkdir()  # a folder of that name is ./scenes
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("scenes") == str(BASE_MODEL)
+    assert locate_model("./scenes") == "./scenes"
+    assert load_tokenizer("scenes").chat_template == load_tokenizer(str(BASE_MODEL)).chat_template
+    assert load_base(ModelConfig(model_name_or_path="scenes"), torch.device("cpu")).num_parameters() == 2_853_312
+
+
+def test_tokens_that_the_corpus_never_holds_are_told_apart():
+    model, tokenizer = load_model(ModelConfig(model_name_or_path="scenes")), load_tokenizer("scenes")
+    rows = model.get_output_embeddings().weight
+    for words in ("neutral", "contradiction"):
+        pieces = rows[sorted(set(tokenizer(words).input_ids))]
+        distances = torch.cdist(pieces, pieces) + torch.eye(len(pieces)) * 10
+        assert distances.min() > 0.5

@@ -2,6 +2,7 @@ import csv
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,18 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tiny import few_pairs, write_jsonl
 
 from nli_sft import sources
+from nli_sft.configs import EvalConfig, TrainDataConfig
 from nli_sft.labels import LABELS
-from nli_sft.sources import fingerprint, has_split, hold_out, load_pairs, subsample
+from nli_sft.sources import (
+    EvaluationSet,
+    fingerprint,
+    has_split,
+    hold_out,
+    load_calibration_pairs,
+    load_pairs,
+    load_train_and_validation,
+    subsample,
+)
 
 ROWS = [
     {"uid": "a", "premise": "A man sleeps.", "hypothesis": "A person rests.", "label": "entailment"},
@@ -76,6 +87,168 @@ def test_slices_and_two_way_sets(tmp_path):
     assert list(pairs["subset"]) == ["overlap", None]
 
 
+SICK_HEADING = (
+    "pair_ID\tsentence_A\tsentence_B\tentailment_label\trelatedness_score\tentailment_AB\tentailment_BA\t"
+    "sentence_A_original\tsentence_B_original\tsentence_A_dataset\tsentence_B_dataset\tSemEval_set\n"
+)
+
+
+def test_sick_comes_as_one_file_with_its_splits_in_a_column(tmp_path):
+    path = tmp_path / "SICK.txt"
+    rows = [
+        ("7", "A man plays a guitar", 'There is no "man" here', "CONTRADICTION", "TEST"),
+        ("8", "A man plays a guitar", "A man makes music", "ENTAILMENT", "TRIAL"),
+        ("9", "Two dogs fight", "Two dogs wrestle", "NEUTRAL", "TEST"),
+    ]
+    path.write_text(
+        SICK_HEADING
+        + "".join(f"{i}\t{a}\t{b}\t{label}\t3.3\tx\tx\t{a}\t{b}\tFLICKR\tFLICKR\t{s}\n" for i, a, b, label, s in rows)
+    )
+    pairs = load_pairs(str(path), "test")
+    assert list(pairs["uid"]) == ["7", "9"]
+    assert list(pairs["label"]) == [2, 1]
+    assert pairs["hypothesis"][0] == 'There is no "man" here'
+    assert list(load_pairs(str(path), "validation")["uid"]) == ["8"]
+    assert len(load_pairs(str(path))) == 3
+    with pytest.raises(sources.SourceMissing, match="no row of split train: its column SemEval_set has TEST, TRIAL"):
+        load_pairs(str(path), "train")
+
+
+def test_hans_comes_as_text_with_heuristic_and_template(tmp_path):
+    path = tmp_path / "heuristics_evaluation_set.txt"
+    path.write_text(
+        "gold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\t"
+        "sentence2\tpairID\theuristic\tsubcase\ttemplate\n"
+        "non-entailment\t( )\t( )\t(S)\t(S)\tThe doctor saw the actor .\tThe actor saw the doctor .\tex0\t"
+        "lexical_overlap\tln_subject/object_swap\ttemp1\n"
+        "entailment\t( )\t( )\t(S)\t(S)\tThe actor slept and ran .\tThe actor slept .\tex1\tconstituent\tce_x\ttemp2\n"
+    )
+    pairs = load_pairs(str(path))
+    assert pairs.features["label"].names == ["entailment", "non-entailment"]
+    assert pairs.to_list()[0] == {
+        "uid": "ex0",
+        "premise": "The doctor saw the actor .",
+        "hypothesis": "The actor saw the doctor .",
+        "label": 1,
+        "subset": "lexical_overlap",
+        "subcase": "ln_subject/object_swap",
+    }
+
+
+def test_mnli_comes_as_json_lines_and_text_with_genre_and_annotators(tmp_path):
+    row = {
+        "annotator_labels": ["neutral", "neutral", "entailment", "neutral", "contradiction"],
+        "genre": "slate",
+        "gold_label": "neutral",
+        "pairID": "63735n",
+        "promptID": "63735",
+        "sentence1": "The new rights are nice enough",
+        "sentence1_parse": "(ROOT)",
+        "sentence2": "Everyone really likes the newest benefits ",
+    }
+    write_jsonl(tmp_path / "multinli_1.0_dev_matched.jsonl", [row])
+    write_jsonl(tmp_path / "multinli_1.0_dev_mismatched.jsonl", [row, row])
+    text = {key: value for key, value in row.items() if key != "annotator_labels"}
+    text |= {f"label{k}": label for k, label in enumerate([*row["annotator_labels"][:3], "", ""], start=1)}
+    for name in ("multinli_1.0_dev_matched", "alone"):
+        lines = ["\t".join(text), "\t".join(text.values())]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    pair = {
+        "uid": "63735n",
+        "premise": "The new rights are nice enough",
+        "hypothesis": "Everyone really likes the newest benefits",
+        "label": 1,
+        "genre": "slate",
+        "label_counts": [1, 3, 1],
+        "agreement": "60 to 79 %",
+    }
+    assert load_pairs(str(tmp_path), "dev_matched").to_list() == [pair]
+    assert len(load_pairs(str(tmp_path), "dev_mismatched")) == 2
+    assert load_pairs(str(tmp_path / "alone.txt")).to_list() == [pair | {"label_counts": [1, 2, 0]}]
+
+
+def test_anli_comes_as_a_folder_a_round(tmp_path):
+    row = {
+        "uid": "8a91e1a2-1",
+        "context": "Ernest Jones is a British jeweller.",
+        "hypothesis": "The first Ernest Jones store was opened in Europe.",
+        "label": "e",
+        "model_label": "n",
+        "emturk": True,
+        "genre": "wikipedia",
+        "reason": "London is in Europe.",
+        "tag": "x",
+    }
+    (tmp_path / "R1").mkdir()
+    write_jsonl(tmp_path / "R1" / "test.jsonl", [row, row | {"uid": "8a91e1a2-2", "label": "c"}])
+    pairs = load_pairs(str(tmp_path / "R1"), "test")
+    assert list(pairs["label"]) == [0, 2]
+    assert pairs["premise"][0] == row["context"]
+    write_jsonl(tmp_path / "R1" / "dev.jsonl", [row | {"label": "maybe"}])
+    with pytest.raises(ValueError, match="dev.jsonl row 1, column label: unknown label 'maybe'"):
+        load_pairs(str(tmp_path / "R1"), "validation")
+
+
+def test_chaosnli_comes_with_the_counts_of_100_annotators(tmp_path):
+    row = {
+        "uid": "46359n",
+        "label_counter": {"e": 76, "n": 20, "c": 4},
+        "majority_label": "e",
+        "label_dist": [0.76, 0.2, 0.04],
+        "label_count": [76, 20, 4],
+        "entropy": 0.951,
+        "example": {"uid": "46359n", "premise": "A p.", "hypothesis": "A h.", "source": "mnli_agree_3"},
+        "old_label": "n",
+        "old_labels": ["neutral", "entailment", "neutral", "neutral", "contradiction"],
+    }
+    pairs = load_pairs(str(write_jsonl(tmp_path / "chaosNLI_mnli_m.jsonl", [row])))
+    assert pairs.to_list() == [
+        {
+            "uid": "46359n",
+            "premise": "A p.",
+            "hypothesis": "A h.",
+            "label": 0,
+            "label_counts": [76, 20, 4],
+            "agreement": "60 to 79 %",
+        }
+    ]
+    broken = write_jsonl(tmp_path / "broken.jsonl", [row | {"example": {"premise": "A p."}}])
+    with pytest.raises(ValueError, match="row 1, column example.hypothesis: the hypothesis is missing"):
+        load_pairs(str(broken))
+
+
+def test_breaking_nli_comes_with_its_categories(tmp_path):
+    row = {
+        "sentence1": "A man holds a red cup.",
+        "sentence2": "A man holds a blue cup.",
+        "category": "colors",
+        "gold_label": "contradiction",
+        "annotator_labels": ["contradiction"] * 3,
+        "pairID": 7,
+    }
+    pairs = load_pairs(str(write_jsonl(tmp_path / "dataset.jsonl", [row])))
+    assert pairs.to_list()[0] | {"premise": "", "hypothesis": ""} == {
+        "uid": "7",
+        "premise": "",
+        "hypothesis": "",
+        "label": 2,
+        "subset": "colors",
+        "label_counts": [0, 0, 3],
+        "agreement": "all",
+    }
+
+
+def test_one_annotator_is_no_agreement(tmp_path):
+    rows = [
+        {**ROWS[0], "annotator_labels": ["entailment"]},
+        {**ROWS[1], "annotator_labels": ["neutral"] * 4 + ["entailment"]},
+        {**ROWS[2], "annotator_labels": ["contradiction", "contradiction", "neutral", "neutral", ""]},
+    ]
+    pairs = load_pairs(str(write_jsonl(tmp_path / "train.jsonl", rows)))
+    assert list(pairs["label_counts"]) == [None, [1, 4, 0], [0, 2, 2]]
+    assert list(pairs["agreement"]) == [None, "80 to 99 %", "under 60 %"]
+
+
 def test_named_columns_and_spellings(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("text,claim,verdict\nA man.,A person.,yes\nA man.,A cat.,no\nA man.,A father.,?\n")
@@ -92,10 +265,12 @@ def test_repeated_uids_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": "maybe"}, r"train.jsonl row 2: unknown label 'maybe'; expected one of entailment"),
-        ({"label": 7}, r"train.jsonl row 2: unknown label 7"),
-        ({"premise": "  "}, r"train.jsonl row 2: the premise is '  '; expected text"),
-        ({"hypothesis": None}, r"train.jsonl row 2: the hypothesis is missing"),
+        ({"label": "maybe"}, r"train.jsonl row 2, column label: unknown label 'maybe'; expected one of entailment"),
+        ({"label": 7}, r"train.jsonl row 2, column label: unknown label 7"),
+        ({"premise": "  "}, r"train.jsonl row 2, column premise: the premise is '  '; expected text"),
+        ({"hypothesis": None}, r"train.jsonl row 2, column hypothesis: the hypothesis is missing"),
+        ({"annotator_labels": ["neutral", "so"]}, r"row 2, column annotator_labels: unknown label 'so'"),
+        ({"label_count": [9, 1]}, r"row 2, column label_count: \[9, 1\] is not one count a label"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -234,3 +409,121 @@ def test_scenes_are_a_source_like_any_other():
     assert has_split("scenes", "validation")
     with pytest.raises(ValueError, match="scenes has no split dev_matched; it has train, validation, test"):
         load_pairs("scenes", "dev_matched")
+
+
+def test_a_temperature_is_fitted_on_validation_pairs_whose_premises_are_not_judged(tmp_path, caplog):
+    rows = [
+        {"premise": f"Premise {k // 3}.", "hypothesis": f"Hypothesis {k}.", "label": LABELS[k % 3]} for k in range(450)
+    ]
+    write_jsonl(tmp_path / "dev.jsonl", rows)
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    judged = load_pairs(str(tmp_path), "dev").select(range(30))
+    sets = [EvaluationSet("some", "test", judged, 0)]
+    trained_on = TrainDataConfig(dataset_name=str(tmp_path))
+    pairs = load_calibration_pairs(EvalConfig(run="run"), trained_on=trained_on, seed=0, sets=sets)
+    assert len(pairs) == 420
+    assert not set(pairs["premise"]) & set(judged["premise"])
+    few = load_calibration_pairs(
+        EvalConfig(run="run", calibration_pairs=120), trained_on=trained_on, seed=0, sets=sets
+    )
+    assert len(few) == 120
+    assert (
+        load_calibration_pairs(EvalConfig(run="run", calibration_pairs=0), trained_on=trained_on, seed=0, sets=[])
+        is None
+    )
+
+    (tmp_path / "dev.jsonl").unlink()  # what was held out from training stands in, with the seed of the training
+    held = load_calibration_pairs(
+        EvalConfig(run="run"), trained_on=replace(trained_on, validation_fraction=0.5), seed=3, sets=sets
+    )
+    assert set(held["uid"]) <= set(hold_out(load_pairs(str(tmp_path), "train"), 0.5, 3)[1]["uid"])
+
+    for name, judged_sets, why in [
+        ("nobody/nothing", sets, "cannot be had"),
+        (str(tmp_path), [EvaluationSet("all", "dev", load_pairs(str(tmp_path), "train"), 0)], "0 validation pairs"),
+    ]:
+        caplog.clear()
+        assert (
+            load_calibration_pairs(
+                EvalConfig(run="run"), trained_on=TrainDataConfig(dataset_name=name), seed=0, sets=judged_sets
+            )
+            is None
+        )
+        assert why in caplog.text
+
+
+def numbered(n, label="neutral", per_premise=3, text="Premise"):
+    """Pairs of one label; premises have so many each."""
+    return [
+        {"uid": str(k), "premise": f"{text} {k // per_premise}.", "hypothesis": f"{text} {label} {k}.", "label": label}
+        for k in range(n)
+    ]
+
+
+def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    own = [row for label in LABELS for row in numbered(20, label)]
+    write_jsonl(folder / "train.jsonl", [{**row, "uid": f"{row['label']}-{row['uid']}"} for row in own])
+    write_jsonl(folder / "dev.jsonl", numbered(30, text="Other"))
+    other = [row for label in LABELS for row in numbered(60, label, text="Other")]
+    write_jsonl(tmp_path / "other.jsonl", [{**row, "subset": "x"} for row in other])
+    args = TrainDataConfig(dataset_name=str(folder), train_mix=[f"{tmp_path / 'other.jsonl'}=0.5", "scenes=0.25"])
+    dropped = Counter()
+    train = load_train_and_validation(args, seed=0, dropped=dropped)["train"]
+    assert train.column_names == ["uid", "premise", "hypothesis", "label"]
+    told = Counter(
+        "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "scenes" for uid in train["uid"]
+    )
+    assert told == {False: 60, "other": 30, True: 15}
+    assert len(set(train["uid"])) == 105
+    held_out = {f"Other {k}." for k in range(10)}
+    assert not held_out & set(train["premise"])
+    assert dropped["mixed_premise_in_validation"] == 90
+    assert np.bincount(train["label"]).tolist() == [35, 35, 35]
+    again = load_train_and_validation(args, seed=0)["train"]
+    assert fingerprint(again) == fingerprint(train)
+    assert fingerprint(load_train_and_validation(args, seed=1)["train"]) != fingerprint(train)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("scenes", "'scenes' is not source=weight"),
+        ("scenes=much", "'scenes=much' is not source=weight"),
+        ("scenes=0", "not source=weight with a weight above 0"),
+        ("{other}=2", "asks for 60 pairs, and .*other.jsonl has 12; with 30 pairs of the run's own .* weight of 0.4"),
+        ("{hans}=0.1", "hans.jsonl has two labels"),
+        ("nobody/nothing=1", "not on the Hub"),
+    ],
+)
+def test_a_mixture_that_cannot_be_made(tmp_path, entry, message):
+    (tmp_path / "own").mkdir()
+    write_jsonl(tmp_path / "own" / "train.jsonl", numbered(30))
+    write_jsonl(tmp_path / "own" / "dev.jsonl", numbered(3, text="Held"))
+    other = write_jsonl(tmp_path / "other.jsonl", numbered(12, text="Other"))
+    hans = write_jsonl(
+        tmp_path / "hans.jsonl", [{**ROWS[0], "label": label} for label in ("entailment", "non-entailment")]
+    )
+    args = TrainDataConfig(dataset_name=str(tmp_path / "own"), train_mix=[entry.format(other=other, hans=hans)])
+    with pytest.raises(ValueError, match=message):
+        load_train_and_validation(args, seed=0)
+
+
+def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
+    rows = numbered(12, "entailment") + numbered(30, "neutral") + numbered(6, "contradiction", per_premise=1)
+    write_jsonl(tmp_path / "train.jsonl", [{**row, "uid": f"{row['label']}-{row['uid']}"} for row in rows])
+    write_jsonl(tmp_path / "dev.jsonl", numbered(9, text="Held"))
+    dropped = Counter()
+    args = TrainDataConfig(dataset_name=str(tmp_path), balance="label")
+    both = load_train_and_validation(args, seed=0, dropped=dropped)
+    assert np.bincount(both["train"]["label"]).tolist() == [6, 6, 6]
+    assert dropped["left_out_for_balance"] == 30
+    assert len(both["validation"]) == 9
+    by_premise = load_train_and_validation(replace(args, balance="premise"), seed=0)["train"]
+    assert Counter(zip(by_premise["premise"], by_premise["label"], strict=True)).most_common(1)[0][1] == 1
+    assert np.bincount(by_premise["label"]).tolist() == [4, 10, 6], (
+        "one pair of each label on each premise that has it"
+    )
+    other = load_train_and_validation(replace(args, balance="premise"), seed=1)["train"]
+    assert set(other["uid"]) != set(by_premise["uid"]), "which pair stands for its premise is drawn"

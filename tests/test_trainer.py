@@ -2,18 +2,22 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import few_pairs, tiny_llama
+from torch.utils.data import BatchSampler
 from transformers import MambaConfig, MambaForCausalLM
-from trl import SFTConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from trl import ModelConfig, SFTConfig
 
+from nli_sft import UserError
 from nli_sft.configs import BatchConfig
 from nli_sft.decoding import generate_labels
+from nli_sft.models import load_model
 from nli_sft.prompts import PROMPTS, PromptEncoder
-from nli_sft.trainer import NLITrainer, split_rows
+from nli_sft.trainer import NLITrainer, PairSampler, SharedBatches, TrieCollator, split_rows
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, **options):
+def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, batch_options=None, **options):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     options = {
         "output_dir": str(tmp_path),
@@ -30,7 +34,7 @@ def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, 
     }
     return NLITrainer(
         encoder=encoder,
-        batch_args=BatchConfig(batching=batching, max_row_tokens=128),
+        batch_args=BatchConfig(batching=batching, max_row_tokens=128, **batch_options or {}),
         model=model or tiny_llama(len(chatml)),
         args=SFTConfig(**options),
         train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
@@ -65,6 +69,71 @@ def test_tries_train_as_padded_batches_do(chatml, tmp_path, peft_config, options
     assert fewer == [8, 16, 24]
     for name, parameter in both["trie"].model.named_parameters():
         torch.testing.assert_close(parameter, both["padded"].model.get_parameter(name), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("batch_options", "options"),
+    [
+        ({"max_batch_tokens": 128}, {}),  # one row a pass
+        ({}, {"torch_compile": True, "torch_compile_backend": "eager"}),
+    ],
+    ids=["in parts", "compiled"],
+)
+def test_parts_and_compiled_layers_train_as_the_whole_batch_does(
+    chatml, tmp_path, peft_config, batch_options, options
+):
+    whole = trainer(chatml, tmp_path, peft_config=peft_config)
+    other = trainer(chatml, tmp_path, peft_config=peft_config, batch_options=batch_options, **options)
+    layers = [module for module in other.model.modules() if isinstance(module, LlamaDecoderLayer)]
+    assert all((layer._compiled_call_impl is not None) == ("torch_compile" in options) for layer in layers)
+    for run in (whole, other):
+        run.train()
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert logged(other, key) == pytest.approx(logged(whole, key), rel=1e-3), key
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(other.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
+
+
+def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    rows = list(encoder.encode_rows(few_pairs(3), max_length=None))
+    whole = TrieCollator(encoder.answers, 128, 10**6)(rows)
+    parts = TrieCollator(encoder.answers, 128, 256)(rows)
+    assert len(whole["parts"]) == 1
+    assert len(parts["parts"]) > 1
+    assert all(part["input_ids"].numel() <= 256 for part in parts["parts"])
+    assert torch.equal(parts["shift_labels"], whole["shift_labels"])
+    for name in ("input_ids", "position_ids", "exit"):
+        assert torch.equal(torch.cat([part[name] for part in parts["parts"]]), whole["parts"][0][name])
+    assert sum(part["tokens"] for part in parts["parts"]) == whole["parts"][0]["tokens"]
+
+
+def test_pairs_of_one_premise_stand_together(chatml):
+    premises = [f"premise {number % 10}" for number in range(30)]
+    sampler = PairSampler(premises, seed=1)
+    first, again = list(sampler), list(sampler)
+    assert sorted(first) == list(range(30))
+    assert first == again
+    assert [len({premises[index] for index in first[start : start + 3]}) for start in range(0, 30, 3)] == [1] * 10
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(PairSampler(premises, seed=2)) != first
+    scattered = list(PairSampler(range(30), seed=1))
+    assert sorted(scattered) == list(range(30))
+    assert scattered != list(range(30))
+
+
+@pytest.mark.gpu
+def test_flex_attention_trains_as_sdpa_does(chatml, tmp_path):
+    losses = {}
+    for implementation in ("sdpa", "flex_attention"):
+        model = tiny_llama(len(chatml))
+        model.set_attn_implementation(implementation)
+        run = trainer(chatml, tmp_path, model=model, use_cpu=False)
+        run.train()
+        losses[implementation] = logged(run, "loss")
+    assert losses["flex_attention"] == pytest.approx(losses["sdpa"], rel=1e-2)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -129,8 +198,46 @@ def test_models_that_cannot_use_tries_get_padded_batches_and_a_line(chatml, tmp_
     assert 0 <= run.evaluate()["eval_accuracy"] <= 1
 
 
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_adapter_on_a_quantised_base_is_bf16_only_where_that_is_the_precision(chatml, tmp_path, bf16, dtype):
+    """TRL casts it to bf16 always, and then fp16 cannot train: loss scaling does not unscale gradients in 16 bits."""
+    tiny_llama(len(chatml)).save_pretrained(tmp_path / "base")
+    args = ModelConfig(str(tmp_path / "base"), dtype="bfloat16" if bf16 else "float32", load_in_4bit=True)
+    run = trainer(chatml, tmp_path, model=load_model(args), peft_config=LORA, bf16=bf16)
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {dtype}
+    run.train()
+    assert all(loss > 0 for loss in logged(run, "loss"))
+
+
 def test_trls_card_is_not_written(chatml, tmp_path):
     run = trainer(chatml, tmp_path, save_strategy="steps", save_steps=3, peft_config=None)
     run.train()
     assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
     assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("pairs", [1, 20, 21, 25, 39])
+def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
+    sampler = PairSampler(range(pairs), seed=1)
+    batches = list(BatchSampler(sampler, 12, drop_last=False))
+    shares = [SharedBatches(sampler, 12, index, processes, drop_last=False) for index in range(processes)]
+    assert {len(share) for share in shares} == {len(batches)}
+    for batch, *own in zip(batches, *shares, strict=True):
+        assert all(own), "every process takes part in every step"
+        dealt = [pair for share in own for pair in share]
+        assert sorted(set(dealt)) == sorted(batch)
+        assert len(dealt) == max(len(batch), processes), "a pair is repeated only where there are fewer than processes"
+    shares[0].set_epoch(1)
+    assert pairs < 20 or list(BatchSampler(sampler, 12, drop_last=False)) != batches
+
+
+def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
+    with pytest.raises(UserError, match="label_smoothing_factor: .* set batching: padded, or leave it out"):
+        trainer(chatml, tmp_path, label_smoothing_factor=0.1)
+    with pytest.warns(FutureWarning, match="label_smoothing_factor"):
+        smoothed = trainer(chatml, tmp_path, batching="padded", label_smoothing_factor=0.3, max_steps=20)
+    plain = trainer(chatml, tmp_path, batching="padded", max_steps=20)
+    for one in (smoothed, plain):
+        one.train()
+    assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "all tokens keep a part"

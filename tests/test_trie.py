@@ -112,7 +112,8 @@ def check_rows(batch, used, budget, multiple):
     """`used` nodes of each row are a trie and see their paths; the rest is padding and sees itself."""
     length = batch["input_ids"].shape[1]
     assert max(used) <= budget
-    assert length == -(-max(used) // multiple) * multiple
+    padded = -(-max(used) // multiple) * multiple
+    assert length == (padded + multiple if padded % 128 == 64 else padded)
     assert batch["trie_tokens"] == sum(used)
     visible = trie.attention_mask(batch["exit"], "sdpa", torch.bool)
     additive = trie.attention_mask(batch["exit"], "eager", torch.float32)
@@ -196,7 +197,7 @@ def score_separately(model, prompts, answers):
 
 
 def score_on_trie(model, batch):
-    with torch.no_grad(), trie.logits_at(model, batch["predict"]):
+    with torch.no_grad(), trie.exact_logits(model, batch["predict"]):
         logits = forward(model, batch)
     assert logits.shape[:2] == (1, len(batch["predict"]))
     return trie.answer_log_probs(logits[0], batch["answer_nodes"], batch["answer_ids"])
@@ -241,6 +242,31 @@ def test_scores_of_a_model_wrapped_by_peft():
     wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     torch.testing.assert_close(score_on_trie(wrapped, batch), expected, rtol=1e-5, atol=2e-5)
     assert forward(wrapped, batch).shape == (*batch["input_ids"].shape, VOCABULARY)  # the hook is gone
+
+
+def test_logits_are_not_rounded_to_what_the_model_computes_in():
+    model = build("llama", "sdpa").to(torch.bfloat16)
+    batch = trie.pack_scoring(PROMPTS, LABEL_WORDS, ROW)
+    hidden = {}
+    handle = model.lm_head.register_forward_pre_hook(lambda module, args: hidden.update(states=args[0]))
+    with torch.no_grad():
+        rounded = forward(model, batch)
+        with trie.exact_logits(model):
+            exact = forward(model, batch)
+        again = forward(model, batch)
+    handle.remove()
+    assert rounded.dtype == again.dtype == torch.bfloat16
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact, hidden["states"].float() @ model.lm_head.weight.float().T)
+    assert not torch.equal(exact, exact.bfloat16().float())
+    torch.testing.assert_close(exact.bfloat16(), rounded, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("nodes", "length"), [(60, 80), (64, 80), (65, 80), (128, 128), (180, 208), (190, 208)])
+def test_no_row_has_a_length_at_which_cudnn_fails(nodes, length):
+    prompt = [7] * nodes
+    assert trie.pack_training([prompt], [[1]], 512)["input_ids"].shape == (1, length)
+    assert trie.pack_scoring([prompt], [[1], [2]], 512)["input_ids"].shape == (1, length)
 
 
 def test_boolean_mask_equals_additive_mask():

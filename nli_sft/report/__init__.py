@@ -5,7 +5,6 @@ pairs, and two templates put it on a page and into Markdown.
 """
 
 import base64
-import re
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +13,8 @@ from markupsafe import Markup
 from ..comparison import points
 from .content import MODEL_NAMES, Report, prompt_text
 from .figures import Plot, evaluation_plots, training_plots
+from .sheets import escape_markdown
+from .suite import suite_sheets
 from .table import pairs_table
 
 
@@ -45,9 +46,10 @@ def write_report(run: str | Path) -> Path:
         "table_note": table_note,
         "prompt_text": prompt_text(report.prompt),
         "model_names": MODEL_NAMES,
+        "suite_sheets": [sheet for suite in report.suites for sheet in suite_sheets(suite, report.evaluations)],
     }
     (report.folder / "report.md").write_text(
-        _environment(finalize=_escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
+        _environment(finalize=escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
     )
     path = report.folder / "report.html"
     page = _environment(autoescape=True).get_template("report.html.jinja").render(content)
@@ -77,10 +79,3 @@ def _environment(**options) -> Environment:
 
 def _data_uri(plot: Plot) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(plot.svg.encode()).decode()}"
-
-
-def _escape_markdown(value: object) -> object:
-    """Text that comes through Markdown, and the HTML that Markdown lets through, as it is; on one line."""
-    if isinstance(value, Markup):
-        return value
-    return re.sub(r"([\\`*_\[\]<>|#~&$!])", r"\\\1", " ".join(str(value).split()))

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from .. import UserError
-from ..comparison import Comparison, buckets, compare, headline, points
+from ..calibration import abstention_curve
+from ..comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..metrics import compute
 from ..prompts import Prompt
@@ -73,7 +74,8 @@ class Evaluation:
     def __init__(self, folder: Path):
         self.key = re.sub(r"[^\w.-]+", "-", folder.name)
         self.summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        source = re.sub(r"\.(jsonl|csv|tsv|parquet)(\.gz)?$", "", Path(self.summary["source"]).name)
+        source = self.summary.get("name") or Path(self.summary["source"]).name
+        source = re.sub(r"\.(jsonl|csv|tsv|parquet|txt)(\.gz)?$", "", source)
         self.name = source if self.summary["split"] == "all" else f"{source} {self.summary['split']}"
         self.table = pd.read_parquet(folder / "predictions.parquet")
         self.is_two_way = bool((self.table["label"] == TWO_WAY_LABELS[1]).any())
@@ -130,6 +132,29 @@ class Evaluation:
     @cached_property
     def headline(self) -> str:
         return headline(self.comparison, pairs=f"{self.name} pairs")
+
+    @cached_property
+    def power(self) -> str:
+        """A sentence on the smallest difference that these pairs could have shown."""
+        c, t = self.comparison, self.table
+        change = self.right("tuned").astype(int) - self.right("base")
+        effect = max(1.0, design_effect(change, pd.factorize(t["premise"])[0]))
+        smallest = smallest_difference(c.pairs, c.fixed + c.broken, design_effect=effect)
+        changed = f"of {c.pairs:,} pairs {c.fixed + c.broken:,} changed sides"
+        if smallest is None:
+            return f"This split could have shown no difference at all: {changed}, too few for McNemar's test."
+        return (
+            f"What this split could have shown: {changed}, so a true difference of {100 * smallest:.1f} points would "
+            f"be found four times in five (McNemar's test at 5%; premises inflate the variance {effect:.2f}-fold)."
+        )
+
+    def abstention(self, model: str) -> tuple[np.ndarray, np.ndarray]:
+        """Coverage and accuracy when a model answers only the pairs of which it is surest."""
+        p = self.probabilities(model)
+        if self.is_two_way:
+            p = np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1)
+        answers = self._ids(self.table[f"{model}_prediction"], self.label_names)
+        return abstention_curve(p[np.arange(len(p)), answers], self.right(model))
 
     @cached_property
     def slices(self) -> list[Slice]:
@@ -237,6 +262,11 @@ class Evaluation:
             ("ece", "Calibration error (ECE)"),
         ):
             rows.append((name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"))
+        calibrated = [self.summary.get(model, {}).get("calibrated") for model in ("base", "tuned")]
+        if all(calibrated):
+            rows.append(("Temperature fitted on validation", *(f"{t['temperature']:.2f}" for t in calibrated)))
+            for key, name in (("nll", "Log loss"), ("ece", "Calibration error")):
+                rows.append((f"{name} at that temperature", *(f"{t[key]:.3f}" for t in calibrated)))
         mass = (
             f"{m['mass_on_labels']:.2%}" if m["mass_on_labels"] >= 1e-4 else f"{m['mass_on_labels']:.1e}"
             for m in (base, tuned)
@@ -315,7 +345,8 @@ class Report:
     Attributes:
         name: of the run folder.
         recipe, prompt, record: what `runs.read_run` gives.
-        evaluations: the run's own source first.
+        evaluations: the run's own source first, then in the order of the suite.
+        suites: what `suites.write_suite` wrote.
 
     Raises:
         UserError: if the folder is not a run, or has not been evaluated.
@@ -330,7 +361,20 @@ class Report:
         evaluations = [Evaluation(path) for path in folders]
         if not evaluations:
             raise UserError(f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first")
-        self.evaluations = sorted(evaluations, key=lambda e: e.summary["source"] != self.recipe.get("dataset_name"))
+        suites = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("eval/*.json"))]
+        places = [key for suite in suites for key in suite["judged"].values()]
+        self.evaluations = sorted(
+            evaluations,
+            key=lambda e: (
+                e.summary["source"] != self.recipe.get("dataset_name"),
+                places.index(e.key) if e.key in places else len(places),
+            ),
+        )
+        self.suites = suites
+
+    def suite(self, name: str) -> Mapping:
+        """What the run folder holds of the suite of that name."""
+        return next(suite for suite in self.suites if suite["suite"] == name)
 
     @property
     def own(self) -> Evaluation:
@@ -403,6 +447,8 @@ class Report:
             text = f"{summary['pairs']:,}, fingerprint {summary['data_fingerprint']}"
             if summary.get("unlabelled_pairs_dropped"):
                 text += f"; {summary['unlabelled_pairs_dropped']:,} without a gold label left out"
+            if summary.get("unlinked_edits_dropped"):
+                text += f"; {summary['unlinked_edits_dropped']:,} edits without their original left out"
             rows.append((f"Pairs of {evaluation.name}", text))
         git = self.record.get("git")
         if git:

@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from ..calibration import accuracy_at
 from ..comparison import points
 from .content import MODEL_NAMES, Evaluation, Training
 
@@ -71,6 +72,7 @@ def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
         "confusion_after": confusion(evaluation, "tuned"),
         "movement": movement(evaluation),
         "reliability": reliability(evaluation),
+        "abstention": abstention(evaluation),
     }
     if evaluation.slices:
         plots["slices"] = slice_dumbbells(evaluation)
@@ -207,6 +209,32 @@ def reliability(evaluation: Evaluation) -> Plot:
         for m in ("base", "tuned")
     )
     return _plot(f"{evaluation.key}-reliability", figure, title, f"Reliability diagram. {description}.")
+
+
+def abstention(evaluation: Evaluation) -> Plot:
+    """Accuracy on the pairs of which the model is surest, by the share of pairs that it answers."""
+    after = evaluation.abstention("tuned")
+    most = accuracy_at(0.8, after), accuracy_at(1, after)
+    title = f"Tuned, it is right on {most[0]:.1%} of the 80% of pairs of which it is surest, on {most[1]:.1%} of all"
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2))
+        axes = figure.add_subplot()
+        for model, colour, style in (("base", BEFORE, (0, (4, 2))), ("tuned", AFTER, "-")):
+            coverage, accuracy = evaluation.abstention(model)
+            drawn = np.unique(np.linspace(0, len(coverage) - 1, 500).astype(int))  # enough for the eye
+            line = {"color": colour, "linestyle": style, "linewidth": 1.5, "label": MODEL_NAMES[model]}
+            axes.plot(coverage[drawn], accuracy[drawn], **line)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of pairs answered, the surest first", ylabel="accuracy")
+        axes.legend(loc="lower left")
+        axes.grid()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    description = "; ".join(
+        f"{MODEL_NAMES[model]}: "
+        + ", ".join(f"{accuracy_at(c, evaluation.abstention(model)):.1%} of {c:.0%}" for c in (0.2, 0.5, 0.8, 1))
+        for model in ("base", "tuned")
+    )
+    return _plot(f"{evaluation.key}-abstention", figure, title, f"Accuracy against coverage. {description}.")
 
 
 def slice_dumbbells(evaluation: Evaluation) -> Plot:

@@ -7,9 +7,6 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from ..comparison import points
 from ..ledger import (
@@ -23,9 +20,10 @@ from ..ledger import (
     paired_tests,
     why_apart,
 )
-from . import _environment, _escape_markdown
+from . import _environment
 from .content import duration
 from .figures import BEFORE, STYLE, WIDTH, Plot, _plot
+from .sheets import NONE, Sheet, escape_markdown
 
 # Okabe and Ito's colours, and markers, so that runs can be told apart in grey too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -33,33 +31,6 @@ MARKERS = "osD^vPX"
 
 # More curves than this cannot be told apart.
 MOST_CURVES = 12
-
-NONE = "–"
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table of texts; the first column names the row."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str]]
-    note: str = ""
-
-    def rich(self) -> Table:
-        """The sheet for a terminal."""
-        table = Table(title=Text(self.title), caption=Text(self.note) if self.note else None, box=box.SIMPLE_HEAD)
-        for index, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return table
-
-    def markdown(self) -> str:
-        """The sheet as a Markdown table."""
-        heading, *rows = (" | ".join(_escape_markdown(cell) for cell in row) for row in (self.columns, *self.rows))
-        lines = [f"| {heading} |", "|" + " --- |" + " ---: |" * (len(self.columns) - 1), *(f"| {r} |" for r in rows)]
-        return "\n".join([f"### {_escape_markdown(self.title)}", "", *lines, "", _escape_markdown(self.note)])
 
 
 @dataclass(frozen=True)
@@ -291,8 +262,8 @@ def markdown(sides: Sequence[Side]) -> str:
     """All of it but the plots, as Markdown."""
     parts = ["# Runs side by side"]
     for side in sides:
-        parts += [_escape_markdown(side.apart), *(sheet.markdown() for sheet in side.sheets)]
-        parts.append("\n".join(f"- {_escape_markdown(claim)}" for claim in side.claims))
+        parts += [escape_markdown(side.apart), *(sheet.markdown() for sheet in side.sheets)]
+        parts.append("\n".join(f"- {escape_markdown(claim)}" for claim in side.claims))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

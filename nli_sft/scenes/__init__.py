@@ -5,6 +5,8 @@ from pathlib import Path
 
 from .pairs import draw_pairs
 
+# What recipes call both: `dataset_name: scenes` and `model_name_or_path: scenes`.
+SCENES = "scenes"
 SPLIT_SIZES = {"train": 24_000, "dev": 1_000, "test": 2_000}
 BASE_MODEL = Path(__file__).parent / "base"
 

@@ -11,13 +11,21 @@ from wandb.proto import wandb_internal_pb2
 ROOT = Path(__file__).parents[2]
 
 
+def launch_command(script, *arguments, processes=1):
+    """What a user types to run a recipe script."""
+    if processes == 1:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    else:  # accelerate starts a single process on a CPU, however many it is asked for
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command.append("--")  # or it takes --run for an abbreviation of its own --run-path
+    return [*command, str(ROOT / "recipes" / script), *map(str, arguments)]
+
+
 def launch(script, *arguments, cwd, processes=1, **environment):
     """Run a recipe script as a user does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "recipes" / script), *map(str, arguments)]
     result = subprocess.run(
-        command,
+        launch_command(script, *arguments, processes=processes),
         cwd=cwd,
         capture_output=True,
         text=True,

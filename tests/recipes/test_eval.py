@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -114,3 +115,47 @@ def test_what_is_not_a_run(workspace):
     result = launch("eval.py", "--run", workspace / "data", cwd=workspace)
     assert result.returncode != 0
     assert "is not a run folder: it has no recipe.yaml" in " ".join(result.output.split())
+
+
+def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace, tmp_path):
+    shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval", "figures"))
+    chaos = {
+        "label_count": [76, 20, 4],
+        "majority_label": "e",
+        "example": {"premise": "A man.", "hypothesis": "A boy."},
+    }
+    write_jsonl(
+        tmp_path / "chaosnli_snli.jsonl", [chaos | {"uid": "1"}, chaos | {"uid": "2", "label_count": [50, 50, 0]}]
+    )
+    hans = {"gold_label": "non-entailment", "sentence1": "The cat saw a dog.", "sentence2": "A dog saw the cat."}
+    rows = [hans | {"heuristic": name} for name in ("lexical_overlap", "subsequence")]
+    write_jsonl(tmp_path / "hans.jsonl", [*rows, rows[0] | {"gold_label": "entailment"}])
+    (tmp_path / "snli").symlink_to(workspace / "data")
+    sets = "sets: {snli: , hans: , chaosnli_snli: , sick: }\nlabel_order_pairs: 6\nprompt_pairs: 6\n"
+    (tmp_path / "few.yaml").write_text(sets)
+    arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--free_samples=0"]
+    result = launch("eval.py", "--run", tmp_path / "run", *arguments, cwd=workspace, COLUMNS="200")
+    assert result.returncode == 0, result.output
+    told = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())
+    assert told["judged"] == {"snli": "snli-test", "hans": "hans-all", "chaosnli_snli": "chaosnli_snli-all"}
+    assert set(told["missing"]) == {"sick", "hypothesis_only"}
+    metrics = {
+        name: json.loads((tmp_path / "run" / "eval" / key / "metrics.json").read_text())["tuned"]
+        for name, key in told["judged"].items()
+    }
+    assert len(metrics["snli"]["label_orders"]["accuracy"]) == 6
+    assert len(metrics["snli"]["prompts"]["accuracy"]) == 3
+    assert set(metrics["hans"]["by_subset"]) == {
+        "lexical_overlap, entailment",
+        "lexical_overlap, non-entailment",
+        "subsequence, non-entailment",
+    }
+    assert metrics["chaosnli_snli"]["annotators"]["annotators_per_pair"] == 100
+    page = (tmp_path / "run" / "report.html").read_text()
+    for text in (result.output, (tmp_path / "run" / "report.md").read_text().replace("\\", ""), page):
+        assert "sick" in text
+        assert "missing" in text
+        assert "lexical_overlap, non-entailment" in text
+        assert "Against the labels of all annotators" in text
+        assert "pairs answered in more than one way" in text
+        assert "the run has no control without premises" in text

@@ -1,0 +1,319 @@
+"""Checkpoints that survive: a training killed at any moment goes on from the newest whole one, to the same weights.
+
+A checkpoint is written under another name and renamed when all of it is on the disk. Its `checkpoint.json` lists every
+file with its size, so that one cut short in another way (a copy that broke off, a deletion that was killed) is
+recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens.
+
+What ends a training leaves a run folder that can go on:
+
+    SIGTERM (Slurm's preemption, a shutdown)   saved at the end of the step; exit status 143
+    SIGKILL, power, a process or worker dying  the newest whole checkpoint stands
+    a full disk                                what was half written is removed, the one before stands
+    a loss or gradient that is not a number    stopped before the weights are changed; the last good checkpoint stands
+"""
+
+import errno
+import gc
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from . import UserError
+from .runs import read_run, write_json
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+MANIFEST = "checkpoint.json"
+
+# Checkpoints in the making. Trainer's uploads to the Hub pass over names that begin like this.
+UNFINISHED = "_unfinished"
+
+
+def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means, or `None` for a start from the beginning.
+
+    Args:
+        wanted: `auto` for the newest complete one in `run`, if there is any; a folder; or `None`.
+        run: the run folder.
+
+    Raises:
+        UserError: if the folder named is not a checkpoint, or not a complete one.
+    """
+    if wanted is None:
+        return None
+    if wanted != AUTO:
+        flaw = find_flaw(Path(wanted))
+        if flaw is not None:
+            raise UserError(f"resume_from_checkpoint {wanted}: {flaw}; give a checkpoint's folder, or auto")
+        return wanted
+    for folder in sorted(Path(run).glob("checkpoint-*"), key=_step, reverse=True):
+        flaw = find_flaw(folder)
+        if flaw is None:
+            return str(folder)
+        logger.warning("%s is passed over: %s", folder, flaw)
+    return None
+
+
+def is_finished(run: str | Path, recipe: Mapping[str, object]) -> bool:
+    """Whether a run folder holds a training by this very recipe that came to its end."""
+    if not (Path(run) / "run.json").is_file():
+        return False
+    made_by, _, _ = read_run(run)
+    # As YAML gives it back.
+    asked = yaml.safe_load(yaml.safe_dump(dict(recipe)))
+    return all(made_by.get(key) == asked.get(key) for key in {*made_by, *asked} - {"resume_from_checkpoint"})
+
+
+def find_flaw(checkpoint: Path) -> str | None:
+    """Say why a training cannot go on from a folder, or `None` if it can."""
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return f"it has no {TRAINER_STATE_NAME}"
+    if not (checkpoint / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, so it may be half written"
+    for name, size in _read(checkpoint)["files"].items():
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, not the {size:,} that were written"
+    return None
+
+
+class ResumableTrainer(SFTTrainer):
+    """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Watch(self))
+        self._sigterm = False
+        self._saving = False
+        self._loss_is_finite = True
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Train, from a checkpoint that `find_checkpoint` found or from the beginning.
+
+        Raises:
+            SystemExit: with status 143, after SIGTERM, when the checkpoint is written.
+            UserError: where the disk is full, the loss is not a number, or a worker of the data loader died.
+        """
+        self._resumed_from = resume_from_checkpoint
+        eval_on_start = self.args.eval_on_start
+        before = signal.signal(signal.SIGTERM, self._remember_sigterm)
+        # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
+        passing = _PassingOverWorkers(self.args.dataloader_num_workers)
+        with passing, passing:
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                signal.signal(signal.SIGTERM, before)
+                self.args.eval_on_start = eval_on_start
+        with passing:
+            time.sleep(0.5)  # the second may be still to come
+        with passing:
+            gc.collect()  # while the loader is there, every process that ends raises the same again
+        raise UserError(
+            f"a worker of the data loader died after step {self.state.global_step}, often for want of RAM: go on with "
+            "resume_from_checkpoint: auto, and with fewer dataloader_num_workers if it happens again"
+        )
+
+    def _remember_sigterm(self, _signal, _frame) -> None:
+        self._sigterm = True
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        unfinished, final = run / UNFINISHED / name, run / name
+        if self.args.should_save:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        progress = self._progress()
+        try:
+            self._saving = True
+            super()._save_checkpoint(model, trial)
+            self._saving = False
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                _seal(unfinished, progress)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(unfinished, final)
+        except Exception as error:
+            full = _is_disk_full(error, run)
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            if not full:
+                raise
+            before = find_checkpoint(AUTO, run)
+            raise UserError(
+                f"the disk that holds {run} is full: {name} could not be written. Make room, then go on "
+                f"{f'from {Path(before).name}' if before else 'from the beginning'} with resume_from_checkpoint: auto"
+            ) from error
+        finally:
+            self._saving = False
+        if self.args.should_save:
+            shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._saving:  # under its final name, once it has that: uploads go on in the background
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, UNFINISHED)) if self._saving else folder
+
+    def _progress(self) -> dict[str, object]:
+        """What the Trainer holds in memory alone, between one log and the next."""
+        return {
+            # Averaged over the processes, as the log would.
+            "loss_since_log": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "total_loss": self._total_loss_scalar,
+            "trained_tokens": self._total_train_tokens,
+            "metrics": dict(self._metrics["train"]),
+        }
+
+    def _restore_progress(self) -> None:
+        progress = _read(Path(self._resumed_from))["progress"]
+        self._tr_loss += progress["loss_since_log"]
+        self._globalstep_last_logged = progress["last_logged_step"]
+        self._total_loss_scalar = progress["total_loss"]
+        self._total_train_tokens = progress["trained_tokens"]
+        self._metrics["train"].update(progress["metrics"])
+        # The path in the state is the one that it had when it was written; the run folder may have been moved.
+        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, with a `train_loss` over the whole run and not only over what came after a resumption.
+
+        With loss scaling also the `loss_scale`, and no `grad_norm` of a step that was passed over: it is not a number.
+        """
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        if self.accelerator.scaler is not None and "grad_norm" in logs:
+            logs["loss_scale"] = self.accelerator.scaler.get_scale()
+            if not math.isfinite(logs["grad_norm"]):
+                del logs["grad_norm"]
+        super().log(logs, start_time)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._loss_is_finite &= math.isfinite(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Loss scaling tries scales that are too large, and passes over the step when the gradient overflows.
+        scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
+        self._loss_is_finite &= scaled or math.isfinite(norm)
+        return norm
+
+    def _any_process(self, *flags: bool) -> list[bool]:
+        """Whether a flag is set on any process, for each flag."""
+        if self.accelerator.num_processes == 1:
+            return list(flags)
+        counts = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
+        return self.accelerator.reduce(counts, reduction="sum").bool().tolist()
+
+
+class _PassingOverWorkers(AbstractContextManager):
+    """Passes over what is raised, wherever the program is, when a worker of a data loader has died."""
+
+    def __init__(self, workers: int):
+        self.workers = workers
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        told = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        return self.workers > 0 and (told or isinstance(error, (ConnectionError, EOFError)))
+
+
+class _Watch(TrainerCallback):
+    """Restores what a checkpoint holds beyond the Trainer's state, and looks once a step whether to stop."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+        self._stopping = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer._sigterm = False
+        if self._trainer._resumed_from is not None:
+            self._trainer._restore_progress()
+            args.eval_on_start = False  # the base was judged when the run began
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        finite, self._trainer._loss_is_finite = self._trainer._loss_is_finite, True
+        self._stopping, broken = self._trainer._any_process(self._trainer._sigterm, not finite)
+        if broken:
+            last = find_checkpoint(AUTO, args.output_dir)
+            raise UserError(
+                f"the loss or its gradient is not a number at step {state.global_step + 1}, so training was stopped; "
+                + (f"{Path(last).name} is the last good checkpoint. " if last else "there is no checkpoint yet. ")
+                + "Go on with resume_from_checkpoint: auto and a lower learning_rate"
+                + (", or with precision: fp32" if args.fp16 else "")
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # At the end of an epoch there may be an evaluation to come, which belongs into the checkpoint.
+        if self._stopping and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._stopping:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._stopping:
+            logger.warning("Stopped by SIGTERM after step %d, which is saved.", state.global_step)
+            sys.exit(128 + signal.SIGTERM)
+
+
+def _seal(folder: Path, progress: Mapping[str, object]) -> None:
+    """Write a checkpoint's list of files, once all of them have reached the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_json(folder / MANIFEST, {"files": sizes, "progress": progress})
+
+
+def _read(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else -1
+
+
+def _is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error comes from a full disk. torch and safetensors raise errors of their own, without a number."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20

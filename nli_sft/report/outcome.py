@@ -1,0 +1,60 @@
+"""What the terminal shows of one evaluation: accuracy by model and by part of the set, and what it cost."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..slices import told_by_source
+from .content import Evaluation, duration, size_text
+from .sheets import NONE, Sheet
+
+COLUMNS = {
+    "base": "base",
+    "tuned": "tuned",
+    "shuffled": "tuned, other premises",
+    "hypothesis_only": "never saw a premise",
+}
+
+
+def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
+    """Accuracy on all pairs and on every part that the source names; unconstrained answers; time and memory.
+
+    Args:
+        evaluation: one set that a run was judged on.
+        trained: the `resources` of the run's own record; may be empty.
+    """
+    models = evaluation.models
+    right = {model: evaluation.right(model) for model in models}
+    rows = [_row("all pairs", np.ones(len(evaluation.table), dtype=bool), right)]
+    low_high = (evaluation.metrics[model]["accuracy_interval"] for model in models)
+    rows.append(["95% interval", "", *(f"{100 * low:.1f}–{100 * high:.1f}" for low, high in low_high)])
+    for (family, name, _), inside in told_by_source(evaluation.table).items():
+        if family == "Difficulty":
+            rows.append(_row("easy", ~inside, right))
+            rows.append(_row("hard", inside, right))
+        else:
+            rows.append(_row(f"{family.split()[0].lower()}: {name}", inside, right))
+    free = [evaluation.summary.get(model, {}).get("free_generation") for model in models]
+    if any(free):
+        asked = next(answers["n"] for answers in free if answers)
+        for name, key in (("free: right", "accuracy"), ("free: no label", "invalid_share")):
+            rows.append([name, f"{asked:,}", *(f"{answers[key]:.1%}" if answers else NONE for answers in free)])
+    seconds = [evaluation.summary.get(model, {}).get("seconds") for model in models]
+    rows.append(["time to score", "", *(NONE if s is None else duration(s) for s in seconds)])
+    costs = (("Training", trained), ("Evaluation", evaluation.summary.get("resources", {})))
+    note = ". ".join(f"{what}: {_cost(resources)}" for what, resources in costs if resources)
+    return Sheet(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
+
+
+def _row(name: str, inside: np.ndarray, right: Mapping[str, np.ndarray]) -> list[str]:
+    shares = (f"{of_model[inside].mean():.1%}" if inside.any() else NONE for of_model in right.values())
+    return [name, f"{inside.sum():,}", *shares]
+
+
+def _cost(resources: Mapping) -> str:
+    processes = resources["processes"]
+    parts = [duration(resources["seconds"]), f"{size_text(sum(p['peak_ram_bytes'] for p in processes))} of RAM"]
+    devices = [process["device"] for process in processes if process["device"]]
+    if devices:
+        parts.append(f"{size_text(max(device['peak_allocated_bytes'] for device in devices))} of GPU memory")
+    return ", ".join(parts)

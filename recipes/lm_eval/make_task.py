@@ -1,0 +1,56 @@
+"""Write a task for lm-evaluation-harness that asks a run's prompt of a run's pairs, and the command that runs it.
+
+python recipes/lm_eval/make_task.py --run outputs/qwen3-0.6b-lora
+python recipes/lm_eval/make_task.py --run outputs/qwen3-0.6b-lora --dataset_name hans.jsonl --max_samples 1000
+
+The task is made from the run's own prompt object, so the two cannot drift apart. README.md beside this file says what
+its `acc` is to our figures.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nli_sft.configs import DataConfig, EvalConfig, from_recipe, run_script
+from nli_sft.evaluation import load_encoder
+from nli_sft.harness import model_args, write_task
+from nli_sft.runs import read_run
+from nli_sft.sources import load_evaluation_sets
+
+
+@dataclass
+class TaskConfig(DataConfig):
+    """Which run, which pairs, and where to write."""
+
+    run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, folder or file of pairs; the source of the run by default."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split of the pairs: test by default, or all of a single file."}
+    )
+    max_samples: int | None = field(
+        default=None, metadata={"help": "So many pairs, taken by premise, with the label shares of the whole."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Where to write; <run>/lm_eval by default."})
+
+
+def main(args):
+    recipe, _, _ = read_run(args.run)
+    (pairs,) = load_evaluation_sets(from_recipe(EvalConfig, vars(args)), trained_on=from_recipe(DataConfig, recipe))
+    encoder = load_encoder(args.run, recipe.get("trust_remote_code", False))
+    name = re.sub(r"\W+", "_", f"{Path(args.run).resolve().name}_{pairs}")
+    task = write_task(args.output_dir or Path(args.run) / "lm_eval", name, encoder, pairs.pairs)
+
+    is_adapter = (Path(args.run) / "adapter_config.json").is_file()
+    base = recipe["model_name_or_path"] if is_adapter else args.run
+    told = shlex.quote(model_args(encoder, base, args.run if is_adapter else None))
+    folder = shlex.quote(str(task.parent))
+    print(f"{len(pairs.pairs):,} pairs in {task}. To judge the run on them:\n")
+    print(f"lm_eval --model hf --model_args {told} \\")
+    print(f"    --include_path {folder} --tasks {name} --batch_size 16 --log_samples --output_path {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main, (TaskConfig,))

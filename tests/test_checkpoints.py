@@ -1,0 +1,381 @@
+"""Every fault once: each leaves a run folder from which the same weights are reached in the end."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import few_pairs, tiny_llama
+from trl import SFTConfig
+
+from nli_sft import UserError, checkpoints
+from nli_sft.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_flaw
+from nli_sft.configs import BatchConfig
+from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.trainer import NLITrainer
+
+# With dropout: the states of the random generators have to be right too.
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def trainer(chatml):
+    """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, judged and saved every 3."""
+
+    def make(run, peft_config=LORA, batching="trie", **options):
+        encoder = PromptEncoder(PROMPTS["plain"], chatml)
+        options = {
+            "output_dir": str(run),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 4,
+            "eval_on_start": True,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 3,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_accuracy",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **options,
+        }
+        return NLITrainer(
+            encoder=encoder,
+            batch_args=BatchConfig(batching=batching, max_row_tokens=128, max_batch_tokens=512),
+            model=tiny_llama(len(chatml)),
+            args=SFTConfig(**options),
+            train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
+            eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def history(trainer):
+    """What was logged, without how long it took."""
+    timed = ("runtime", "per_second", "flos")
+    return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
+
+
+def same_run(first, second):
+    assert history(first) == history(second)
+    for name in ("best_global_step", "best_metric", "global_step"):
+        assert getattr(first.state, name) == getattr(second.state, name), name
+    assert first.trained_tokens == second.trained_tokens > 0
+    both = weights(first), weights(second)
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing in it can answer."""
+
+
+def kill_at(run, step, event="on_step_end"):
+    callback = next(c for c in run.callback_handler.callbacks if type(c).__name__ == "_Watch")
+    answer = getattr(callback, event)
+
+    def dying(args, state, control, **kwargs):
+        answer(args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    setattr(callback, event, dying)
+    with pytest.raises(Killed):
+        run.train()
+
+
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "full"])
+@pytest.mark.parametrize(("killed_after", "goes_on_from"), [(2, None), (4, 3), (8, 6), (11, 9)])
+def test_a_killed_run_goes_on_to_the_same_weights(trainer, tmp_path, peft_config, killed_after, goes_on_from):
+    whole = trainer(tmp_path / "whole", peft_config)
+    whole.train()
+    run = tmp_path / "run"
+    kill_at(trainer(run, peft_config), killed_after)
+    found = find_checkpoint("auto", run)
+    assert found == (goes_on_from and str(run / f"checkpoint-{goes_on_from}"))
+    resumed = trainer(run, peft_config)
+    resumed.train(resume_from_checkpoint=found)
+    same_run(whole, resumed)
+
+
+def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, tmp_path, monkeypatch):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    run = tmp_path / "run"
+    first = trainer(run)
+    save_rng, saved = first._save_rng_state, []
+
+    def dying(folder):
+        saved.append(folder)
+        if len(saved) == 2:
+            raise Killed
+        save_rng(folder)
+
+    monkeypatch.setattr(first, "_save_rng_state", dying)
+    with pytest.raises(Killed):
+        first.train()
+    assert (run / UNFINISHED / "checkpoint-6").is_dir()
+    assert not (run / "checkpoint-6").exists()
+    resumed = trainer(run)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    assert not (run / UNFINISHED).exists()
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (
+            lambda folder: os.truncate(folder / "adapter_model.safetensors", 100),
+            "adapter_model.safetensors has 100 bytes",
+        ),
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no checkpoint.json, so it may be half written"),
+        (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "it has no trainer_state.json"),
+    ],
+)
+def test_a_half_written_checkpoint_is_passed_over_and_written_anew(trainer, tmp_path, caplog, harm, reason):
+    trainer(tmp_path, max_steps=6).train()
+    harm(tmp_path / "checkpoint-6")
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")
+    assert reason in caplog.text
+    with pytest.raises(UserError, match=reason):
+        find_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path)
+    trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert find_checkpoint("auto", tmp_path / "new") is None
+    assert find_checkpoint(None, tmp_path) is None
+    with pytest.raises(
+        UserError, match="resume_from_checkpoint True: it has no trainer_state.json; give a checkpoint's"
+    ):
+        find_checkpoint("True", tmp_path)
+
+
+def test_old_checkpoints_make_room_but_not_the_best_or_the_newest(trainer, tmp_path):
+    run = trainer(tmp_path, save_total_limit=2)
+    run.train()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-12", f"checkpoint-{run.state.best_global_step}"} | ({"checkpoint-9"} & kept)
+    assert len(kept) == 2
+
+
+def test_a_run_folder_that_was_moved_still_knows_its_best(trainer, tmp_path):
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    kill_at(trainer(tmp_path / "here"), 11)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    resumed = trainer(tmp_path / "there")
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path / "there"))
+    assert str(tmp_path / "there") in resumed.state.best_model_checkpoint
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize("step", [5, 6, 12])
+def test_sigterm_saves_and_exits(trainer, tmp_path, step):
+    """In the middle of an epoch, at its end, and in the last step."""
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    run = tmp_path / "run"
+    first = trainer(run)
+    begin = first.callback_handler.callbacks[-1]
+
+    def terminated(args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    begin.on_step_begin = terminated
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as exit:
+        first.train()
+    assert exit.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
+    resumed = trainer(run)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/2"),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path, monkeypatch, error):
+    run = trainer(tmp_path)
+    save = run._save_optimizer_and_scheduler
+
+    def full(folder):
+        if "checkpoint-6" in folder:
+            monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+            raise error
+        save(folder)
+
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(
+        UserError, match=r"is full: checkpoint-6 could not be written. .* go on from checkpoint-3 with"
+    ):
+        run.train()
+    assert not (tmp_path / UNFINISHED).exists()
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")
+    monkeypatch.undo()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
+    assert resumed.state.global_step == 12
+
+
+def test_another_error_while_saving_is_not_called_a_full_disk(trainer, tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+
+    def broken(folder):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.train()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_a_number_stops_before_it_is_learned(trainer, tmp_path, what):
+    run = trainer(tmp_path)
+    parameter = next(p for p in run.model.parameters() if p.requires_grad)
+    compute_loss = run.compute_loss
+
+    def broken(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        if run.state.global_step == 7:
+            return (
+                loss * float("nan") if what == "loss" else loss + (parameter - parameter.detach()).abs().sum().sqrt()
+            )
+        return loss
+
+    run.compute_loss = broken
+    with pytest.raises(
+        UserError, match=r"not a number at step 8, so training was stopped; checkpoint-6 is the last good"
+    ):
+        run.train()
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
+    assert find_flaw(tmp_path / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize("batching", ["trie", "padded"])
+def test_out_of_memory_halves_what_goes_into_a_pass_and_does_the_step_again(trainer, tmp_path, caplog, batching):
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"max_steps": 6, "per_device_train_batch_size": 9, "logging_steps": 1, "max_grad_norm": 0.5}
+    whole = trainer(tmp_path / "whole", lora, batching, **options)
+    whole.train()
+    run = trainer(tmp_path / "run", lora, batching, **options)
+    passes, forward = [], run.model.forward
+
+    def small_memory(*args, **kwargs):
+        rows, length = kwargs["input_ids"].shape
+        if run.model.training:
+            passes.append(rows * length)
+            # In the second half of step 3, when the first has left its gradients; and again at half the size.
+            if len(passes) > 5 and rows > 1 and rows * length > max(passes) // 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    run.model.forward = small_memory
+    run.train()
+    said = [record.getMessage() for record in caplog.records if "Out of memory" in record.getMessage()]
+    assert len(said) == (2 if batching == "padded" else 1), "two rows of a trie cannot be halved twice"
+    assert all(line.startswith("Out of memory at step 3: at most") for line in said)
+    assert run.trained_tokens == whole.trained_tokens
+    for name in ("loss", "grad_norm", "num_tokens"):
+        logged = [[e[name] for e in one.state.log_history if name in e] for one in (whole, run)]
+        assert logged[1] == pytest.approx(logged[0], rel=1e-3), name
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(run.model.get_parameter(name), value, rtol=1e-3, atol=2e-4)
+
+
+def test_out_of_memory_with_a_single_row_says_what_to_do(trainer, tmp_path):
+    run = trainer(tmp_path, per_device_train_batch_size=2, save_steps=1, eval_steps=1)
+    forward = run.model.forward
+
+    def no_memory(*args, **kwargs):
+        if run.state.global_step == 2 and run.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    run.model.forward = no_memory
+    with pytest.raises(
+        UserError, match=r"out of memory at step 3, with 1 x \d+ tokens in a pass: go on with resume_from"
+    ):
+        run.train()
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_worker_that_dies_is_said_and_the_run_goes_on(trainer, tmp_path):
+    whole = trainer(tmp_path / "whole", dataloader_num_workers=1)
+    whole.train()
+    run = tmp_path / "run"
+    first = trainer(run, dataloader_num_workers=1)
+    collate = first.data_collator
+
+    class Dying:
+        def __call__(self, rows):
+            if (run / "checkpoint-3").exists() and os.getpid() != main:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return collate(rows)
+
+    main = os.getpid()
+    first.data_collator = Dying()
+    with pytest.raises(
+        UserError, match=r"a worker of the data loader died after step \d+, .* resume_from_checkpoint: auto"
+    ):
+        first.train()
+    resumed = trainer(run, dataloader_num_workers=1)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    same_run(whole, resumed)
+
+
+def test_a_checkpoint_lists_its_files(trainer, tmp_path):
+    trainer(tmp_path, max_steps=3).train()
+    manifest = json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())
+    names = set(manifest["files"])
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    } <= names
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-3"), "not the name it was written under"
+
+
+def test_a_step_that_loss_scaling_passes_over_is_no_fault(trainer, tmp_path):
+    """GradScaler begins with a scale that may be too large; its form for CPUs stands in for the one of a GPU."""
+    run = trainer(tmp_path, logging_steps=1, max_grad_norm=1.0)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10_000)
+    # accelerate unscales for fp16 alone, which it refuses on a CPU.
+    run.accelerator.unscale_gradients = lambda: run.accelerator.scaler.unscale_(run.optimizer.optimizer)
+    run.train()
+    logged = [entry for entry in run.state.log_history if "loss_scale" in entry]
+    assert len(logged) == 12
+    passed_over = [entry for entry in logged if "grad_norm" not in entry]
+    assert 0 < len(passed_over) < 12
+    assert logged[-1]["loss_scale"] < 2.0**127
+    json.dumps(run.state.log_history, allow_nan=False)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert (tmp_path / "checkpoint-12" / "scaler.pt").is_file()

@@ -1,0 +1,53 @@
+import io
+
+import pytest
+from rich.console import Console
+from tiny_run import make_base, make_run
+
+from nli_sft.report.content import Report
+from nli_sft.report.outcome import outcome_sheet
+
+RESOURCES = {"seconds": 90.0, "processes": [{"peak_ram_bytes": 2**30, "device": None}] * 2}
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("outcome")
+    return Report(make_run(folder / "run", make_base(folder / "base"))).evaluations[0]
+
+
+def rows_of(evaluation, trained=RESOURCES):
+    return {row[0]: row[1:] for row in outcome_sheet(evaluation, trained).rows}
+
+
+def test_every_part_that_the_source_names_has_its_own_accuracy(evaluation):
+    n = len(evaluation.table)
+    evaluation.table["hard"] = [index < 6 for index in range(n)]
+    evaluation.table["rule"] = ["colour" if index % 2 else "count" for index in range(n)]
+    rows = rows_of(evaluation)
+    assert rows["all pairs"][0] == str(n)
+    right = (evaluation.table["tuned_prediction"] == evaluation.table["label"]).to_numpy()
+    for name, part in (("all pairs", right), ("hard", right[:6]), ("easy", right[6:]), ("rule: colour", right[1::2])):
+        assert rows[name] == [str(len(part)), rows[name][1], f"{part.mean():.1%}"], name
+
+
+def test_cost_is_told_where_it_is_known(evaluation):
+    assert outcome_sheet(evaluation, RESOURCES).note == "Training: 90 s, 2.00 GiB of RAM"
+    assert outcome_sheet(evaluation, {}).note == ""
+
+
+def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
+    for model in ("shuffled", "hypothesis_only"):
+        evaluation.models.append(model)
+        evaluation.metrics[model] = evaluation.metrics["tuned"]
+        evaluation.table[f"{model}_prediction"] = evaluation.table["tuned_prediction"]
+    evaluation.table["subset"] = "lexical"
+    console = Console(width=80, record=True, file=io.StringIO())
+    sheet = outcome_sheet(evaluation, RESOURCES)
+    console.print(sheet.rich())
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for row in sheet.rows:
+        assert all(cell in text for cell in row)
+    for word in ("premises", "premise", "never", "lexical"):
+        assert word in text
