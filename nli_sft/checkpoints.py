@@ -105,13 +105,19 @@ class ResumableTrainer(SFTTrainer):
         self._saving = False
         self._loss_is_finite = True
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train, from a checkpoint that `find_checkpoint` found or from the beginning.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or, as for `Trainer`, whether to take the newest one.
 
         Raises:
             SystemExit: with status 143, after SIGTERM, when the checkpoint is written.
             UserError: where the disk is full, the loss is not a number, or a worker of the data loader died.
         """
+        if isinstance(resume_from_checkpoint, bool):
+            wanted = AUTO if resume_from_checkpoint else None
+            resume_from_checkpoint = find_checkpoint(wanted, self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
         eval_on_start = self.args.eval_on_start
         before = signal.signal(signal.SIGTERM, self._remember_sigterm)

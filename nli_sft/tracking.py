@@ -357,7 +357,8 @@ class _Wandb(_Sink):
             about["config"] = {**about["config"], "origin": before["origin"], "resumed_from": before["id"]}
         patience = self._wandb.setup().settings.finish_timeout or FINISH_SECONDS
         # Offline, where no address is to be told, its summary of some thirty figures would bury what we print.
-        settings = self._wandb.Settings(finish_timeout=patience, quiet=mode == "offline" or None)
+        quiet = {"quiet": True} if mode == "offline" else {}
+        settings = self._wandb.Settings(finish_timeout=patience, **quiet)
         run = self._wandb.init(**about, mode=mode, settings=settings)
         origin = before["origin"] if before else run.id
         tracker.state["wandb"] = {"id": run.id, "origin": origin, "mode": mode, "project": about["project"]}
