@@ -301,11 +301,10 @@ def _play_step(
         if peft:
             model.enable_input_require_grads()
     causal_lm = model.get_base_model() if peft else model
-    live = _LiveBytes()
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         _give_fake_content(model)
-        stack.enter_context(live)
+        live = stack.enter_context(_LiveBytes(there=[*model.parameters(), *model.buffers()]))
         stack.enter_context(_quantised_layers_without_content())
         ids = torch.zeros(rows, length, dtype=torch.long)
         before = live.now
@@ -347,12 +346,16 @@ def _give_fake_content(model: torch.nn.Module) -> None:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made since it was entered and not yet let go."""
+    """Counts the bytes of all storages made since it was entered and not yet let go.
 
-    def __init__(self):
+    Args:
+        there: tensors that were there before, and whose views are nothing new.
+    """
+
+    def __init__(self, there: list[torch.Tensor]):
         super().__init__()
         self.now = self.peak = 0
-        self._counted: set[int] = set()
+        self._counted = {tensor.untyped_storage()._cdata for tensor in there}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})

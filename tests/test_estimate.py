@@ -8,7 +8,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 
 from nli_sft import UserError
 from nli_sft.configs import BatchConfig
-from nli_sft.estimate import GIB, TOKENS_PER_PAIR, estimate_memory, estimate_recipe, nearest_fit
+from nli_sft.estimate import GIB, TOKENS_PER_PAIR, _LiveBytes, estimate_memory, estimate_recipe, nearest_fit
 from nli_sft.models import count_parameters, load_model
 from nli_sft.precision import Precision
 
@@ -136,3 +136,13 @@ def test_a_recipe_is_estimated_by_its_largest_pass(base, training):
 def test_a_config_that_is_not_there_is_said(training):
     with pytest.raises(UserError, match="model_name_or_path ./nowhere: cannot load its config"):
         estimate_recipe(ModelConfig("./nowhere"), training, BatchConfig(), FP32)
+
+
+def test_a_view_of_a_weight_is_nothing_new():
+    """Every linear layer transposes its weight: counted as new, the weights would be there twice."""
+    weight = torch.zeros(8, 4)
+    with _LiveBytes(there=[weight]) as live:
+        assert weight.t()[1:].shape == (3, 8)
+        assert live.now == 0
+        made = torch.zeros(2, 8) @ weight
+        assert live.now >= made.nbytes
