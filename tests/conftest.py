@@ -6,6 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# For tiny models more threads are slower, and much slower on a busy machine: they wait for each other in each product.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from tiny import TOKENIZERS, chatml_tokenizer, few_pairs, tiny_llama, write_jsonl
