@@ -20,7 +20,7 @@ from trl import ModelConfig, get_quantization_config
 
 from . import UserError, hub, trie
 from .configs import BatchConfig, from_recipe
-from .decoding import score_prompts
+from .decoding import deciding, score_prompts
 from .evaluation import load_encoder
 from .labels import LABELS
 from .models import locate_model
@@ -170,7 +170,7 @@ class NLIClassifier:
             scores = score_prompts(
                 self.model,
                 prompts,
-                self.encoder.answers,
+                deciding(self.encoder.answers),
                 self.encoder.tokenizer.pad_token_id,
                 batch_size=self.batch_size,
                 max_row_tokens=trie.row_tokens(

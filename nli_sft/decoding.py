@@ -20,7 +20,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import trie
+from . import UserError, trie
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class LabelScores:
         """From (n, labels, longest answer) log-probabilities, as `score_prompts` returns them.
 
         Dividing by the mass of the allowed tokens turns an unrestricted probability into a restricted one, so no
-        logits
-        are needed: the normaliser of the full vocabulary cancels.
+        logits are needed: the normaliser of the full vocabulary cancels.
         """
         restricted = torch.zeros_like(token_log_probs)
         alive = torch.ones(token_log_probs.shape[:2], dtype=torch.bool)  # answers that greedy has not left
@@ -74,6 +73,30 @@ class LabelScores:
         """(n,) probability that the unrestricted model says any of the label words."""
         return self.joint.exp().sum(dim=1)
 
+    def check_numbers(self, model: torch.nn.Module, asked: str, mend: str) -> None:
+        """Refuse scores that are no numbers: whatever they were counted as, it would be wrong.
+
+        Args:
+            model: the model that gave them, whose weights are looked through for the reason.
+            asked: which model was asked what, as the beginning of a sentence.
+            mend: what to do where the weights themselves are no numbers.
+
+        Raises:
+            UserError: with the number of pairs that have NaN or infinity among their scores.
+        """
+        broken = int((~self.joint.isfinite().all(dim=1)).sum())
+        if not broken:
+            return
+        weight = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
+        raise UserError(
+            f"{asked}: the scores of {broken:,} of {len(self.joint):,} pairs are NaN or infinite; "
+            + (
+                "the weights are numbers, so they overflow on the way: set precision: fp32, or bf16 instead of fp16"
+                if weight is None
+                else f"so are weights of the model ({weight}): {mend}"
+            )
+        )
+
 
 def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, list[int]]]:
     """For every beginning of `step` tokens: each token that may come next -> the labels whose answers take it."""
@@ -82,6 +105,20 @@ def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, li
         if step < len(answer):
             branches.setdefault(tuple(answer[:step]), {}).setdefault(answer[step], []).append(label)
     return branches
+
+
+def deciding(answers: Answers) -> Answers:
+    """The shortest beginning of each answer that no other has.
+
+    Constrained decoding chooses within these; the tokens after them are the only ones allowed. So their scores hold
+    the `choice` and the `log_probs` of the whole answers, for less work; `joint` and `mass` are of the beginnings.
+    """
+
+    def shortest(answer: list[int]) -> list[int]:
+        beginnings = (answer[: step + 1] for step in range(len(answer)))
+        return next(start for start in beginnings if sum(a[: len(start)] == start for a in answers) == 1)
+
+    return [shortest(answer) for answer in answers]
 
 
 def allowed_tokens(
@@ -147,7 +184,7 @@ def score_prompts(
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     else:
         order = sorted(range(len(prompts)), key=prompts.__getitem__)  # prompts that share a premise stand together
-    log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
+    scored = []  # left on the device: to fetch them is to wait for them, and the next batch can be packed meanwhile
     done = right = 0
     # leave=None: a bar within another one is gone when it is done.
     with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None, leave=None) as bar:
@@ -156,9 +193,9 @@ def score_prompts(
             chosen = [prompts[index] for index in batch]
             try:
                 if max_row_tokens is None:
-                    log_probs[batch] = score_padded(model, chosen, answers, pad_token_id)
+                    scored.append(score_padded(model, chosen, answers, pad_token_id))
                 else:
-                    log_probs[batch] = score_trie(model, chosen, answers, max_row_tokens)
+                    scored.append(score_trie(model, chosen, answers, max_row_tokens))
             except RuntimeError as error:
                 if len(batch) == 1 or not should_reduce_batch_size(error):
                     raise
@@ -168,10 +205,13 @@ def score_prompts(
                 continue
             done += len(batch)
             if gold is not None:
-                said = LabelScores.from_token_log_probs(log_probs[batch], answers).choice.tolist()
+                said = LabelScores.from_token_log_probs(scored[-1].cpu(), answers).choice.tolist()
                 right += sum(label == gold[index] for label, index in zip(said, batch, strict=True))
                 bar.set_postfix(accuracy=f"{right / done:.1%}", refresh=False)
             bar.update(len(batch))
+    log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
+    if scored:
+        log_probs[order] = torch.cat(scored).cpu()
     return LabelScores.from_token_log_probs(log_probs, answers)
 
 
@@ -179,14 +219,17 @@ def score_prompts(
 def score_trie(
     model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int
 ) -> torch.Tensor:
-    """What `score_padded` returns, from one pass over a trie of all prompts with all answers below each."""
+    """What `score_padded` returns, but on the model's device: one pass over a trie of all prompts and answers."""
     # A pair longer than a row gets rows of its own length, in this batch alone.
     longest = max(map(len, prompts)) + max(map(len, answers)) - 1
     batch = trie.pack_scoring(prompts, answers, max(max_row_tokens, longest))
-    batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    if model.device.type == "cuda":  # from other memory a copy waits for all work before it
+        batch = {name: value.pin_memory() for name, value in batch.items()}
+    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
     with trie.exact_logits(model, batch["predict"]):
         logits = model(**trie.model_inputs(model, batch), use_cache=False).logits[0]
-    return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"]).cpu()
+    return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"])
 
 
 @torch.inference_mode()

@@ -31,7 +31,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
-from nli_sft.decoding import LabelScores, generate_labels, score_padded, score_trie
+from nli_sft.decoding import deciding, generate_labels, score_prompts
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.sources import load_pairs, subsample
@@ -39,7 +39,9 @@ from nli_sft.trainer import NLITrainer, PairSampler, split_rows
 
 # The first three are TRL's. Compiling takes a minute before it pays.
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]
-SCORE = ["lm_eval", "generate", "padded", "tries", "tries_compiled"]
+# lm-evaluation-harness and the tries of that name score every token of every label, as an evaluation does; generation
+# and `tries_choice` only find the label, as a classifier does.
+SCORE = ["lm_eval", "generate", "padded", "tries", "tries_choice", "tries_compiled", "tries_choice_compiled"]
 WARM_UP = 2  # steps
 
 
@@ -140,14 +142,15 @@ def train_summary(methods):
 def score_summary(methods):
     if "tries" not in methods:
         return {}
-    ours = max(way["pairs_per_second"] for name, way in methods.items() if name.startswith("tries"))
 
-    def speedup(name):
-        return ours / methods[name]["pairs_per_second"] if name in methods else None
+    def speedup(rival, *ours):
+        fastest = max(methods[name]["pairs_per_second"] for name in ours if name in methods)
+        return fastest / methods[rival]["pairs_per_second"] if rival in methods else None
 
+    all_tokens = "tries", "tries_compiled"
     return {
-        "speedup_generate": speedup("generate"),
-        "speedup_lm_eval": speedup("lm_eval"),
+        "speedup_generate": speedup("generate", *all_tokens, "tries_choice", "tries_choice_compiled"),
+        "speedup_lm_eval": speedup("lm_eval", *all_tokens),
         "agreement": methods["tries"].get("agreement"),
     }
 
@@ -251,45 +254,49 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
         return {}
     model = build_model(args, model_args).eval()
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
-    prompts.sort()  # as `score_prompts` does: prompts that share a premise stand together
+    prompts.sort(key=len)  # the least padding for `generate`; the other ways sort for themselves
     answers, tokenizer = encoder.answers, encoder.tokenizer
     longest = max(map(len, prompts)) + max(map(len, answers))
     row = trie.row_tokens("trie", batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens)
 
-    def choices(log_probs):
-        return LabelScores.from_token_log_probs(log_probs, answers).choice.tolist()
+    size = training_args.per_device_eval_batch_size
+
+    def generate(prompts):
+        batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
+        return [label for batch in batches for label in generate_labels(model, tokenizer, batch, answers)]
+
+    def score(prompts, answers, row):
+        scores = score_prompts(model, prompts, answers, tokenizer.pad_token_id, batch_size=size, max_row_tokens=row)
+        return scores.choice.tolist()
 
     ways = {
-        "generate": lambda batch: generate_labels(model, tokenizer, batch, answers),
-        "padded": lambda batch: choices(score_padded(model, batch, answers, tokenizer.pad_token_id)),
-        "tries": lambda batch: choices(score_trie(model, batch, answers, row)),
+        "generate": generate,
+        "padded": lambda prompts: score(prompts, answers, None),
+        "tries": lambda prompts: score(prompts, answers, row),
+        "tries_choice": lambda prompts: score(prompts, deciding(answers), row),
     }
-    ways["tries_compiled"] = ways["tries"]
-    size = training_args.per_device_eval_batch_size
     figures, said = {}, {}
     for name in [way for way in SCORE if way in args.score]:
         if name == "lm_eval":
             if importlib.util.find_spec("lm_eval.models"):
                 figures[name] = lm_eval_speed(model, encoder, prompts, size)
             continue
-        if name == "tries_compiled":
+        if name.endswith("compiled"):
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(dynamic=True)
-        for start in (0, size):  # warm up
-            ways[name](prompts[start : start + size] or prompts[:size])
+        way = ways[name.removesuffix("_compiled")]
+        way(prompts[: 2 * size])  # warm up
         start_memory_count()
         rates = []
         for _ in range(3):
             start = time.perf_counter()
-            said[name] = [
-                label for at in range(0, len(prompts), size) for label in ways[name](prompts[at : at + size])
-            ]
-            synchronize()
+            said[name] = way(prompts)
             rates.append(len(prompts) / (time.perf_counter() - start))
         figures[name] = {"pairs_per_second": statistics.median(rates), "peak_bytes": peak_memory()}
         if "generate" in said:
             figures[name]["agreement"] = sum(map(int.__eq__, said[name], said["generate"])) / len(prompts)
+        print(speed_table("Scoring", figures))
     return figures
 
 

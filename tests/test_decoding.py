@@ -3,7 +3,7 @@ import torch
 from tiny import TOKENIZERS, few_pairs, tiny_llama
 
 from nli_sft import decoding
-from nli_sft.decoding import LabelScores, generate_freely, generate_labels, named_label, score_prompts
+from nli_sft.decoding import LabelScores, deciding, generate_freely, generate_labels, named_label, score_prompts
 from nli_sft.prompts import PROMPTS, PromptEncoder, load_prompt
 
 LABEL_WORDS = {
@@ -33,6 +33,16 @@ def test_scoring_and_generation_agree_on_every_pair(words, family, padding_side,
     assert scores.choice.tolist() == said
     assert len(set(said)) > 1, "a model that always says one label cannot tell the ways apart"
     torch.testing.assert_close(scores.log_probs.exp().sum(dim=1), torch.ones(len(prompts)))
+    # The tokens after an answer is decided are forced, and can be left out.
+    beginnings = deciding(encoder.answers)
+    if words == "shared first tokens":
+        assert max(map(len, beginnings)) > 1
+        assert sum(map(len, beginnings)) < sum(map(len, encoder.answers))
+    short = score_prompts(
+        model, prompts, beginnings, tokenizer.pad_token_id, batch_size=7, max_row_tokens=max_row_tokens
+    )
+    assert short.choice.tolist() == said
+    torch.testing.assert_close(short.log_probs, scores.log_probs, rtol=1e-4, atol=1e-5)
     # One by one, with no padding at all, the answers are the same.
     assert [generate_labels(model, tokenizer, [prompt], encoder.answers)[0] for prompt in prompts[:6]] == said[:6]
 

@@ -19,6 +19,7 @@ def test_the_figures_that_are_promised(workspace):
     # Rates depend on the machine; that both ways train on the same loss and say the same does not.
     assert train["loss_difference"] < 1e-3
     assert score["agreement"] == 1
+    assert score["methods"]["tries_choice"]["agreement"] == 1
     assert score["speedup_generate"] > 0
     tokens = {name: method["computed_tokens_per_pair"] for name, method in train["methods"].items()}
     assert tokens["tries_by_premise"] <= tokens["tries"] < tokens["trl_padded"]
