@@ -27,12 +27,18 @@ from .precision import choose_precision, default_device
 
 Config = TypeVar("Config")
 
+# Of a key whose value is chosen to suit the machine or the run folder.
+AUTO = "auto"
+
+# The tokens of a forward pass, unless a recipe says otherwise.
+BATCH_TOKENS = 8192
+
 
 @dataclass
 class DataConfig:
     """Where pairs come from."""
 
-    dataset_name: str = field(metadata={"help": "Hub id, folder or file of premise-hypothesis pairs."})
+    dataset_name: str = field(metadata={"help": "Hub id, folder, file or URL of premise-hypothesis pairs."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_revision: str | None = field(
         default=None, metadata={"help": "Commit of a Hub data set: a moving set is a moving result."}
@@ -116,15 +122,24 @@ class BatchConfig:
         },
     )
     max_row_tokens: int = field(default=512, metadata={"help": "The longest row of a trie, in tokens."})
-    max_batch_tokens: int = field(
-        default=8192,
+    max_batch_tokens: str = field(
+        default=BATCH_TOKENS,
         metadata={
-            "help": "The most tokens of a forward pass on tries; larger batches go in parts, to the same effect."
+            "help": "The most tokens of a forward pass on tries; larger batches go in parts, to the same effect. auto "
+            "is what the estimate says fits in the memory that is free."
         },
     )
     group_by_premise: bool = field(
         default=False, metadata={"help": "Put pairs with the same premise into the same batch, where tries share it."}
     )
+
+    def __post_init__(self):
+        """Make a number of `max_batch_tokens`: an argument parser knows one type a field, and here that is text."""
+        given = str(self.max_batch_tokens)
+        if given != AUTO:
+            if not given.isdecimal() or int(given) == 0:
+                raise RecipeError(f"max_batch_tokens takes a number of tokens or {AUTO}, not {given!r}")
+            self.max_batch_tokens = int(given)
 
 
 @dataclass
@@ -165,7 +180,7 @@ class EvalConfig(DataConfig):
 
     run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, folder or file to judge on; the source of the run by default."}
+        default=None, metadata={"help": "Hub id, folder, file or URL to judge on; the source of the run by default."}
     )
     split: str | None = field(
         default=None, metadata={"help": "Split to judge on: test by default, or all of a single file."}
@@ -307,6 +322,10 @@ class _Parser(TrlParser):
         )
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """What --help says: the script's own words as they stand, then every key with its default."""
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML without repeated keys, of which the plain loader keeps the last."""
 
@@ -323,7 +342,13 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _parse(types: Sequence[type], argv: list[str]) -> tuple:
-    parser = _Parser(list(types), allow_abbrev=False)
+    parser = _Parser(
+        list(types),
+        allow_abbrev=False,
+        usage="%(prog)s [--config RECIPE.yaml] [--key value ...]",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=_Help,
+    )
     actions = {option: action for action in parser._actions for option in action.option_strings}
     if "--use_cpu" in actions:  # TRL stops where there is no GPU unless it is told so
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())

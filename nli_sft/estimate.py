@@ -9,34 +9,44 @@ functions, adapters and checkpointing keep for the backward pass is found out fr
            + WORKSPACE, which cuBLAS and the kernels take                               measured
     device = FRAGMENTATION x peak + CONTEXT                                             measured
 
-`activations` is what the step held at its highest beyond the rest, the passing results of the backward pass included.
-Not part of it: the first step's evaluation, other programs on the device.
+What is measured is a GPU's; on a CPU the estimate is what is counted. `activations` is what the step held at its
+highest beyond the rest, the passing results of the backward pass included. Not part of it: the first step's
+evaluation, other programs on the device. Compiled layers (`torch_compile`) compute some activations again instead of
+keeping them, which the play does not show: with them the estimate is an upper bound.
 """
 
 import gc
 import weakref
-from contextlib import ExitStack, contextmanager
+from bisect import bisect_left
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import islice
 from unittest import mock
 
 import bitsandbytes as bnb
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import UserError
-from .configs import BatchConfig
+from .configs import AUTO, BATCH_TOKENS, BatchConfig
 from .launchers import launched_with
 from .models import locate_model
 from .precision import Precision
+from .prompts import Prompt, PromptEncoder
+from .trainer import PairSampler, SharedBatches, TrieCollator
+from .trie import row_tokens, unsupported_reason
 
 GIB = 2**30
 
@@ -48,6 +58,16 @@ CONTEXT = 0.6 * GIB
 # Of SNLI under the built-in prompts, in random order and batches of 64: 34 (see trie.py), and more in smaller ones.
 TOKENS_PER_PAIR = 40
 
+# What is supposed of English, and of a chat template around each turn, where there is no tokenizer yet.
+LETTERS_PER_TOKEN, TOKENS_PER_TURN = 4, 5
+
+# Batches that are packed to see how many tokens they have, where the data are at hand.
+MEASURED_BATCHES = 16
+
+# The share of the free memory that `max_batch_tokens: auto` may fill: other batches may be larger than those measured,
+# and the aim of the estimate is 15 %.
+SHARE_OF_FREE = 0.85
+
 # Bytes that an optimiser keeps for each byte, or each element, of a trained weight.
 STATES_PER_BYTE = {"sgd": 0, "adafactor": 0, "lion": 1, "lion_32bit": 1}
 STATES_PER_ELEMENT = {"8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
@@ -57,12 +77,34 @@ SCALE_BYTES, NESTED_SCALE_BYTES = 4 / 64, 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
+class Batch:
+    """A batch of one device as it stands before the model, before it is cut into passes.
+
+    Attributes:
+        rows, length: padding included.
+        predicted: tokens in it that have a label.
+        cut: whether `max_batch_tokens` holds for it, as it does for tries.
+    """
+
+    rows: int
+    length: int
+    predicted: int
+    cut: bool
+
+    def passes(self, most_tokens: int) -> int:
+        """How many forward passes it takes, with at most so many tokens in one."""
+        return -(-self.rows // max(1, most_tokens // self.length)) if self.cut else 1
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """What one device holds at the peak of a training step, in bytes.
 
     Attributes:
         weights, adapter, gradients, optimizer, activations, attention_mask: see the module.
         rows, length: of the largest pass.
+        device: its type, such as `cuda`.
+        compiled: whether layers are compiled, so that all this is an upper bound.
         capacity: the memory of the device; `None` if it is not known.
     """
 
@@ -74,22 +116,36 @@ class MemoryEstimate:
     attention_mask: int
     rows: int
     length: int
+    device: str
+    compiled: bool
     capacity: int | None = None
 
     @property
-    def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` will say."""
-        parts = (self.weights, self.adapter, self.gradients, self.optimizer, self.activations, self.attention_mask)
-        return int(sum(parts) + WORKSPACE)
+    def tensors(self) -> int:
+        """The sum of the parts, and all that is taken of a CPU's RAM."""
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.attention_mask
 
     @property
-    def total(self) -> int:
-        """What the device will show as used."""
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say on a GPU."""
+        return int(self.tensors + WORKSPACE)
+
+    @property
+    def on_gpu(self) -> int:
+        """What a GPU will show as used."""
         return int(self.allocated * FRAGMENTATION + CONTEXT)
 
     @property
+    def total(self) -> int:
+        """What the training takes of its device."""
+        return self.tensors if self.device == "cpu" else self.on_gpu
+
+    @property
     def fits(self) -> bool | None:
-        return None if self.capacity is None else self.total <= self.capacity
+        """`None` where that is not known: compiled layers may fit although their upper bound does not."""
+        if self.capacity is None:
+            return None
+        return True if self.total <= self.capacity else None if self.compiled else False
 
     def __str__(self) -> str:
         parts = ", ".join(
@@ -97,16 +153,185 @@ class MemoryEstimate:
             for name in ("weights", "adapter", "gradients", "optimizer", "activations", "attention_mask")
             if getattr(self, name) or name == "activations"
         )
-        verdict = {None: "", True: ": it fits", False: ": it does not fit"}[self.fits]
+        what = "RAM for the training" if self.device == "cpu" else "Memory per device"
+        elsewhere = f"; a GPU would hold {self.on_gpu / GIB:.1f}" if self.device == "cpu" else ""
+        size = f"{'at most ' if self.compiled else ''}{self.total / GIB:.1f}"
         capacity = "" if self.capacity is None else f" of {self.capacity / GIB:.1f}"
+        verdict = {None: "", True: ": it fits", False: ": it does not fit"}[self.fits]
+        if self.capacity is not None and self.fits is None:
+            verdict = ": it may fit, since compiled layers hold less"
         return (
-            f"Memory per device, estimated: {self.total / GIB:.1f}{capacity} GiB{verdict} ({parts}; "
-            f"{self.rows} x {self.length} tokens a pass)"
+            f"{what}, estimated: {size}{capacity} GiB{verdict} ({parts}; {self.rows} x {self.length} tokens a "
+            f"pass{elsewhere})"
         )
 
-    def as_dict(self) -> dict[str, int | bool | None]:
+    def as_dict(self) -> dict[str, int | bool | str | None]:
         figures = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return figures | {"allocated": self.allocated, "total": self.total, "fits": self.fits}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a training will use the memory of its devices; as a string, the lines that a user is told.
+
+    Attributes:
+        max_batch_tokens: that of the recipe, or what was chosen for `auto`.
+        estimate: `None` where the model cannot be played through.
+        lines: what to tell.
+    """
+
+    max_batch_tokens: int
+    estimate: MemoryEstimate | None
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def plan_memory(
+    model_args: ModelConfig,
+    training_args: SFTConfig,
+    batch_args: BatchConfig,
+    precision: Precision,
+    prompt: Prompt,
+    *,
+    encoder: PromptEncoder | None = None,
+    rows: Dataset | None = None,
+) -> MemoryPlan:
+    """Estimate a recipe, and choose `max_batch_tokens` where it says `auto`. Every process must call it.
+
+    Args:
+        model_args: with the type of weights that `Precision.suit` has chosen.
+        prompt: what pairs are put into; its length is guessed from its text where there is no encoder yet.
+        encoder, rows: the encoder and the training rows that it made, where they are at hand. Else a pair is taken to
+            add `TOKENS_PER_PAIR` to a trie.
+    """
+    free = min(gather_object([free_memory(training_args.device)]))
+    plans: list[MemoryPlan | None] = [None]
+    if training_args.process_index == 0:
+        plans = [_plan(model_args, training_args, batch_args, precision, prompt, encoder, rows, free)]
+    return broadcast_object_list(plans)[0]
+
+
+def _plan(model_args, training_args, batch_args, precision, prompt, encoder, rows, free) -> MemoryPlan:
+    on_gpu = training_args.device.type == "cuda"
+    auto = batch_args.max_batch_tokens == AUTO
+    tokens = BATCH_TOKENS if auto else batch_args.max_batch_tokens
+    step = {"capacity": torch.cuda.get_device_properties(training_args.device).total_memory if on_gpu else None}
+    lines = []
+    try:
+        config = load_config(model_args, training_args.trust_remote_code)
+        if rows is None:
+            batches = [suppose_batch(config, training_args, batch_args, prompt)]
+        else:
+            batches = measure_batches(config, training_args, batch_args, encoder, rows)
+        accumulates = training_args.gradient_accumulation_steps > 1
+
+        def play(most_tokens: int) -> MemoryEstimate:
+            step.update(largest_pass(batches, most_tokens, accumulates))
+            return estimate_memory(model_args, training_args, precision, **step)
+
+        if auto and batches[0].cut:
+            kept = tokens, f"the default on {training_args.device.type}"
+            tokens, why = choose_batch_tokens(play, batches, free) if on_gpu else kept
+            lines.append(f"max_batch_tokens: {AUTO} is {tokens:,}, {why}.")
+        estimate = play(tokens)
+        advice = nearest_fit(model_args, training_args, precision, **step) if estimate.fits is False else None
+    except UserError as error:
+        return MemoryPlan(tokens, None, (f"No estimate: {error}",))
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # of code that was not written for fake tensors
+        reason = str(error).splitlines()[0]
+        return MemoryPlan(
+            tokens, None, (f"No estimate: {model_args.model_name_or_path} cannot be played through ({reason})",)
+        )
+    return MemoryPlan(tokens, estimate, (*lines, f"{estimate}.{f' {advice}' if advice else ''}"))
+
+
+def choose_batch_tokens(play: Callable[[int], MemoryEstimate], batches: list[Batch], free: float) -> tuple[int, str]:
+    """The most tokens a pass that fit in a device's free memory with a margin: whole rows, and no more than a batch.
+
+    Args:
+        play: estimates a step with so many tokens a pass.
+        batches: those of the training, or some of them.
+        free: bytes.
+
+    Returns:
+        The tokens, at least one row of them; and why, as the end of a sentence.
+    """
+    length, most = max(batch.length for batch in batches), max(batch.rows for batch in batches)
+    share = f"{SHARE_OF_FREE:.0%} of the {free / GIB:.1f} GiB that are free"
+
+    def too_large(rows: int) -> bool:
+        return play(rows * length).total > SHARE_OF_FREE * free
+
+    rows = bisect_left(range(1, most + 1), True, key=too_large)
+    if rows == most:
+        return most * length, f"so that a whole batch goes in one pass, within {share}"
+    if rows == 0:
+        return length, f"a single row, and even that takes more than {share}"
+    return rows * length, f"as many rows of {length} as fit in {share}"
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of a GPU that a new training may take, what torch holds in reserve included; infinite elsewhere."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def suppose_batch(
+    config: PretrainedConfig, training_args: SFTConfig, batch_args: BatchConfig, prompt: Prompt
+) -> Batch:
+    """A batch of one device before data and tokenizer are there."""
+    pairs, longest = training_args.per_device_train_batch_size, training_args.max_length or 256
+    turns = prompt.turns()
+    shared = "".join(turn["content"] for turn in turns).partition("{premise}")[0].partition("{hypothesis}")[0]
+    instruction = len(shared) // LETTERS_PER_TOKEN + len(turns) * TOKENS_PER_TURN
+    length = _row_tokens(config, batch_args, longest, instruction)
+    if length is None:
+        return Batch(pairs, longest, min(2 * pairs, pairs * longest), cut=False)
+    rows = -(-pairs * TOKENS_PER_PAIR // (length - instruction))  # every row begins with the instruction
+    return Batch(rows, length, min(2 * pairs, rows * length), cut=True)
+
+
+def measure_batches(
+    config: PretrainedConfig, training_args: SFTConfig, batch_args: BatchConfig, encoder: PromptEncoder, rows: Dataset
+) -> list[Batch]:
+    """The first batches of one device, in the order of the training."""
+    longest = max(map(len, rows["input_ids"]))
+    length = _row_tokens(config, batch_args, longest, encoder.instruction_tokens)
+    pairs, processes = training_args.per_device_train_batch_size, training_args.world_size
+    if length is None:
+        return [Batch(pairs, longest, pairs * max(map(len, encoder.answers)), cut=False)]
+    groups = rows["premise"] if batch_args.group_by_premise else range(len(rows))
+    seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
+    batches = SharedBatches(PairSampler(groups, seed), pairs * processes, 0, processes, drop_last=False)
+    pack = TrieCollator(encoder.answers, length, max_batch_tokens=pairs * longest * length)  # in one part
+    measured = []
+    for batch in islice(batches, MEASURED_BATCHES):
+        (part,) = pack([rows[pair] for pair in batch])["parts"]
+        measured.append(Batch(*part["input_ids"].shape, part["predict"].numel(), cut=True))
+    return measured
+
+
+def largest_pass(batches: list[Batch], most_tokens: int, accumulates: bool) -> dict[str, int | bool]:
+    """What `estimate_memory` wants to know of the largest pass of any batch, at most so many tokens to a pass."""
+    passes = [(batch, batch.passes(most_tokens)) for batch in batches]
+    batch, count = max(passes, key=lambda item: -(-item[0].rows // item[1]) * item[0].length)
+    return {
+        "rows": -(-batch.rows // count),
+        "length": batch.length,
+        "predicted": -(-batch.predicted // count),
+        "several_passes": accumulates or any(count > 1 for _, count in passes),
+    }
+
+
+def _row_tokens(config: PretrainedConfig, batch_args: BatchConfig, longest: int, instruction: int) -> int | None:
+    """As `trie.row_tokens`, but in silence: the trainer will say it where a model cannot run on tries."""
+    if unsupported_reason(config, longest) is not None:
+        return None
+    return row_tokens(batch_args.batching, batch_args.max_row_tokens, config, longest, instruction)
 
 
 def estimate_memory(
@@ -157,6 +382,8 @@ def estimate_memory(
         attention_mask=mask,
         rows=rows,
         length=length,
+        device=training_args.device.type,
+        compiled=training_args.torch_compile,
         capacity=capacity,
     )
 
@@ -184,7 +411,8 @@ def nearest_fit(
         candidates.append((precision.suit(quantised), checkpointed, rows))
         candidates += [(precision.suit(quantised), checkpointed, count) for count in fewer[-1:]]
     for model, training, count in candidates:
-        if estimate_memory(model, training, precision, rows=count, length=length, **step).fits:
+        cut = {"several_passes": True} if count < rows else {}
+        if estimate_memory(model, training, precision, rows=count, length=length, **step | cut).fits:
             changes = []
             if model is not model_args:
                 changes.append("load_in_4bit: true" if model_args.use_peft else "use_peft: true, load_in_4bit: true")
@@ -196,52 +424,27 @@ def nearest_fit(
     return None
 
 
-def estimate_recipe(
-    model_args: ModelConfig, training_args: SFTConfig, batch_args: BatchConfig, precision: Precision
-) -> tuple[MemoryEstimate, str | None]:
-    """What a recipe takes, and what would make it fit if it does not.
-
-    The data are not read for this: a pair is taken to add `TOKENS_PER_PAIR` to a trie.
+def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of a recipe's model, which is all that is read of it.
 
     Raises:
-        UserError: if the config cannot be had, or the model cannot be played through.
+        UserError: if it cannot be had.
     """
-    batch = training_args.per_device_train_batch_size
-    rows, length = batch, training_args.max_length or 256
-    several_passes = training_args.gradient_accumulation_steps > 1
-    if batch_args.batching == "trie":
-        length = batch_args.max_row_tokens
-        whole, most = -(-batch * TOKENS_PER_PAIR // length), max(1, batch_args.max_batch_tokens // length)
-        rows, several_passes = min(whole, most), several_passes or whole > most
-    device = training_args.device
-    step = {
-        "rows": rows,
-        "length": length,
-        "predicted": min(2 * batch, rows * length),
-        "several_passes": several_passes,
-        "capacity": torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None,
-    }
     try:
-        estimate = estimate_memory(model_args, training_args, precision, **step)
-        if estimate.fits is not False:
-            return estimate, None
-        return estimate, nearest_fit(model_args, training_args, precision, **step)
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # of code that was not written for fake tensors
-        name = model_args.model_name_or_path
-        raise UserError(f"the memory of {name} cannot be estimated ({str(error).splitlines()[0]})") from error
-
-
-def build_on_meta(model_args: ModelConfig, precision: Precision, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a recipe without content: its config is all that is read."""
-    try:
-        config = AutoConfig.from_pretrained(
+        return AutoConfig.from_pretrained(
             locate_model(model_args.model_name_or_path),
             revision=model_args.model_revision,
             trust_remote_code=trust_remote_code,
+            attn_implementation=model_args.attn_implementation,
         )
     except (OSError, ValueError) as error:
         name = model_args.model_name_or_path
         raise UserError(f"model_name_or_path {name}: cannot load its config ({str(error).splitlines()[0]})") from error
+
+
+def build_on_meta(model_args: ModelConfig, precision: Precision, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a recipe without content."""
+    config = load_config(model_args, trust_remote_code)
     dtype = config.dtype if model_args.dtype == "auto" else getattr(torch, model_args.dtype or "float32")
     # Under ZeRO-3 transformers would give each process a part, and the meta device has none.
     whole = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", return_value=False)
@@ -297,7 +500,10 @@ def _play_step(
     peft = model_args.use_peft
     model.train()
     if training_args.gradient_checkpointing:
-        model.activation_checkpointing_enable(training_args.gradient_checkpointing_kwargs or {})
+        checkpoint = dict(training_args.gradient_checkpointing_kwargs or {"use_reentrant": False})
+        if checkpoint.get("use_reentrant") is False:  # what is computed again must be computed as on CUDA too
+            checkpoint["context_fn"] = lambda: (nullcontext(), _AsOnCuda())
+        model.activation_checkpointing_enable(checkpoint)
         if peft:
             model.enable_input_require_grads()
     causal_lm = model.get_base_model() if peft else model
@@ -314,7 +520,7 @@ def _play_step(
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-        with _cuda_autocast(precision) if autocast else ExitStack():
+        with _cuda_autocast(precision) if autocast else _AsOnCuda():
             hidden = causal_lm.base_model(
                 input_ids=ids, attention_mask=attention_mask, position_ids=ids, use_cache=False
             ).last_hidden_state
@@ -377,10 +583,14 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= nbytes
 
 
-class _InFloat32(TorchFunctionMode):
-    """What autocast computes in fp32 on CUDA and leaves in 16 bits on a CPU: the part of its list that models use."""
+class _AsOnCuda(TorchFunctionMode):
+    """What keeps more or less on CUDA than on a CPU, as on CUDA.
 
-    FUNCTIONS = frozenset(
+    Autocast computes `IN_FLOAT32` in fp32 there (the part of its list that models use), and dropout keeps a mask of
+    bytes, not of numbers.
+    """
+
+    IN_FLOAT32 = frozenset(
         {
             torch.pow,
             torch.Tensor.pow,
@@ -399,9 +609,12 @@ class _InFloat32(TorchFunctionMode):
     )
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in self.FUNCTIONS and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map(_to_float32, (args, kwargs or {}))
-        return function(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        if function is torch.nn.functional.dropout and kwargs["p"] and kwargs["training"]:
+            return torch.native_dropout(*args, kwargs["p"], True)[0]
+        if function in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_to_float32, (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _to_float32(value):
@@ -414,7 +627,7 @@ def _cuda_autocast(precision: Precision):
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)  # PEFT asks for CUDA's alone
     try:
-        with torch.autocast("cpu", precision.dtype), _InFloat32():
+        with torch.autocast("cpu", precision.dtype), _AsOnCuda():
             yield
     finally:
         torch.set_autocast_enabled("cuda", before)

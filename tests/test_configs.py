@@ -51,6 +51,10 @@ def test_flags_override_the_file_and_both_ways_of_config_work(recipe, tmp_path):
         ("lora_r:", "lora_r is empty; give a value or remove the line"),
         ("dtype: bfloat17", "dtype: invalid choice: 'bfloat17'"),
         ("batching: tree", "batching: invalid choice: 'tree'"),
+        ("max_batch_tokens: most", "max_batch_tokens takes a number of tokens or auto, not 'most'"),
+        ("max_batch_tokens: 8e3", "max_batch_tokens takes a number of tokens or auto, not '8e3'"),
+        ("max_batch_tokens: 0", "max_batch_tokens takes a number of tokens or auto, not '0'"),
+        ("max_batch_tokens: true", "max_batch_tokens takes a number of tokens or auto, not 'True'"),
         ("eval_strategy: no", 'YAML reads an unquoted no as false; write eval_strategy: "no"'),
         ("use_peft: perhaps", "use_peft: .*perhaps"),
         (
@@ -111,6 +115,17 @@ def test_a_resolved_recipe_makes_the_same_configs_again(recipe, tmp_path):
     )
     assert resolve_recipe(again) == resolved
     assert from_recipe(ModelConfig, resolved) == configs[4]
+
+
+@pytest.mark.parametrize(("text", "value"), [("4096", 4096), ("auto", "auto"), ("8192", 8192)])
+def test_max_batch_tokens_is_a_number_or_auto(recipe, text, value):
+    configs = parse_recipe(TYPES, ["--config", str(recipe(f"max_batch_tokens: {text}"))])
+    assert configs[2].max_batch_tokens == value
+    assert parse_recipe(TYPES, ["--dataset_name", "x", f"--max_batch_tokens={text}"])[2] == configs[2]
+    resolved = resolve_recipe(configs)
+    assert resolved.get("max_batch_tokens", 8192) == value
+    assert ("max_batch_tokens" in resolved) == (value != 8192), "only what differs from the defaults"
+    assert from_recipe(BatchConfig, resolved) == configs[2]
 
 
 def test_an_evaluation_needs_a_run():
