@@ -2,12 +2,13 @@
 
 A checkpoint is written under another name and renamed when all of it is on the disk. Its `checkpoint.json` lists every
 file with its size, so that one cut short in another way (a copy that broke off, a deletion that was killed) is
-recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens.
+recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens, the time
+and energy that the training has taken so far.
 
 What ends a training leaves a run folder that can go on:
 
     SIGTERM (Slurm's preemption, a shutdown)   saved at the end of the step; exit status 143
-    SIGKILL, power, a process or worker dying  the newest whole checkpoint stands
+    SIGKILL, power, a process or worker dying  the newest whole checkpoint stands; other processes end and say so
     a full disk                                what was half written is removed, the one before stands
     a loss or gradient that is not a number    stopped before the weights are changed; the last good checkpoint stands
 """
@@ -20,26 +21,35 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import yaml
+from accelerate.utils import gather_object
+from torch.distributed import DistError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from . import UserError
+from .configs import AUTO
+from .resources import energy_joules
 from .runs import read_run, write_json
 
 logger = logging.getLogger(__name__)
 
-AUTO = "auto"
 MANIFEST = "checkpoint.json"
+
+# Seconds after SIGTERM in which processes must agree to stop. torchrun and accelerate, which send it to all processes
+# when one has died, follow it up with SIGKILL after 30.
+PATIENCE = 25
 
 # Checkpoints in the making. Trainer's uploads to the Hub pass over names that begin like this.
 UNFINISHED = "_unfinished"
@@ -96,12 +106,19 @@ def find_flaw(checkpoint: Path) -> str | None:
 
 
 class ResumableTrainer(SFTTrainer):
-    """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to."""
+    """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to.
+
+    Attributes:
+        earlier: the `seconds` of training and the `energy_joules` of all devices that led to the checkpoint from which
+            it goes on; zeros for a start from the beginning. The energy is `None` where it is not known.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Watch(self))
+        self.earlier: dict[str, float | None] = {"seconds": 0.0, "energy_joules": 0.0}
         self._sigterm = False
+        self._agreed_to_stop = threading.Event()
         self._saving = False
         self._loss_is_finite = True
 
@@ -113,19 +130,33 @@ class ResumableTrainer(SFTTrainer):
 
         Raises:
             SystemExit: with status 143, after SIGTERM, when the checkpoint is written.
-            UserError: where the disk is full, the loss is not a number, or a worker of the data loader died.
+            UserError: where the disk is full, the loss is not a number, or a worker of the data loader or another
+                process of the training died.
         """
         if isinstance(resume_from_checkpoint, bool):
             wanted = AUTO if resume_from_checkpoint else None
             resume_from_checkpoint = find_checkpoint(wanted, self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
+        self._began = time.perf_counter(), energy_joules(self.args.device)
         eval_on_start = self.args.eval_on_start
         before = signal.signal(signal.SIGTERM, self._remember_sigterm)
         # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
         passing = _PassingOverWorkers(self.args.dataloader_num_workers)
-        with passing, passing:
+        # Under torchrun and accelerate, SIGTERM may mean that a process has died for which this one is waiting.
+        elastic = self.args.world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
+        with passing, passing, _LastWord(self) if elastic else nullcontext():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except RuntimeError as error:
+                if not _is_lost_process(error):
+                    raise
+                if elastic:  # whose SIGTERM is about to come, before this could be said
+                    before = signal.SIG_IGN
+                raise UserError(
+                    f"another process of this training has ended, after step {self.state.global_step} (killed, or "
+                    f"stopped by an error that it tells itself): {self._way_on()}, on any "
+                    "number of processes"
+                ) from error
             finally:
                 signal.signal(signal.SIGTERM, before)
                 self.args.eval_on_start = eval_on_start
@@ -140,6 +171,11 @@ class ResumableTrainer(SFTTrainer):
 
     def _remember_sigterm(self, _signal, _frame) -> None:
         self._sigterm = True
+
+    def _way_on(self) -> str:
+        newest = find_checkpoint(AUTO, self.args.output_dir)
+        start = f"from {Path(newest).name}" if newest else "from the beginning"
+        return f"go on {start} with resume_from_checkpoint: {AUTO}"
 
     def _save_checkpoint(self, model, trial) -> None:
         run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
@@ -165,10 +201,8 @@ class ResumableTrainer(SFTTrainer):
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)
             if not full:
                 raise
-            before = find_checkpoint(AUTO, run)
             raise UserError(
-                f"the disk that holds {run} is full: {name} could not be written. Make room, then go on "
-                f"{f'from {Path(before).name}' if before else 'from the beginning'} with resume_from_checkpoint: auto"
+                f"the disk that holds {run} is full: {name} could not be written. Make room, then {self._way_on()}"
             ) from error
         finally:
             self._saving = False
@@ -194,7 +228,13 @@ class ResumableTrainer(SFTTrainer):
 
     def _progress(self) -> dict[str, object]:
         """What the Trainer holds in memory alone, between one log and the next."""
+        began, energy_then = self._began
+        energy_now = energy_joules(self.args.device)
+        energies = gather_object([None if energy_now is None else energy_now - energy_then])
+        known = None not in energies and self.earlier["energy_joules"] is not None
         return {
+            "seconds": self.earlier["seconds"] + time.perf_counter() - began,
+            "energy_joules": self.earlier["energy_joules"] + sum(energies) if known else None,
             # Averaged over the processes, as the log would.
             "loss_since_log": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
             "last_logged_step": self._globalstep_last_logged,
@@ -205,6 +245,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _restore_progress(self) -> None:
         progress = _read(Path(self._resumed_from))["progress"]
+        self.earlier = {name: progress[name] for name in self.earlier}
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self._total_loss_scalar = progress["total_loss"]
@@ -216,12 +257,18 @@ class ResumableTrainer(SFTTrainer):
             self.state.best_model_checkpoint = str(best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with a `train_loss` over the whole run and not only over what came after a resumption.
+        """As TRL's, with a loss, a runtime and speeds of the whole run and not only of what came after a resumption.
 
         With loss scaling also the `loss_scale`, and no `grad_norm` of a step that was passed over: it is not a number.
         """
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+            steps = self.state.global_step
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
+            seconds = logs["train_runtime"] + self.earlier["seconds"]
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+            logs["train_samples_per_second"] = round(batch * steps / seconds, 3)
+            logs["train_runtime"] = seconds
         if self.accelerator.scaler is not None and "grad_norm" in logs:
             logs["loss_scale"] = self.accelerator.scaler.get_scale()
             if not math.isfinite(logs["grad_norm"]):
@@ -246,6 +293,40 @@ class ResumableTrainer(SFTTrainer):
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
         return self.accelerator.reduce(counts, reduction="sum").bool().tolist()
+
+
+class _LastWord(AbstractContextManager):
+    """Ends a process in which nothing else can: waiting for one that died, it does not even see SIGTERM.
+
+    Python runs signal handlers between two instructions of the main thread, and that stands inside a collective. The
+    number of the signal goes into a socket at once, and another thread reads it.
+    """
+
+    def __init__(self, trainer: ResumableTrainer):
+        self._trainer = trainer
+
+    def __enter__(self):
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._trainer._agreed_to_stop.clear()
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __exit__(self, *exception):
+        self._trainer._agreed_to_stop.set()
+        signal.set_wakeup_fd(self._before)
+        self._writer.close()
+
+    def _listen(self) -> None:
+        while number := self._reader.recv(1):
+            if number[0] == signal.SIGTERM and not self._trainer._agreed_to_stop.wait(PATIENCE):
+                trainer = self._trainer
+                sys.stderr.write(
+                    f"error: told to stop (SIGTERM) after step {trainer.state.global_step}, but not all processes of "
+                    f"this training answered within {PATIENCE} s, so one may have died: {trainer._way_on()}\n"
+                )
+                sys.stderr.flush()
+                os._exit(128 + signal.SIGTERM)
 
 
 class _PassingOverWorkers(AbstractContextManager):
@@ -275,6 +356,8 @@ class _Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         finite, self._trainer._loss_is_finite = self._trainer._loss_is_finite, True
         self._stopping, broken = self._trainer._any_process(self._trainer._sigterm, not finite)
+        if self._stopping:
+            self._trainer._agreed_to_stop.set()
         if broken:
             last = find_checkpoint(AUTO, args.output_dir)
             raise UserError(
@@ -316,6 +399,11 @@ def _read(checkpoint: Path) -> dict:
 def _step(checkpoint: Path) -> int:
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else -1
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Whether a collective broke off. NCCL raises an error of its own, Gloo a plain one that names its source."""
+    return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:

@@ -11,6 +11,7 @@ from accelerate import DistributedType
 from accelerate.utils import DynamoBackend, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -19,7 +20,7 @@ from trl import SFTConfig
 
 from . import UserError, metrics, trie
 from .checkpoints import ResumableTrainer
-from .configs import BatchConfig
+from .configs import AUTO, BatchConfig
 from .decoding import LabelScores, gather_scores, score_prompts
 from .progress import TrainingBar
 from .prompts import PromptEncoder
@@ -55,6 +56,8 @@ class NLITrainer(ResumableTrainer):
         train_dataset: Dataset,
         **kwargs,
     ):
+        if batch_args.max_batch_tokens == AUTO:
+            raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
         self.encoder = encoder
         longest = max(map(len, train_dataset["input_ids"]))
         self.max_row_tokens = trie.row_tokens(
@@ -72,6 +75,9 @@ class NLITrainer(ResumableTrainer):
         self._step_ended = True
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        if args.ddp_find_unused_parameters is None:
+            # Only experts can be without a gradient in a step. To look for others, DDP walks the graph in every pass.
+            args.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_parameters())
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
         )
@@ -221,6 +227,13 @@ class NLITrainer(ResumableTrainer):
         # beyond a share that is smaller than others, and left out again.
         even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
         self.model.eval()
+        if self.is_fsdp_enabled:
+            # FSDP2 keeps the tensors into which it gathers weights, and those made in inference mode are of no use to
+            # the training that follows: they are made here.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
         with self.compute_loss_context_manager(), shares.autocast():
             own = score_prompts(
                 self.model,
@@ -234,6 +247,9 @@ class NLITrainer(ResumableTrainer):
             )
         own = LabelScores(*(values[: len(share)] for values in vars(own).values()))
         scores = gather_scores(own, len(prompts), shares.process_index, shares.num_processes)
+        step = self.state.global_step
+        mend = "resume from an earlier checkpoint with a lower learning_rate" if step else "take another base"
+        scores.check_numbers(self.model, f"the evaluation after step {step}", mend)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
         figures = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())

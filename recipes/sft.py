@@ -10,13 +10,13 @@ import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsan
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
-from nli_sft import UserError
 from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
 from nli_sft.configs import (
     BatchConfig,
@@ -27,7 +27,7 @@ from nli_sft.configs import (
     resolve_recipe,
     run_script,
 )
-from nli_sft.estimate import estimate_recipe
+from nli_sft.estimate import plan_memory
 from nli_sft.hub import prepare_training, push_trained, put_token_away
 from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
@@ -36,7 +36,7 @@ from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run
-from nli_sft.sources import fingerprint, load_train_and_validation
+from nli_sft.sources import describe_source, fingerprint, load_train_and_validation
 from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
@@ -44,12 +44,12 @@ from nli_sft.trainer import NLITrainer
 def main(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
     put_token_away(training_args)  # or trackers and checkpoints would keep it
     if machine_args.estimate:
-        tell_estimate(batch_args, machine_args, training_args, model_args)
+        tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args)
         return
     run = training_args.output_dir
     prompt = train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     if training_args.push_to_hub and PartialState().is_main_process:
-        print(f"Pushed, with the results on validation: {push_trained(training_args)}")
+        say(f"Pushed, with the results on validation: {push_trained(training_args)}")
     if prompt_args.hypothesis_only_control:
         prompt_args = replace(
             prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
@@ -57,25 +57,23 @@ def main(data_args, prompt_args, batch_args, machine_args, tracking_args, traini
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
         training_args.resume_from_checkpoint = AUTO if training_args.resume_from_checkpoint else None
         training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
-        if PartialState().is_main_process:
-            print("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
+        say("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
         train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
+    say(f"To judge it on the test split:\n  accelerate launch recipes/eval.py --run {run}")
+
+
+def say(*what):
+    """Print, once for all processes."""
     if PartialState().is_main_process:
-        print(f"To judge it on the test split:\n  accelerate launch recipes/eval.py --run {run}")
+        print(*what)
 
 
-def tell_estimate(batch_args, machine_args, training_args, model_args):
-    """Say what memory the training will take; a model that cannot be estimated is still trained."""
-    if not PartialState().is_main_process:
-        return None
+def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
+    """Say what memory the training would take, from the model's config alone."""
     precision = choose_precision(machine_args.precision, training_args.device)
-    try:
-        estimate, advice = estimate_recipe(precision.suit(model_args), training_args, batch_args, precision)
-    except UserError as error:
-        print(f"No estimate: {error}")
-        return None
-    print(f"{precision}\n{estimate}.{f' {advice}' if advice else ''}")
-    return estimate.as_dict()
+    prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
+    plan = plan_memory(precision.suit(model_args), training_args, batch_args, precision, prompt)
+    say(f"{precision}\n{plan}")
 
 
 def train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
@@ -84,14 +82,12 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         (data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     )
     if training_args.resume_from_checkpoint == AUTO and is_finished(training_args.output_dir, recipe):
-        if PartialState().is_main_process:
-            print(f"{training_args.output_dir} is finished.")
+        say(f"{training_args.output_dir} is finished.")
         return load_prompt(prompt_args.prompt, prompt_args.label_words)
     precision = choose_precision(machine_args.precision, training_args.device)
     model_args = precision.suit(model_args)
     check_launch(model_args, training_args, precision.name)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-    estimate = tell_estimate(batch_args, machine_args, training_args, model_args)
 
     with resources.phase("loading"):
         tokenizer = load_tokenizer(
@@ -101,21 +97,23 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
         if training_args.push_to_hub:
             prepare_training(training_args, recipe, prompt)
-        dropped = Counter()
-        pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped)
+        dropped, drawn = Counter(), {}
+        pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
+        encode = partial(
+            encoder.encode_rows,
+            max_length=training_args.max_length,
+            drop_too_long=prompt_args.drop_too_long,
+            dropped=dropped,
+        )
         with PartialState().main_process_first():
-            rows = {
-                split: encoder.encode_rows(
-                    pairs[split],
-                    max_length=training_args.max_length,
-                    drop_too_long=prompt_args.drop_too_long,
-                    dropped=dropped,
-                )
-                for split in pairs
-            }
+            rows = {split: encode(pairs[split]) for split in pairs}
+        plan = plan_memory(
+            model_args, training_args, batch_args, precision, prompt, encoder=encoder, rows=rows["train"]
+        )
+        say(f"{precision}\n{plan}")
         trainer = NLITrainer(
             encoder=encoder,
-            batch_args=batch_args,
+            batch_args=replace(batch_args, max_batch_tokens=plan.max_batch_tokens),
             model=load_model(model_args, training_args.trust_remote_code),
             args=training_args,
             train_dataset=rows["train"],
@@ -129,21 +127,24 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "prompt_fingerprint": prompt.fingerprint,
         "data": {
             "dropped": dict(dropped),
+            "sources": drawn,
             **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
         },
         "world_size": training_args.world_size,
         "precision": precision.as_dict(),
-        "memory_estimate": estimate,
+        "max_batch_tokens": plan.max_batch_tokens,
+        "memory_estimate": plan.estimate and plan.estimate.as_dict(),
         "versions": versions(),
         "git": git_state(),
     }
-    if trainer.is_world_process_zero():
-        print("\nOne training example; the loss is on the marked tokens alone:\n")
-        print(encoder.marked_example(pairs["train"][0]))
-        print(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
-        print(f"{parameters}.\n")
-        if training_args.resume_from_checkpoint:
-            print(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+    say("\nOne training example; the loss is on the marked tokens alone:\n")
+    say(encoder.marked_example(pairs["train"][0]))
+    say(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
+    for source, told in drawn.items():
+        say(f"  {source}: {describe_source(told)}")
+    say(f"{parameters}.\n")
+    if training_args.resume_from_checkpoint:
+        say(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
 
     tracker = open_run(
         training_args.output_dir,
@@ -155,6 +156,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     tracker.watch(trainer)
     with resources.phase("training") as phase:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        resources.add_earlier("training", **trainer.earlier)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
     trainer.save_model(_internal_call=True)  # or it would push too, before there are results for the card
     with resources.phase("validation"):
@@ -177,7 +179,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()
-        print(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
+        say(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
     return prompt
 
 

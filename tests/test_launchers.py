@@ -1,8 +1,6 @@
 """accelerate_configs/ as accelerate and DeepSpeed read them, and recipes that cannot work under them."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,13 +91,6 @@ def launched(tmp_path, monkeypatch):
     return launch
 
 
-def test_tries_train_on_weights_that_are_spread_over_processes():
-    """FSDP2 on two CPU processes, without accelerate, which keeps FSDP for GPUs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    step = subprocess.run([*command, ROOT / "tests" / "sharded_step.py"], capture_output=True, text=True, timeout=300)
-    assert step.returncode == 0, step.stderr
-
-
 QLORA = {"use_peft": True, "load_in_4bit": True}
 
 
@@ -131,8 +122,7 @@ def test_what_can_work_is_let_through(launched, launcher, model):
         check_launch(ModelConfig(**model), launched(launcher), "bf16")
 
 
-def test_the_readme_names_every_launcher():
-    readme = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"accelerate_configs/(\w+)\.yaml", readme)) <= set(CONFIGS)
-    for name in CONFIGS:
-        assert name in readme
+def test_the_documentation_names_every_launcher():
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
+    assert set(re.findall(r"accelerate_configs/(\w+)\.yaml", pages)) <= set(CONFIGS)
+    assert set(re.findall(r"\b(\w+)\.yaml`", pages)) >= set(CONFIGS)

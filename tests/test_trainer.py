@@ -95,6 +95,11 @@ def test_parts_and_compiled_layers_train_as_the_whole_batch_does(
         torch.testing.assert_close(other.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
 
 
+def test_auto_is_for_a_plan_to_choose(chatml, tmp_path):
+    with pytest.raises(UserError, match=r"max_batch_tokens: auto needs a plan; .* estimate.plan_memory"):
+        trainer(chatml, tmp_path, batch_options={"max_batch_tokens": "auto"})
+
+
 def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = list(encoder.encode_rows(few_pairs(3), max_length=None))
@@ -241,3 +246,13 @@ def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
     for one in (smoothed, plain):
         one.train()
     assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "all tokens keep a part"
+
+
+@pytest.mark.parametrize(("step", "mend"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
+def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, mend):
+    run = trainer(chatml, tmp_path)
+    run.state.global_step = step
+    run.model.lm_head.weight.data[:] = torch.nan
+    message = f"evaluation after step {step}: the scores of 12 of 12 pairs are NaN or infinite, .* lm_head.*: {mend}"
+    with pytest.raises(UserError, match=message):
+        run.evaluate()

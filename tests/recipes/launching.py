@@ -22,10 +22,26 @@ def launch_command(script, *arguments, processes=1):
     return [*command, str(ROOT / "recipes" / script), *map(str, arguments)]
 
 
-def launch(script, *arguments, cwd, processes=1, **environment):
+def ddp_command(script, *arguments):
+    """Two processes by accelerate_configs/ddp.yaml, which accelerate starts on a CPU too."""
+    return _configured("ddp", ROOT / "recipes" / script, *arguments)
+
+
+def fsdp_command(script, *arguments):
+    """Two processes by accelerate_configs/fsdp2.yaml."""
+    return _configured("fsdp2", Path(__file__).with_name("fsdp_on_cpu.py"), ROOT / "recipes" / script, *arguments)
+
+
+def _configured(name, *arguments):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # any that is free
+    config = ROOT / "accelerate_configs" / f"{name}.yaml"
+    return [*command, "--config_file", str(config), *map(str, arguments)]
+
+
+def launch(script, *arguments, cwd, processes=1, command=None, **environment):
     """Run a recipe script as a user does."""
     result = subprocess.run(
-        launch_command(script, *arguments, processes=processes),
+        command(script, *arguments) if command else launch_command(script, *arguments, processes=processes),
         cwd=cwd,
         capture_output=True,
         text=True,

@@ -1,10 +1,19 @@
-"""The same training and the same predictions on any number of processes."""
+"""The same training and the same predictions on any number of processes, whole models on each or spread over them."""
 
 import json
 
 import pandas as pd
 import pytest
-from launching import launch
+import torch
+from launching import fsdp_command, launch
+from trl import ModelConfig
+
+from nli_sft.configs import TrainDataConfig, from_recipe
+from nli_sft.decoding import score_prompts
+from nli_sft.models import load_run, load_tokenizer
+from nli_sft.prompts import PromptEncoder
+from nli_sft.runs import read_run
+from nli_sft.sources import load_train_and_validation
 
 # 94 pairs in batches of 20, and no dropout: its random numbers would be each process's own.
 OPTIONS = ["--lora_dropout", "0", "--max_train_samples", "94", "--max_eval_samples", "23", "--learning_rate", "1e-3"]
@@ -16,6 +25,7 @@ def train(recipe, workspace, processes, batching):
     arguments += ["--per_device_train_batch_size", 20 // processes]
     result = launch("sft.py", *arguments, cwd=workspace, processes=processes)
     assert result.returncode == 0, result.output
+    assert result.output.count("94 pairs to train on, 23 to validate on") == 1, "only the main process speaks"
     return output
 
 
@@ -44,3 +54,35 @@ def test_one_two_and_four_processes_learn_and_answer_the_same(recipe, workspace,
         assert answers[processes][1] == answers[1][1]
         predictions = [answers[number][0] for number in (1, processes)]
         pd.testing.assert_frame_equal(*predictions, rtol=1e-4)  # each pair once, in order
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_spread_by_fsdp_learn_the_same_and_are_saved_whole(recipe, workspace, method):
+    options = [*OPTIONS, "--use_peft", str(method == "lora"), "--max_steps", "6", "--learning_rate", "1e-2"]
+    options += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "3", "--save_steps", "3"]
+    whole, spread = (workspace / "outputs" / f"{method}-{name}" for name in ("whole", "spread"))
+    for output, batch, command in ((whole, 20, None), (spread, 10, fsdp_command)):
+        arguments = ["--config", recipe, "--output_dir", output, *options, "--per_device_train_batch_size", batch]
+        result = launch("sft.py", *arguments, cwd=workspace, command=command)
+        assert result.returncode == 0, result.output
+    assert json.loads((spread / "run.json").read_text())["world_size"] == 2
+    for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy"):
+        assert history(spread, name) == pytest.approx(history(whole, name), rel=1e-3), name
+
+    # What was judged last was spread over two processes. One process loads what they saved.
+    made_by, prompt, record = read_run(spread)
+    encoder = PromptEncoder(prompt, load_tokenizer(str(spread)))
+    pairs = load_train_and_validation(from_recipe(TrainDataConfig, made_by), seed=42)["validation"]
+    scores = score_prompts(
+        load_run(spread, ModelConfig(str(workspace / "base"), dtype="float32")),
+        encoder.encode(pairs["premise"], pairs["hypothesis"]),
+        encoder.answers,
+        encoder.tokenizer.pad_token_id,
+        batch_size=8,
+        max_row_tokens=512,
+    )
+    gold = torch.tensor(pairs["label"])
+    assert len(gold) == 23
+    nll = -scores.log_probs[torch.arange(23), gold].mean().item()
+    assert nll == pytest.approx(record["validation"]["eval_nll"], rel=1e-5)
+    assert (scores.choice == gold).float().mean().item() == pytest.approx(record["validation"]["eval_accuracy"])

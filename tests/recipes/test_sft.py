@@ -1,9 +1,11 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 import yaml
 from launching import launch, read_wandb
 from safetensors.torch import load_file
+
+from nli_sft.labels import LABELS
 
 
 def test_a_run_folder_is_complete(lora_run, workspace):
@@ -16,6 +18,9 @@ def test_a_run_folder_is_complete(lora_run, workspace):
     record = json.loads((folder / "run.json").read_text())
     assert record["data"]["train"]["pairs"] == 96
     assert record["data"]["dropped"] == {"unlabelled": 1, "too_long": 0}
+    assert record["data"]["sources"] == {
+        str(workspace / "data"): {"pairs": 96, "labels": dict.fromkeys(LABELS, 32), "dropped": {"unlabelled": 1}}
+    }
     assert record["parameters"]["trainable"] < record["parameters"]["total"]
     evaluations = [entry for entry in record["history"] if "eval_accuracy" in entry]
     assert [entry["epoch"] for entry in evaluations][:3] == [0, 1.0, 2.0], "the base first, then every epoch"
@@ -52,38 +57,32 @@ def test_the_resolved_recipe_makes_the_same_run_again(lora_run, workspace):
     assert all(first[name].equal(second[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--max_lenght", "10"], "unknown key 'max_lenght'; did you mean 'max_length'?"),
-        (["--max_length", "10"], "96 of 96 rows are longer than max_length 10"),
-        (["--dataset_name", "./nowhere"], "./nowhere is not there; dataset_name takes a Hub id, a folder or a file"),
-        (["--prompt", "plane"], "prompt: 'plane' is neither built in"),
-        (["--model_name_or_path", "./nowhere"], "model_name_or_path ./nowhere: cannot load the tokenizer"),
-    ],
-)
-def test_bad_input_ends_in_one_sentence(recipe, workspace, arguments, message):
-    result = launch("sft.py", "--config", recipe, "--output_dir", workspace / "bad", *arguments, cwd=workspace)
-    assert result.returncode != 0
-    assert message in " ".join(result.output.split())
-    assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
+def test_bad_input_ends_in_one_sentence(recipe, workspace):
+    def wrong(arguments):
+        return launch("sft.py", "--config", recipe, "--output_dir", workspace / "bad", *arguments, cwd=workspace)
+
+    said = {
+        ("--max_lenght", "10"): "unknown key 'max_lenght'; did you mean 'max_length'?",
+        ("--max_length", "10"): "96 of 96 rows are longer than max_length 10",
+        ("--dataset_name", "./nowhere"): "./nowhere is not there; dataset_name takes a Hub id, a folder or a file",
+        ("--prompt", "plane"): "prompt: 'plane' is neither built in",
+        ("--model_name_or_path", "./nowhere"): "model_name_or_path ./nowhere: cannot load the tokenizer",
+    }
+    with ThreadPoolExecutor(max_workers=2) as at_once:
+        for message, result in zip(said.values(), at_once.map(wrong, said), strict=True):
+            assert result.returncode != 0, message
+            assert message in " ".join(result.output.split())
+            assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
 
 
-def first(history, key):
-    return next(entry[key] for entry in history if key in entry)
-
-
-def last(history, key):
-    return first(history[::-1], key)
-
-
-def test_two_processes_share_the_work(lora_run, recipe, workspace):
-    """Every pair once an epoch, whoever trains on it, and the whole validation split in every evaluation."""
-    folder = workspace / "outputs" / "two"
-    arguments = ["--config", recipe, "--output_dir", folder, "--per_device_train_batch_size=8"]
-    result = launch("sft.py", *arguments, cwd=workspace, processes=2)
+def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
+    arguments = ["--config", recipe, "--output_dir", tmp_path / "run", "--train_mix", "scenes=0.25", "--max_steps=2"]
+    result = launch("sft.py", *arguments, cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
-    assert result.output.count("96 pairs to train on") == 1, "only the main process speaks"
-    one, two = (json.loads((path / "run.json").read_text())["history"] for path in (lora_run[0], folder))
-    assert last(one, "num_tokens") == last(two, "num_tokens") > 0
-    assert first(one, "eval_loss") == pytest.approx(first(two, "eval_loss")), "the base at step 0"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["train"]["pairs"] == 120
+    assert record["data"]["sources"]["scenes"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
+    assert "120 pairs to train on, 24 to validate on" in result.output
+    assert "scenes: 24 pairs (8 entailment, 8 neutral, 8 contradiction)" in result.output
+    own = f"{workspace / 'data'}: 96 pairs (32 entailment, 32 neutral, 32 contradiction); left out: 1 unlabelled"
+    assert own in result.output
