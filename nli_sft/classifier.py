@@ -128,7 +128,7 @@ class NLIClassifier:
 
         Raises:
             UserError: if the two are not as many, or hold something other than text, or a special token of the
-                tokenizer, with which a text could dictate its own answer.
+                tokenizer, with which a text could dictate its own answer; or if the model's scores are no numbers.
         """
         if isinstance(premise, str) != isinstance(hypothesis, str):
             raise UserError("premise and hypothesis: give two texts, or two lists of as many texts")
@@ -181,6 +181,7 @@ class NLIClassifier:
                     self.encoder.instruction_tokens,
                 ),
             )
+        scores.check_numbers(self.model, "the classifier", "take another checkpoint")
         probabilities = scores.log_probs.double().exp().tolist()
         return [
             Judgement(LABELS[choice], dict(zip(LABELS, row, strict=True)))

@@ -78,7 +78,7 @@ class LabelScores:
 
         Args:
             model: the model that gave them, whose weights are looked through for the reason.
-            asked: which model was asked what, as the beginning of a sentence.
+            asked: which model was asked what.
             mend: what to do where the weights themselves are no numbers.
 
         Raises:
@@ -89,11 +89,11 @@ class LabelScores:
             return
         weight = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
         raise UserError(
-            f"{asked}: the scores of {broken:,} of {len(self.joint):,} pairs are NaN or infinite; "
+            f"{asked}: the scores of {broken:,} of {len(self.joint):,} pairs are NaN or infinite, "
             + (
-                "the weights are numbers, so they overflow on the way: set precision: fp32, or bf16 instead of fp16"
+                "though the weights are not, so something overflows on the way: try precision: fp32"
                 if weight is None
-                else f"so are weights of the model ({weight}): {mend}"
+                else f"and so are weights of the model, such as {weight}: {mend}"
             )
         )
 

@@ -159,12 +159,18 @@ def judge_all(
     """Scores and metrics of one model on each set, from one pass over all of them.
 
     `pairs_per_second` is that of the pass, and `seconds` are divided among the sets accordingly.
+
+    Raises:
+        UserError: naming model and set, if scores are not numbers.
     """
     start = time.perf_counter()
     scored = predict(model, asked, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
     speed = sum(len(one.pairs) for one in asked) / (time.perf_counter() - start)
     judged = []
     for one, scores in zip(asked, scored, strict=True):
+        scores.check_numbers(
+            model, f"{name} on {one.name}", "take an earlier checkpoint, or train with a lower learning_rate"
+        )
         names = one.pairs.features["label"].names
         gold, predicted = np.array(one.pairs["label"]), scores.choice.numpy()
         probabilities = scores.log_probs.exp().numpy()

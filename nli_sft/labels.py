@@ -52,7 +52,8 @@ def parse_label(value: object, spellings: list[str] | None = None, two_way: bool
     if text in _UNLABELLED_SPELLINGS:
         return UNLABELLED
     expected = spellings or (TWO_WAY_LABELS if two_way else (*LABELS, "0", "1", "2", "e", "n", "c"))
-    raise UserError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label")
+    mend = "" if spellings else "; label_spellings names other words"
+    raise UserError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label{mend}")
 
 
 def is_two_way_name(value: object) -> bool:

@@ -1,8 +1,8 @@
 """Pairs from the Hub or from files, checked row by row.
 
-A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, a single file, or
-`scenes`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four columns, and says
-which file and row is wrong when one is.
+A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, a single file, the
+URL of one, or `scenes`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four
+columns, and says which file and row is wrong when one is.
 """
 
 import csv
@@ -12,18 +12,22 @@ import json
 import logging
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import TextIO
+from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow.parquet as pq
 from datasets import (
     ClassLabel,
     Dataset,
+    DownloadConfig,
+    DownloadManager,
     Features,
     List,
     Value,
@@ -31,6 +35,7 @@ from datasets import (
     get_dataset_split_names,
     load_dataset,
 )
+from huggingface_hub import hf_hub_download
 
 from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
@@ -38,6 +43,9 @@ from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_l
 from .scenes import SCENES, generate_pairs
 
 logger = logging.getLogger(__name__)
+
+# Of what is drawn for validation, whatever the seed of a run: runs that differ in their seeds are judged on the same.
+VALIDATION_SEED = 42
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -71,6 +79,9 @@ EXTRA_COLUMNS = {
     "agreement": Value("string"),  # how many of them gave the gold label
 }
 
+URL = re.compile(r"(https?|zip)://")
+HUB_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?]+)")
+
 # With fewer pairs a temperature says more of them than of the model.
 FEWEST_TO_CALIBRATE = 100
 
@@ -101,8 +112,8 @@ def load_pairs(
     """Load the labelled pairs of one split.
 
     Args:
-        source: Hub id, folder, file, or `scenes`. A folder has one file a split (or shards of one), the split's name
-            being a word of the file's name, as in `snli_1.0_dev.jsonl`.
+        source: Hub id, folder, file, URL of a file (see `fetch`), or `scenes`. A folder has one file a split (or
+            shards of one), the split's name being a word of the file's name, as in `snli_1.0_dev.jsonl`.
         split: `train`, `validation` (also `dev`), `test`, or another split that the source names. `None` takes the
             whole of a single file.
         config, revision: Hub configuration and commit, as in `datasets.load_dataset`.
@@ -122,7 +133,7 @@ def load_pairs(
         UserError: naming file (or Hub id), row and column, for a row that cannot be used; or the columns that were
             looked for.
     """
-    path = Path(source).expanduser()
+    path = fetch(source)
     if source == SCENES:
         return _generate_scenes(split)
     if path.exists():
@@ -135,7 +146,8 @@ def load_pairs(
         names = None
     elif _looks_like_path(source):
         raise SourceMissing(
-            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)})"
+            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)}), also by "
+            f"its URL"
         )
     else:
         hub = _load_from_hub(source, config, split, revision)
@@ -153,6 +165,46 @@ def load_pairs(
     return pairs_dataset(pairs)
 
 
+@cache
+def fetch(source: str) -> Path:
+    """The path that a source names, on disk or not; the file of a URL is downloaded first, and kept.
+
+    What was downloaded once is not asked for again, so that it is there without a network too: give URLs whose file
+    does not change, such as one that holds a commit.
+
+    Args:
+        source: any source. A URL begins with `https://`; one of a file in a repository of the Hub goes the way of
+            other Hub files. For a file in a zip archive it is fsspec's `zip://folder/file.txt::https://host/archive.zip`.
+
+    Raises:
+        SourceMissing: where a URL cannot be had.
+    """
+    if not URL.match(source):
+        return Path(source).expanduser()
+    inside, _, url = source.rpartition("::")
+    try:
+        if on_hub := HUB_FILE.fullmatch(source):
+            repo, revision, name = on_hub.groups()
+            return Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
+        downloads = DownloadManager(download_config=DownloadConfig(use_etag=False))
+        if inside:
+            file = Path(downloads.download_and_extract(url)) / inside.removeprefix("zip://")
+            if not file.is_file():
+                raise FileNotFoundError("no zip archive with that file in it")
+            return file
+        downloaded = Path(downloads.download(url))
+    except Exception as error:  # of HTTP clients, of the Hub's, of the file system
+        reason = str(error).partition("\n")[0].replace(url, "it")
+        reason = type(error).__name__ if reason == "it" else f"{type(error).__name__}: {reason}"
+        raise SourceMissing(f"{source} cannot be downloaded ({reason})") from error
+    # The cache names files by the hash of their URL; formats and splits are told by their own names.
+    named = Path(f"{downloaded}.named") / PurePosixPath(urlsplit(url).path).name
+    named.parent.mkdir(exist_ok=True)
+    with suppress(FileExistsError):  # another process was here first, or an earlier run
+        named.symlink_to(downloaded)
+    return named
+
+
 def pairs_dataset(pairs: dict[str, list]) -> Dataset:
     """A `Dataset` with our column types from lists of uid, premise, hypothesis, label name, and any extra columns."""
     two_way = any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
@@ -164,7 +216,7 @@ def pairs_dataset(pairs: dict[str, list]) -> Dataset:
 
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
     """Whether `source` names a split of that kind. A single file is one split, unless a column names several."""
-    path = Path(source).expanduser()
+    path = fetch(source)
     if source == SCENES:
         return True
     if path.is_file():
@@ -176,19 +228,27 @@ def has_split(source: str, split: str, config: str | None = None, revision: str 
 
 
 def load_train_and_validation(
-    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None
+    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None, drawn: dict[str, dict] | None = None
 ) -> dict[str, Dataset]:
     """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
     Where the source has no validation split, `args.validation_fraction` of the training premises is held out. Other
     sources are mixed into the training pairs, and these are balanced, as the recipe says; validation stays as it is.
+
+    Args:
+        seed: of the training pairs that are drawn; those of validation are the same for every seed.
+        dropped: a counter of what was left out, by reason.
+        drawn: a dict that gets what the training pairs are made of, by source: {source: {"pairs": how many, "labels":
+            {label: how many}, "dropped": {reason: how many}}}.
     """
-    options = _options(args) | {"dropped": dropped}
-    train = load_pairs(args.dataset_name, "train", **options)
+    dropped = Counter() if dropped is None else dropped
+    left_out: dict[str, Counter] = defaultdict(Counter)
+    options = _options(args)
+    train = load_pairs(args.dataset_name, "train", dropped=left_out[args.dataset_name], **options)
     if has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
-        validation = load_pairs(args.dataset_name, "validation", **options)
+        validation = load_pairs(args.dataset_name, "validation", dropped=dropped, **options)
     else:
-        train, validation = hold_out(train, args.validation_fraction, seed)
+        train, validation = hold_out(train, args.validation_fraction, VALIDATION_SEED)
         logger.warning(
             "%s has no validation split: %s pairs are held out from training, by premise",
             args.dataset_name,
@@ -196,17 +256,32 @@ def load_train_and_validation(
         )
     if args.max_train_samples is not None:
         train = subsample(train, args.max_train_samples, seed)
+    train = train.add_column("source", [args.dataset_name] * len(train))
     if args.train_mix:
-        train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"]), dropped=dropped)
+        train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"]), dropped=left_out)
+    for reasons in left_out.values():
+        dropped.update(reasons)
     if args.balance is not None:
         before = len(train)
         train = balance_labels(train, seed) if args.balance == "label" else balance_premises(train, seed)
         logger.info("balance: %s leaves out %s of %s training pairs", args.balance, before - len(train), before)
-        if dropped is not None:
-            dropped["left_out_for_balance"] += before - len(train)
+        dropped["left_out_for_balance"] += before - len(train)
+    if drawn is not None:
+        for source, reasons in left_out.items():
+            labels = np.asarray(train["label"])[np.asarray(train["source"]) == source]
+            counts = np.bincount(labels, minlength=len(LABELS)).tolist()
+            by_label = dict(zip(train.features["label"].names, counts, strict=False))
+            drawn[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
     if args.max_eval_samples is not None:
-        validation = subsample(validation, args.max_eval_samples, seed)
-    return {"train": train, "validation": validation}
+        validation = subsample(validation, args.max_eval_samples, VALIDATION_SEED)
+    return {"train": train.remove_columns("source"), "validation": validation}
+
+
+def describe_source(drawn: Mapping[str, object]) -> str:
+    """What the training pairs of one source are, in words, from what `load_train_and_validation` tells of it."""
+    labels = ", ".join(f"{n:,} {label}" for label, n in drawn["labels"].items())
+    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in drawn["dropped"].items())
+    return f"{drawn['pairs']:,} pairs ({labels})" + (f"; left out: {dropped}" if dropped else "")
 
 
 def load_calibration_pairs(
@@ -217,12 +292,12 @@ def load_calibration_pairs(
     Premises that one of `sets` holds are left out: ChaosNLI, for one, was made from SNLI's validation split.
 
     Args:
-        seed: that of the training, for a source whose validation pairs were held out from training.
+        seed: of the sample of them.
     """
     if not args.calibration_pairs:
         return None
     try:
-        validation = _load_validation(trained_on, seed)
+        validation = _load_validation(trained_on)
     except SourceMissing as error:
         logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
         return None
@@ -239,13 +314,14 @@ def load_calibration_pairs(
     return subsample(pairs, args.calibration_pairs, seed)
 
 
-def _load_validation(args: TrainDataConfig, seed: int) -> Dataset:
+def _load_validation(args: TrainDataConfig) -> Dataset:
     """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
     options = _options(args)
     try:
         return load_pairs(args.dataset_name, "validation", **options)
     except SourceMissing:
-        return hold_out(load_pairs(args.dataset_name, "train", **options), args.validation_fraction, seed)[1]
+        train = load_pairs(args.dataset_name, "train", **options)
+        return hold_out(train, args.validation_fraction, VALIDATION_SEED)[1]
 
 
 def _options(args: DataConfig) -> dict[str, object]:
@@ -276,20 +352,21 @@ class EvaluationSet:
 def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[EvaluationSet]:
     """What to judge a run on: by default the test split of its own source, then the further `sources`.
 
-    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `scenes:test`.
+    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `scenes:test`. The colon
+    of a URL is none of these: a slash comes after it.
     """
     main = trained_on if args.dataset_name is None else args
     asked = [(main, args.split)]
     for source in args.sources or ():
-        name, _, split = source.partition(":")
-        asked.append((DataConfig(dataset_name=name), split or None))
+        name, split = re.fullmatch(r"(.+?)(?::([^:/]+))?", source).groups()
+        asked.append((DataConfig(dataset_name=name), split))
     return [_load_evaluation_set(data, split, args) for data, split in asked]
 
 
 def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) -> EvaluationSet:
     # A file is judged whole, unless it is the one that the run was trained on.
     is_given_file = args.dataset_name == data.dataset_name or data.dataset_name in (args.sources or ())
-    whole = Path(data.dataset_name).expanduser().is_file() and is_given_file
+    whole = fetch(data.dataset_name).is_file() and is_given_file
     split = split or (None if whole else "test")
     dropped: Counter = Counter()
     pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
@@ -299,23 +376,24 @@ def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) 
 
 
 def mix(
-    pairs: Dataset, others: list[str], *, seed: int, held_out: set[str], dropped: Counter | None = None
+    pairs: Dataset, others: list[str], *, seed: int, held_out: set[str], dropped: Mapping[str, Counter]
 ) -> Dataset:
     """Add pairs of other sources to train on.
 
     Args:
-        pairs: three-way pairs.
+        pairs: three-way pairs, with a column `source`.
         others: `source=weight`: so many pairs of that source's training split (or file) for each of `pairs`, taken by
             `subsample`.
-        held_out: premises to leave out, those of validation; counted in `dropped["mixed_premise_in_validation"]`.
+        held_out: premises to leave out, those of validation.
+        dropped: a counter for each source, of its `unlabelled` rows and of `mixed_premise_in_validation`.
 
     Returns:
-        uid, premise, hypothesis and label of all; the uids of others with their source before them.
+        uid, premise, hypothesis, label and source of all; the uids of others with their source before them.
 
     Raises:
         UserError: for an entry of another form, a two-way source, or one with too few pairs.
     """
-    columns = ["uid", "premise", "hypothesis", "label"]
+    columns = ["uid", "premise", "hypothesis", "label", "source"]
     parts = [pairs.select_columns(columns)]
     for entry in others:
         source, _, weight = entry.rpartition("=")
@@ -325,20 +403,21 @@ def mix(
             n = 0
         if not source or n < 1:
             raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {SCENES}=0.25")
-        other = load_pairs(source, "train", dropped=dropped)
+        other = load_pairs(source, "train", dropped=dropped[source])
         if other.features["label"].num_classes != len(LABELS):
             raise UserError(f"train_mix: {source} has two labels, and training needs {', '.join(LABELS)}")
         premises = other["premise"]
         fresh = other.select([index for index, premise in enumerate(premises) if premise not in held_out])
-        if dropped is not None and len(fresh) < len(other):
-            dropped["mixed_premise_in_validation"] += len(other) - len(fresh)
+        if len(fresh) < len(other):
+            dropped[source]["mixed_premise_in_validation"] += len(other) - len(fresh)
         if n > len(fresh):
             raise UserError(
                 f"train_mix: {entry} asks for {n:,} pairs, and {source} has {len(fresh):,}; with {len(pairs):,} pairs "
                 f"of the run's own it can have a weight of {math.floor(1000 * len(fresh) / len(pairs)) / 1000}"
             )
         uids = [f"{Path(source).name}/{uid}" for uid in fresh["uid"]]
-        fresh = fresh.select_columns(columns[1:]).add_column("uid", uids).select_columns(columns)
+        fresh = fresh.select_columns(columns[1:4]).add_column("uid", uids)
+        fresh = fresh.add_column("source", [source] * len(fresh)).select_columns(columns)
         parts.append(subsample(fresh, n, seed))
     return concatenate_datasets(parts)
 
@@ -481,11 +560,20 @@ def _rows_of_split(
 
 
 def _csv_reader(file: Path, lines: Iterable[str]) -> csv.DictReader:
-    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text.
+    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text. Those of Kaushik et
+    # al. do, see `_unquoted`.
     is_tsv = file.suffix in (".tsv", ".txt")
     return csv.DictReader(
         lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
     )
+
+
+def _unquoted(field: str) -> str:
+    """A field of a .tsv file without the quotes that a CSV writer put around it because there are quotes in it."""
+    inside = field[1:-1]
+    if '""' in inside and field[0] == field[-1] == '"' and '"' not in inside.replace('""', ""):
+        return inside.replace('""', '"')
+    return field
 
 
 def _file_columns(file: Path) -> list[str]:
@@ -508,13 +596,14 @@ def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
     with _reading(file) as lines:
         if file.suffix in (".csv", ".tsv", ".txt"):
             reader = _csv_reader(file, lines)
+            is_tsv = file.suffix != ".csv"
             for row in reader:
                 if None in row or None in row.values():
                     raise UserError(
                         f"{file.name} row {reader.line_num}: not the {len(reader.fieldnames)} fields of the heading; "
                         f"is a separator or quote missing?"
                     )
-                yield reader.line_num, row
+                yield reader.line_num, {k: _unquoted(v) for k, v in row.items()} if is_tsv else row
         else:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
@@ -549,6 +638,11 @@ def _load_from_hub(source: str, config: str | None, split: str | None, revision:
     try:
         there = get_dataset_split_names(source, config, revision=revision)
     except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
+        if "scripts are no longer supported" in str(error):
+            raise SourceMissing(
+                f"{source} is a loading script, which the datasets library no longer runs; try dataset_revision: "
+                f"refs/convert/parquet, where the Hub keeps tables of some such sets, or give the files themselves"
+            ) from error
         raise SourceMissing(
             f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"

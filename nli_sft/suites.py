@@ -22,7 +22,7 @@ from .configs import DataConfig, EvalConfig, read_yaml
 from .evaluation import Checks
 from .labels import LABELS
 from .runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
-from .sources import SUFFIXES, EvaluationSet, SourceMissing, has_split, load_pairs, pairs_dataset, subsample
+from .sources import SUFFIXES, EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
 
 
 @dataclass
@@ -30,14 +30,18 @@ class SuiteSet(DataConfig):
     """One set of a suite: where it is on the Hub or on disk, as in a recipe, and what is special about it."""
 
     name: str = ""
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder or file."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder, file or URL of a file."})
     split: str | None = field(default=None, metadata={"help": "Split to judge on; of a single file, all of it."})
     part_of: str | None = field(
         default=None, metadata={"help": "A set listed before, of which this is the part that `where` marks."}
     )
     where: str | None = field(default=None, metadata={"help": "The column of `part_of` that marks it, such as hard."})
     originals: str | None = field(
-        default=None, metadata={"help": "Where the pairs are of which those of this set are minimal edits."}
+        default=None,
+        metadata={
+            "help": "Where the pairs are of which those of this set are minimal edits: as dataset_name, or under the "
+            "name of the set and _originals in --suite_root."
+        },
     )
 
 
@@ -103,7 +107,7 @@ def _load_set(one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig)
     dropped: Counter = Counter()
     source, split, pairs = _find(one, before, args, dropped)
     if one.originals is not None:
-        _, _, originals = _load(one.originals, one.originals, one, args, dropped)
+        _, _, originals = _load(f"{one.name}_originals", one.originals, one, args, dropped)
         pairs = link_edits(originals, pairs, dropped)
     if args.max_samples is not None:
         pairs = _subsample(pairs, args.max_samples, args.seed)
@@ -132,11 +136,11 @@ def _load(
         if split is None and Path(local).is_dir():
             raise SourceMissing(f"{local} has no file for a test or validation split")
         return local, split, load_pairs(local, split, dropped=dropped)
-    if elsewhere is None or (elsewhere == one.originals and not Path(elsewhere).expanduser().exists()):
+    if elsewhere is None:
         where = "" if args.suite_root is None else f" {args.suite_root}"
         raise SourceMissing(f"there is no {name} in suite_root{where}")
     split = one.split
-    if Path(elsewhere).expanduser().is_file() and not has_split(elsewhere, split or "test"):
+    if fetch(elsewhere).is_file() and not has_split(elsewhere, split or "test"):
         split = None
     elif split is None:
         split = "test"

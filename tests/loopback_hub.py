@@ -59,6 +59,7 @@ class LoopbackHub:
     def __init__(self):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.lfs: dict[str, bytes] = {}
+        self.elsewhere: dict[str, bytes] = {}  # files of other hosts, by their URL without https://
         self.requests: list[str] = []
         self.received_bytes = 0
         self._faults: list[Fault] = []
@@ -361,6 +362,13 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
                 }
             )
 
+        def other_host(self, path):
+            if path in hub.elsewhere:
+                data = hub.elsewhere[path]
+                self.reply(data, headers={"Content-Length": str(len(data))} if self.command == "HEAD" else {})
+            else:
+                self.reply({"error": "not found"}, 404)
+
         def resolve(self, kind, repo, revision, path):
             found = self.found(kind, repo, revision)
             if found is None:
@@ -396,6 +404,8 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
     api = rf"/api/{kind}/{repo}"
     revision = r"(?P<revision>[^/]+)"
     ROUTES = [
+        ("GET", r"/elsewhere/(?P<path>.+)", Handler.other_host),
+        ("HEAD", r"/elsewhere/(?P<path>.+)", Handler.other_host),
         ("GET", r"/api/whoami-v2", Handler.whoami),
         ("POST", r"/api/repos/create", Handler.create),
         ("POST", r"/api/validate-yaml", Handler.validate_yaml),

@@ -121,6 +121,14 @@ def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
     assert classifier("A dog.", "A cat.").label in LABELS, "the lock is free again"
 
 
+def test_a_model_of_nan_is_not_believed(run):
+    broken = NLIClassifier.from_pretrained(run, device="cpu")
+    with torch.no_grad():
+        next(broken.model.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="the scores of 1 of 1 pairs are NaN"):
+        broken(*SCENES[0][:2])
+
+
 def test_only_safetensors_are_read(tmp_path, run):
     (run.parent / "pickled").mkdir()
     for path in run.iterdir():

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,10 +8,10 @@ from tiny import few_pairs, tiny_llama
 from tiny_run import make_base, make_run
 from trl import ModelConfig
 
-from nli_sft import evaluation
+from nli_sft import UserError, evaluation
 from nli_sft.configs import BatchConfig
 from nli_sft.decoding import LabelScores
-from nli_sft.evaluation import Asked, Checks, exchange_premises, judge_run, predict, write_evaluation
+from nli_sft.evaluation import Asked, Checks, exchange_premises, judge_all, judge_run, predict, write_evaluation
 from nli_sft.labels import LABELS
 from nli_sft.prompts import PROMPTS, PromptEncoder
 from nli_sft.sources import EvaluationSet, pairs_dataset
@@ -126,3 +128,35 @@ def test_a_prompt_that_the_chat_template_refuses_is_told(chatml):
         chatml.chat_template = template
     assert [way for _, way in variants] == ["plain", "definitions"]
     assert "one question only" in refused["prompts"]["few_shot"]
+
+
+@pytest.mark.parametrize("batching", ["trie", "padded"])
+def test_weights_that_are_no_numbers_are_told_before_anything_is_counted(chatml, batching):
+    model = tiny_llama(len(chatml))
+    # A single row of the embedding: only pairs with that word are broken.
+    word = chatml.convert_tokens_to_ids(chatml.tokenize(" dogs"))[0]
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    pairs = few_pairs()
+    broken = sum(word in prompt for prompt in encoder.encode(pairs["premise"], pairs["hypothesis"]))
+    assert 0 < broken < len(pairs)
+    model.model.embed_tokens.weight.data[word] = torch.nan
+    asked = [Asked("few test", pairs, encoder)]
+    with pytest.raises(UserError) as error:
+        judge_all(model, asked, name="tuned", batch_size=8, batch_args=BatchConfig(batching=batching))
+    told = re.fullmatch(
+        r"tuned on few test: the scores of (\d+) of 12 pairs are NaN or infinite, and so are weights of the model, "
+        r"such as model.embed_tokens.weight: take an earlier checkpoint, or train with a lower learning_rate",
+        str(error.value),
+    )
+    # In a row of a trie pairs share what attention adds up, and NaN times a weight of 0 is NaN.
+    assert broken <= int(told[1]) if batching == "trie" else broken == int(told[1])
+
+
+def test_weights_that_overflow_in_fp16_are_told_from_weights_that_are_no_numbers(chatml):
+    asked = [Asked("few test", few_pairs(), PromptEncoder(PROMPTS["plain"], chatml))]
+    options = {"name": "base", "batch_size": 8, "batch_args": BatchConfig()}
+    model = tiny_llama(len(chatml))
+    model.model.norm.weight.data.fill_(6e4)  # fp16 ends at 65,504
+    judge_all(model, asked, **options)
+    with pytest.raises(UserError, match="12 of 12 pairs are NaN or infinite, though the weights are not.*fp32"):
+        judge_all(model.half(), asked, **options)

@@ -88,7 +88,11 @@ def make_run(folder, own, *, record=None, **others):
     full_record = {
         "model": "owner/model",
         "parameters": {"total": 2_821_626_880, "trainable": 41_943_040, "stored": 1_563_335_680},
-        "data": {"dropped": {"too_long": 3}, "train": {"pairs": 8_000, "fingerprint": "feed" * 4}},
+        "data": {
+            "dropped": {"too_long": 3, "unlabelled": 0},
+            "sources": {"scenes": {"pairs": 2_000, "labels": {"entailment": 700}, "dropped": {"unlabelled": 5}}},
+            "train": {"pairs": 8_000, "fingerprint": "feed" * 4},
+        },
         "best_checkpoint_step": 10,
         "history": HISTORY,
         "seconds": 2_522.0,
@@ -253,6 +257,7 @@ def test_resources_and_provenance_are_told(nine):
         "Scoring pairs test, before tuning 2.0 s, 5 pairs/s",
         "Rows dropped before training 3 too long",
         "8,000, fingerprint feedfeedfeedfeed",
+        "Train pairs of scenes 2,000 pairs (700 entailment); left out: 5 unlabelled",
         "9, fingerprint beefbeefbeefbeef",
         "abc123, with uncommitted changes",
         "Seed 7",
@@ -438,3 +443,38 @@ def test_power_and_calibration_are_told(tmp_path):
     assert accuracy[-1] == pytest.approx(evaluation.metrics["tuned"]["accuracy"])
     few = Report(make_run(tmp_path / "few", predictions(GOLDS, {"base": BASE, "tuned": TUNED}))).own
     assert "This split could have shown no difference at all: of 9 pairs 5 changed sides" in few.power
+
+
+def test_a_report_says_nothing_twice(tmp_path):
+    folder = make_run(tmp_path / "run", many_predictions(shuffled=0.1, hypothesis_only=0.4))
+    write_report(folder)
+    own = Report(folder).own
+    page = " ".join(" ".join(Page((folder / "report.html").read_text()).text).split())
+    notes = " ".join((folder / "report.md").read_text().replace("\\", "").split())
+    told = [own.headline, *own.controls(), *own.explanation, own.free_generation(), own.power]
+    assert len(told) >= 6
+    for sentence in told:
+        assert page.count(sentence) == notes.count(sentence) == 1, sentence
+
+
+def test_a_suite_is_told_once_with_what_is_missing_by_reason(tmp_path):
+    own = many_predictions()
+    folder = make_run(tmp_path / "run", own, hans=many_predictions(n=120), beside=many_predictions(n=60))
+    suite = {
+        "suite": "few",
+        "order": ["pairs", "hans", "anli_r1", "anli_r2", "sick"],
+        "judged": {"pairs": "pairs-test", "hans": "hans-all"},
+        "missing": {"anli_r1": "out of reach", "anli_r2": "out of reach", "sick": "not there"},
+    }
+    write_json(folder / "eval" / "few.json", suite)
+    write_report(folder)
+    notes = (folder / "report.md").read_text().replace("\\", "")
+    assert "| anli_r1, anli_r2 | out of reach |" in notes
+    (row,) = re.findall(r"^\| pairs \| 240 \| .*$", notes, flags=re.MULTILINE)
+    assert row.endswith("| 33.3% |"), "what a constant answer gives stands beside"
+    assert "no premise" not in notes, "no run has that control"
+    overview = notes[: notes.index("## Suites")]
+    assert "| beside | 60 |" in overview
+    assert "| hans | 120 |" not in overview
+    page = " ".join(Page((folder / "report.html").read_text()).text)
+    assert "Beside the suite" in page

@@ -15,11 +15,13 @@ from nli_sft import sources
 from nli_sft.configs import EvalConfig, TrainDataConfig
 from nli_sft.labels import LABELS
 from nli_sft.sources import (
+    VALIDATION_SEED,
     EvaluationSet,
     fingerprint,
     has_split,
     hold_out,
     load_calibration_pairs,
+    load_evaluation_sets,
     load_pairs,
     load_train_and_validation,
     subsample,
@@ -112,6 +114,14 @@ def test_sick_comes_as_one_file_with_its_splits_in_a_column(tmp_path):
     assert len(load_pairs(str(path))) == 3
     with pytest.raises(sources.SourceMissing, match="no row of split train: its column SemEval_set has TEST, TRIAL"):
         load_pairs(str(path), "train")
+
+
+def test_quotes_of_a_tsv_file_are_text_unless_a_writer_doubled_those_inside(tmp_path):
+    fields = ['"Stop!" he said', '"A man."', '"He says ""no""."', 'He says ""no"".', '""', '"""Stop!"" he said"']
+    path = tmp_path / "quotes.tsv"
+    path.write_text("premise\thypothesis\tlabel\n" + "".join(f"{field}\tA.\tneutral\n" for field in fields))
+    read = ['"Stop!" he said', '"A man."', 'He says "no".', 'He says ""no"".', '""', '"Stop!" he said']
+    assert list(load_pairs(str(path))["premise"]) == read
 
 
 def test_hans_comes_as_text_with_heuristic_and_template(tmp_path):
@@ -320,6 +330,16 @@ def test_what_is_not_there(tmp_path):
         load_pairs("nobody/nothing", "train")
 
 
+def test_a_url_is_no_source_with_a_split():
+    url = "https://host.invalid/folder/hans.txt"
+    for source in (url, f"{url}:test"):
+        with pytest.raises(sources.SourceMissing, match=f"^{url} cannot be downloaded"):
+            load_evaluation_sets(
+                EvalConfig(run="run", dataset_name="scenes", max_samples=3, sources=[source]),
+                trained_on=TrainDataConfig(dataset_name="scenes"),
+            )
+
+
 def hub_set(names, labels):
     features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=names)})
     return Dataset.from_dict(
@@ -432,11 +452,11 @@ def test_a_temperature_is_fitted_on_validation_pairs_whose_premises_are_not_judg
         is None
     )
 
-    (tmp_path / "dev.jsonl").unlink()  # what was held out from training stands in, with the seed of the training
+    (tmp_path / "dev.jsonl").unlink()  # what was held out from training stands in
     held = load_calibration_pairs(
         EvalConfig(run="run"), trained_on=replace(trained_on, validation_fraction=0.5), seed=3, sets=sets
     )
-    assert set(held["uid"]) <= set(hold_out(load_pairs(str(tmp_path), "train"), 0.5, 3)[1]["uid"])
+    assert set(held["uid"]) <= set(hold_out(load_pairs(str(tmp_path), "train"), 0.5, VALIDATION_SEED)[1]["uid"])
 
     for name, judged_sets, why in [
         ("nobody/nothing", sets, "cannot be had"),
@@ -460,6 +480,21 @@ def numbered(n, label="neutral", per_premise=3, text="Premise"):
     ]
 
 
+def test_runs_that_differ_in_their_seeds_are_validated_on_the_same_pairs(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [row for label in LABELS for row in numbered(60, label, text=label)])
+    args = TrainDataConfig(dataset_name=str(tmp_path), max_train_samples=30, max_eval_samples=9)
+
+    def of_seeds():
+        return [load_train_and_validation(args, seed=seed) for seed in (1, 2)]
+
+    one, other = of_seeds()
+    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "held out, and a part of that"
+    assert fingerprint(one["train"]) != fingerprint(other["train"])
+    write_jsonl(tmp_path / "dev.jsonl", [row for label in LABELS for row in numbered(60, label, text=f"Dev {label}")])
+    one, other = of_seeds()
+    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "a part of a split"
+
+
 def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
@@ -467,10 +502,11 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     write_jsonl(folder / "train.jsonl", [{**row, "uid": f"{row['label']}-{row['uid']}"} for row in own])
     write_jsonl(folder / "dev.jsonl", numbered(30, text="Other"))
     other = [row for label in LABELS for row in numbered(60, label, text="Other")]
-    write_jsonl(tmp_path / "other.jsonl", [{**row, "subset": "x"} for row in other])
+    unlabelled = [{**other[0], "label": "-"}] * 2
+    write_jsonl(tmp_path / "other.jsonl", [{**row, "subset": "x"} for row in other + unlabelled])
     args = TrainDataConfig(dataset_name=str(folder), train_mix=[f"{tmp_path / 'other.jsonl'}=0.5", "scenes=0.25"])
-    dropped = Counter()
-    train = load_train_and_validation(args, seed=0, dropped=dropped)["train"]
+    dropped, drawn = Counter(), {}
+    train = load_train_and_validation(args, seed=0, dropped=dropped, drawn=drawn)["train"]
     assert train.column_names == ["uid", "premise", "hypothesis", "label"]
     told = Counter(
         "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "scenes" for uid in train["uid"]
@@ -479,7 +515,16 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     assert len(set(train["uid"])) == 105
     held_out = {f"Other {k}." for k in range(10)}
     assert not held_out & set(train["premise"])
-    assert dropped["mixed_premise_in_validation"] == 90
+    assert dropped == {"mixed_premise_in_validation": 90, "unlabelled": 2}
+    assert drawn == {
+        str(folder): {"pairs": 60, "labels": dict.fromkeys(LABELS, 20), "dropped": {}},
+        str(tmp_path / "other.jsonl"): {
+            "pairs": 30,
+            "labels": dict.fromkeys(LABELS, 10),
+            "dropped": {"unlabelled": 2, "mixed_premise_in_validation": 90},
+        },
+        "scenes": {"pairs": 15, "labels": dict.fromkeys(LABELS, 5), "dropped": {}},
+    }
     assert np.bincount(train["label"]).tolist() == [35, 35, 35]
     again = load_train_and_validation(args, seed=0)["train"]
     assert fingerprint(again) == fingerprint(train)
@@ -514,9 +559,10 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
     rows = numbered(12, "entailment") + numbered(30, "neutral") + numbered(6, "contradiction", per_premise=1)
     write_jsonl(tmp_path / "train.jsonl", [{**row, "uid": f"{row['label']}-{row['uid']}"} for row in rows])
     write_jsonl(tmp_path / "dev.jsonl", numbered(9, text="Held"))
-    dropped = Counter()
+    dropped, drawn = Counter(), {}
     args = TrainDataConfig(dataset_name=str(tmp_path), balance="label")
-    both = load_train_and_validation(args, seed=0, dropped=dropped)
+    both = load_train_and_validation(args, seed=0, dropped=dropped, drawn=drawn)
+    assert drawn[str(tmp_path)]["labels"] == dict.fromkeys(LABELS, 6), "what is trained on, not what was there"
     assert np.bincount(both["train"]["label"]).tolist() == [6, 6, 6]
     assert dropped["left_out_for_balance"] == 30
     assert len(both["validation"]) == 9

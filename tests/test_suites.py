@@ -1,11 +1,18 @@
+import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from loopback_hub import LoopbackHub
+from published_sets import publish, three_pairs
 from tiny import write_jsonl
 
 from nli_sft import UserError
 from nli_sft.configs import EvalConfig
+from nli_sft.labels import LABELS
 from nli_sft.sources import pairs_dataset
 from nli_sft.suites import link_edits, load_suite, load_suite_sets
 
@@ -101,11 +108,11 @@ def test_edits_are_linked_to_the_pair_that_they_were_made_of(tmp_path):
     assert dropped == {"unlinked": 1}
 
     header = "sentence1\tsentence2\tgold_label\n"
-    for name, pairs in (("originals", originals), ("counterfactual", edited)):
+    for name, pairs in (("counterfactual_originals", originals), ("counterfactual", edited)):
         (tmp_path / name).mkdir()
         lines = [f"{p['premise']}\t{p['hypothesis']}\t{pairs.features['label'].names[p['label']]}\n" for p in pairs]
         (tmp_path / name / "test.tsv").write_text(header + "".join(lines))
-    suite = suite_file(tmp_path, "sets: {counterfactual: {originals: originals}}")
+    suite = suite_file(tmp_path, "sets: {counterfactual: {originals: nobody/originals}}")
     args = EvalConfig(run="run", suite="own", suite_root=str(tmp_path))
     (one,), missing = load_suite_sets(suite, args)
     assert len(one.pairs) == 5
@@ -156,3 +163,103 @@ def test_a_suite_is_not_mixed_with_other_sources():
         EvalConfig(run="run", suite="stress", sources=["a.jsonl"])
     with pytest.raises(UserError, match="name one with --suite"):
         EvalConfig(run="run", suite_root="folder")
+
+
+# Loads a suite as recipes/eval.py does, in a process of its own: where the Hub is cannot be changed later.
+LOAD = """
+import json, sys
+from pathlib import Path
+from nli_sft.configs import EvalConfig
+from nli_sft.suites import load_suite, load_suite_sets
+sets, missing = load_suite_sets(load_suite(sys.argv[1], Path()), EvalConfig(run="run", suite="stress"))
+told = {one.name: {"split": one.split, "unlabelled": one.unlabelled, "rows": one.pairs.to_list(),
+    "labels": one.pairs.features["label"].names} for one in sets}
+print(json.dumps([told, missing]))
+"""
+
+
+def load_apart(suite, hub, cache, **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, str(suite)],
+        capture_output=True,
+        text=True,
+        env=os.environ | hub.environment(cache, token=None) | {"HF_HUB_DOWNLOAD_TIMEOUT": "2"} | environment,
+        cwd=suite.parent,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_the_stress_suite_is_had_from_where_its_sets_are_published(tmp_path):
+    """All sets, with the layouts that they have there; once fetched, without a network too."""
+    suite = load_suite("stress", ROOT_SUITES)
+    with LoopbackHub() as hub:
+        publish(hub, suite)
+        text = (ROOT_SUITES / "stress.yaml").read_text()
+        for host in ("nlp.stanford.edu", "raw.githubusercontent.com", "zenodo.org"):
+            assert f"https://{host}/" in text
+            text = text.replace(f"https://{host}/", f"{hub.url}/elsewhere/{host}/")
+        (tmp_path / "stress.yaml").write_text(text)
+        sets, missing = load_apart(tmp_path / "stress.yaml", hub, tmp_path / "cache")
+    again = load_apart(tmp_path / "stress.yaml", hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
+
+    assert missing == {}
+    assert list(sets) == [one.name for one in suite.sets]
+    assert again == [sets, missing], "what was fetched once is there without a network"
+    for name in ("snli", "mnli_matched", "mnli_mismatched", "anli_r1", "anli_r2", "anli_r3"):
+        assert [row["label"] for row in sets[name]["rows"]] == [0, 1, 2], name
+        assert sets[name]["labels"] == list(LABELS)
+        assert sets[name]["unlabelled"] == 1
+    assert sets["mnli_matched"]["split"] == "validation_matched"
+    assert [row["genre"] for row in sets["mnli_matched"]["rows"]] == ["fiction", "travel", "travel"]
+    assert [row["uid"] for row in sets["anli_r3"]["rows"]] == ["pair-0", "pair-1", "pair-2"]
+    assert [row["label"] for row in sets["snli_hard"]["rows"]] == [1]
+    assert sets["hans"]["labels"] == ["entailment", "non-entailment"]
+    assert [(row["label"], row["subset"]) for row in sets["hans"]["rows"]] == [
+        (1, "lexical_overlap"),
+        (0, "constituent"),
+    ]
+    breaking = [(row["label"], row["subset"], row["label_counts"]) for row in sets["breaking_nli"]["rows"]]
+    assert breaking == [(2, "cardinals", [0, 0, 3]), (0, "colors", [2, 1, 0])]
+    assert [(row["uid"], row["label"]) for row in sets["sick"]["rows"]] == [("2", 2)], "its test split alone"
+    for name in ("chaosnli_snli", "chaosnli_mnli"):
+        (row,) = sets[name]["rows"]
+        assert (row["label"], row["label_counts"], row["premise"]) == (1, [30, 70, 0], "A man sleeps.")
+    counterfactual = sets["counterfactual"]["rows"]
+    assert [row["edit_of"] for row in counterfactual] == [
+        None,
+        None,
+        counterfactual[0]["uid"],
+        counterfactual[1]["uid"],
+    ]
+    assert counterfactual[3]["premise"] == 'A man says "no" loudly.', "the quotes of the file are not the text's"
+
+
+def test_a_url_that_leads_nowhere_is_told_as_missing(tmp_path):
+    with LoopbackHub() as hub:
+        hub.elsewhere["host/page.zip"] = b"<!doctype html>File deleted"
+        hub.elsewhere["host/own.csv"] = b"premise,hypothesis,label\nA man.,A person.,entailment\n"
+        own = tmp_path / "own.yaml"
+        own.write_text(
+            f"sets:\n  there: {{dataset_name: '{hub.url}/elsewhere/host/own.csv?x=1'}}\n"
+            f"  gone: {{dataset_name: '{hub.url}/elsewhere/host/gone.csv'}}\n"
+            f"  page: {{dataset_name: 'zip://a/b.txt::{hub.url}/elsewhere/host/page.zip'}}\n"
+        )
+        sets, missing = load_apart(own, hub, tmp_path / "cache")
+    assert [row["uid"] for row in sets["there"]["rows"]] == ["own-all-1"]
+    assert "gone.csv cannot be downloaded (FileNotFoundError" in missing["gone"]
+    assert "page.zip cannot be downloaded" in missing["page"]
+
+
+def test_a_set_that_is_a_loading_script_is_told_with_where_its_tables_may_be(tmp_path):
+    with LoopbackHub() as hub:
+        repository = hub.add("owner/script", {"script.py": b"raise SystemExit", "README.md": b""}, "dataset")
+        repository.commit({"plain_text/validation/0000.parquet": three_pairs()}, "refs/convert/parquet")
+        own = tmp_path / "own.yaml"
+        own.write_text(
+            "sets:\n  script: {dataset_name: owner/script, split: validation}\n"
+            "  tables: {dataset_name: owner/script, split: validation, dataset_revision: refs/convert/parquet}\n"
+        )
+        sets, missing = load_apart(own, hub, tmp_path / "cache")
+    assert missing["script"].startswith("owner/script is a loading script, which the datasets library no longer runs")
+    assert [row["label"] for row in sets["tables"]["rows"]] == [0, 1, 2]

@@ -39,8 +39,10 @@ def write_report(run: str | Path) -> Path:
             (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
             (figures / f"{plot.name}.png").write_bytes(plot.png)
 
+    in_suites = {key for suite in report.suites for key in suite["judged"].values()}
     content = {
         "report": report,
+        "apart": [evaluation for evaluation in report.evaluations if evaluation.key not in in_suites],
         "plots": plots,
         "table": Markup(table),  # itables has escaped its texts
         "table_note": table_note,

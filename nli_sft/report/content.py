@@ -19,6 +19,7 @@ from ..metrics import compute
 from ..prompts import Prompt
 from ..runs import HYPOTHESIS_ONLY, read_run
 from ..slices import Slice, explain, slice_changes
+from ..sources import describe_source
 
 # How many pairs of each kind are told in full.
 PAIRS_TOLD = 6
@@ -143,9 +144,10 @@ class Evaluation:
         changed = f"of {c.pairs:,} pairs {c.fixed + c.broken:,} changed sides"
         if smallest is None:
             return f"This split could have shown no difference at all: {changed}, too few for McNemar's test."
+        inflated = f"; premises inflate the variance {effect:.2f}-fold" if effect >= 1.005 else ""
         return (
             f"What this split could have shown: {changed}, so a true difference of {100 * smallest:.1f} points would "
-            f"be found four times in five (McNemar's test at 5%; premises inflate the variance {effect:.2f}-fold)."
+            f"be found four times in five (McNemar's test at 5%{inflated})."
         )
 
     def abstention(self, model: str) -> tuple[np.ndarray, np.ndarray]:
@@ -440,7 +442,9 @@ class Report:
             if split in data:
                 fingerprint = f"{data[split]['pairs']:,}, fingerprint {data[split]['fingerprint']}"
                 rows.append((f"{split.capitalize()} pairs", fingerprint))
-        dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.get("dropped", {}).items())
+        for source, drawn in data.get("sources", {}).items():
+            rows.append((f"Train pairs of {source}", describe_source(drawn)))
+        dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.get("dropped", {}).items() if n)
         rows.append(("Rows dropped before training", dropped or "none"))
         for evaluation in self.evaluations:
             summary = evaluation.summary

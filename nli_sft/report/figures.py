@@ -102,7 +102,7 @@ def accuracies(evaluation: Evaluation) -> Plot:
         key=lambda control: control[1],
     )
     above = evaluation.metrics["tuned"]["accuracy"] - best_control[1]
-    title = f"After tuning: {points(above)} points against the best control, {best_control[0]}"
+    title = f"After tuning: {points(above)} points against the best control ({best_control[0]})"
     rows = [
         ("tuned", AFTER, "o"),
         ("base", BEFORE, "s"),

@@ -1,4 +1,4 @@
-"""How runs look side by side: tables for a terminal, Markdown, a page, JSON and CSV, and two plots."""
+"""How runs look side by side: tables for a terminal, Markdown, a page, JSON and CSV, and plots."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +11,7 @@ from matplotlib.ticker import LogLocator, PercentFormatter
 from ..comparison import points
 from ..ledger import (
     Estimate,
+    LearningCurve,
     PairedTest,
     Ranking,
     Replicates,
@@ -22,7 +23,7 @@ from ..ledger import (
 )
 from . import _environment
 from .content import duration
-from .figures import BEFORE, STYLE, WIDTH, Plot, _plot
+from .figures import AFTER, BEFORE, CONTROL, INK, STYLE, WIDTH, Plot, _plot
 from .sheets import NONE, Sheet, escape_markdown
 
 # Okabe and Ito's colours, and markers, so that runs can be told apart in grey too.
@@ -60,7 +61,7 @@ def lay_out(rankings: Sequence[Ranking]) -> list[Side]:
             sheets=sheets(ranking, tests),
             claims=claims(ranking, tests),
             tests=tests,
-            plots=plots(ranking, f"ranking-{number}"),
+            plots=plots(ranking, f"ranking-{number + 1}-" if number else ""),
         )
         for number, ranking in enumerate(rankings)
         for tests in [paired_tests(ranking)]
@@ -69,7 +70,7 @@ def lay_out(rankings: Sequence[Ranking]) -> list[Side]:
 
 def sheets(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Sheet]:
     """The tables of one ranking."""
-    found = [_accuracies(ranking)]
+    found = [_accuracies(ranking), _costs(ranking)]
     if ranking.differing:
         rows = [[run.name, *(_text(value) for value in ranking.differences(run).values())] for run in ranking.runs]
         found.append(Sheet("What differs, and only that", ["run", *ranking.differing], rows))
@@ -91,21 +92,18 @@ def _accuracies(ranking: Ranking) -> Sheet:
         if any(key in run.judged and run.judged[key].accuracy(model) for run in ranking.runs)
     ]
     columns = ["run", "validation", *(key if m == "tuned" else f"{key}, {m.replace('_', ' ')}" for key, m in controls)]
-    columns += ["training", "pairs/s", "peak memory", "energy", "trainable"]
     rows = []
     for base in ranking.bases:
         row = [base, _estimate(ranking.base_validation(base))]
         for key, model in controls:
             judged = ranking.base_judged(base, key)
             row.append(_estimate(judged and judged.accuracy("base")) if model == "tuned" else NONE)
-        rows.append([*row, *[NONE] * 5])
+        rows.append(row)
     for run in ranking.runs:
         row = [run.name, _estimate(run.validation)]
         for key, model in controls:
             row.append(_estimate(run.judged[key].accuracy(model)) if key in run.judged else NONE)
-        rows.append([*row, *_cost(run)])
-    measured = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
-    columns, rows = [columns[i] for i in measured], [[row[i] for i in measured] for row in rows]
+        rows.append(row)
     data = ranking.runs[0].config
     title = f"{len(ranking.runs)} {'run' if len(ranking.runs) == 1 else 'runs'} by validation accuracy"
     note = (
@@ -115,22 +113,24 @@ def _accuracies(ranking: Ranking) -> Sheet:
     return Sheet(title, columns, rows, note)
 
 
-def _cost(run: RunRecord) -> list[str]:
-    cost, trainable = run.cost, run.record["parameters"]
-    memory = (
-        f"{cost['peak_gpu_gib']:.1f} GiB GPU"
-        if "peak_gpu_gib" in cost
-        else f"{cost['peak_ram_gib']:.1f} GiB RAM"
-        if "peak_ram_gib" in cost
-        else NONE
-    )
-    return [
-        duration(cost["training_seconds"]),
-        f"{cost['pairs_per_second']:,.0f}" if "pairs_per_second" in cost else NONE,
-        memory,
-        f"{cost['energy_wh']:,.1f} Wh" if "energy_wh" in cost else NONE,
-        f"{trainable['trainable']:,} ({trainable['trainable'] / trainable['total']:.1%})",
-    ]
+def _costs(ranking: Ranking) -> Sheet:
+    columns = ["run", "training", "pairs/s", "peak memory", "energy", "trainable parameters"]
+    rows = []
+    for run in ranking.runs:
+        cost, parameters = run.cost, run.record["parameters"]
+        memory = next((kind for kind in ("gpu", "ram") if f"peak_{kind}_gib" in cost), None)
+        rows.append(
+            [
+                run.name,
+                duration(cost["training_seconds"]),
+                f"{cost['pairs_per_second']:,.0f}" if "pairs_per_second" in cost else NONE,
+                f"{cost[f'peak_{memory}_gib']:.1f} GiB {memory.upper()}" if memory else NONE,
+                f"{cost['energy_wh']:,.1f} Wh" if "energy_wh" in cost else NONE,
+                f"{parameters['trainable']:,}\n({parameters['trainable'] / parameters['total']:.1%})",
+            ]
+        )
+    measured = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
+    return Sheet("What it took", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
 
 
 def _replicates(ranking: Ranking) -> Sheet:
@@ -167,25 +167,112 @@ def claims(ranking: Ranking, tests: Sequence[PairedTest]) -> list[str]:
     return [*told, *between_replicates(ranking), *judged_apart(ranking)]
 
 
-def plots(ranking: Ranking, name: str) -> list[Plot]:
-    """Accuracy against cost, and the learning curves overlaid."""
-    groups = _colour_groups(ranking)
-    found = [cost_plot(ranking, groups, name)]
+def plots(ranking: Ranking, prefix: str) -> list[Plot]:
+    """Accuracy by method, by number of training pairs, by cost and by epoch, of which there is something to see.
+
+    Args:
+        prefix: what the plots' names begin with.
+    """
+    colours = {run.name: number for number, method in enumerate(ranking.methods) for run in method.runs}
+    of_the_same_pairs = [
+        key
+        for key in ranking.judged
+        if len({run.judged[key].summary["data_fingerprint"] for run in ranking.runs if key in run.judged}) == 1
+    ]
+    found = []
+    for key in of_the_same_pairs:
+        if sum(method.accuracy(key) is not None for method in ranking.methods) > 1:
+            found.append(accuracy_plot(ranking, key, f"{prefix}{key}"))
+        if any(_learned(curve, key) for curve in ranking.learning_curves):
+            found.append(pairs_plot(ranking, key, f"{prefix}{key}-by-pairs"))
+    found.append(cost_plot(ranking, colours, f"{prefix}cost"))
     if any(len(run.curve) > 1 for run in ranking.runs):
-        found.append(curves_plot(ranking, groups, name))
+        found.append(epochs_plot(ranking, colours, f"{prefix}epochs"))
     return found
 
 
-def _colour_groups(ranking: Ranking) -> dict[str, int]:
-    """{name of a run: number of its colour}; replicates share one."""
-    groups = [[run.name for run in group.runs] for group in ranking.replicates]
-    grouped = {name for group in groups for name in group}
-    groups += [[run.name] for run in ranking.runs if run.name not in grouped]
-    return {name: number for number, group in enumerate(groups) for name in group}
+def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
+    """Accuracy on one evaluation by method, the bases below: the mean with its interval, and each seed's."""
+    methods = [(method, method.accuracy(key)) for method in ranking.methods]
+    methods = sorted((pair for pair in methods if pair[1] is not None), key=lambda pair: pair[1].value)
+    bases = [(base, ranking.base_judged(base, key)) for base in reversed(ranking.bases)]
+    rows = [(base, judged.accuracy("base"), BEFORE) for base, judged in bases if judged is not None]
+    first = len(rows)
+    rows += [(method.name, accuracy, AFTER) for method, accuracy in methods]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(rows)))
+        axes = figure.add_subplot()
+        for y, (_, accuracy, colour) in enumerate(rows):
+            axes.plot([accuracy.low, accuracy.high], [y, y], color=colour, linewidth=2)
+            axes.plot(accuracy.value, y, "s" if colour == BEFORE else "o", color=colour, markersize=6)
+            style = {"textcoords": "offset points", "ha": "center", "fontsize": 7.5}
+            axes.annotate(f"{accuracy.value:.1%}", (accuracy.value, y), (0, 6), **style)
+        controls = [(y, method.accuracy(key, "hypothesis_only")) for y, (method, _) in enumerate(methods, first)]
+        controls = [(estimate.value, y) for y, estimate in controls if estimate is not None]
+        if controls:
+            axes.plot(*zip(*controls, strict=True), "D", color=CONTROL, markersize=5, label="never saw a premise")
+        repeated = [(y, method) for y, (method, _) in enumerate(methods, first) if len(method.runs) > 1]
+        seeds = [(run.judged[key].accuracy().value, y) for y, method in repeated for run in method.runs]
+        if seeds:
+            axes.plot(*zip(*seeds, strict=True), "|", color=INK, markersize=6, label="one seed")
+        axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+        axes.set(ylim=(-0.6, len(rows) - 0.2), xlabel="accuracy, with its 95% interval")
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="x")
+        if controls or seeds:
+            _legend(figure, axes)
+    best, accuracy = methods[-1]
+    title = f"Highest on {key}: {best.name}, {accuracy.value:.1%}"
+    told = "; ".join(f"{name}: {_on_one_line(accuracy)}" for name, accuracy, _ in reversed(rows))
+    return _plot(name, figure, title, f"Accuracy on {key}, with 95% intervals. {told}.")
 
 
-def cost_plot(ranking: Ranking, groups: dict[str, int], name: str) -> Plot:
-    """Validation accuracy, with its 95 % interval, against seconds of training."""
+def pairs_plot(ranking: Ranking, key: str, name: str) -> Plot:
+    """Accuracy on one evaluation against the number of training pairs: the mean over seeds with its interval."""
+    curves = {curve.name: _learned(curve, key) for curve in ranking.learning_curves}
+    curves = {curve: points for curve, points in curves.items() if points}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.09 * len(curves)))
+        axes = figure.add_subplot()
+        for number, (curve, points) in enumerate(curves.items()):
+            style = _style(number)
+            pairs, estimates = list(points), list(points.values())
+            axes.fill_between(
+                pairs, [e.low for e in estimates], [e.high for e in estimates], color=style["color"], alpha=0.15, lw=0
+            )
+            axes.plot(pairs, [e.value for e in estimates], linewidth=1.2, label=curve, **style)
+        judged = {base: ranking.base_judged(base, key) for base in ranking.bases}
+        _base_lines(axes, {base: judged and judged.accuracy("base") for base, judged in judged.items()})
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set(xlabel="training pairs", ylabel=f"accuracy on {key}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes.grid(axis="y")
+        _legend(figure, axes)
+    most, accuracy, best = max((max(points), points[max(points)].value, curve) for curve, points in curves.items())
+    title = f"{key}: {best} reaches {accuracy:.1%} with {most:,} training pairs"
+    told = "; ".join(
+        f"{curve}: " + ", ".join(f"{pairs:,} {_on_one_line(estimate)}" for pairs, estimate in points.items())
+        for curve, points in curves.items()
+    )
+    return _plot(name, figure, title, f"Accuracy on {key} by training pairs, with 95% intervals. {told}.")
+
+
+def _learned(curve: LearningCurve, key: str) -> dict[int, Estimate]:
+    """{training pairs: accuracy on one evaluation}, where it was judged."""
+    accuracies = {pairs: runs.accuracy(key) for pairs, runs in curve.points.items()}
+    return {pairs: accuracy for pairs, accuracy in accuracies.items() if accuracy is not None}
+
+
+def cost_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
+    """Validation accuracy, with its 95 % interval, against seconds of training.
+
+    Args:
+        colours: {name of a run: number of its colour}; replicates share one.
+    """
     cheapest = min(ranking.runs, key=lambda run: run.cost["training_seconds"])
     best = ranking.runs[0]
     title = f"Best on validation: {best.name}, {best.validation.value:.1%}, in {_seconds(best)} of training"
@@ -196,10 +283,10 @@ def cost_plot(ranking: Ranking, groups: dict[str, int], name: str) -> Plot:
         axes = figure.add_subplot()
         for run in ranking.runs:
             seconds, accuracy = run.cost["training_seconds"], run.validation
-            style = _style(groups[run.name])
+            style = _style(colours[run.name])
             axes.plot([seconds, seconds], [accuracy.low, accuracy.high], color=style["color"], linewidth=1.2)
             axes.plot(seconds, accuracy.value, linestyle="none", label=run.name, **style)
-        _base_line(axes, ranking)
+        _base_lines(axes, {base: ranking.base_validation(base) for base in ranking.bases})
         axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.set(xlabel="seconds of training", ylabel="validation accuracy")
@@ -210,10 +297,10 @@ def cost_plot(ranking: Ranking, groups: dict[str, int], name: str) -> Plot:
         axes.grid(axis="y")
         _legend(figure, axes)
     told = "; ".join(f"{r.name}: {r.validation.value:.1%} in {_seconds(r)}" for r in ranking.runs)
-    return _plot(f"{name}-cost", figure, title, f"Validation accuracy against training time. {told}.")
+    return _plot(name, figure, title, f"Validation accuracy against training time. {told}.")
 
 
-def curves_plot(ranking: Ranking, groups: dict[str, int], name: str) -> Plot:
+def epochs_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
     """Validation accuracy by epoch, all runs in one."""
     shown = [run for run in ranking.runs if len(run.curve) > 1][:MOST_CURVES]
     first, last = min(e for run in shown for _, e, _ in run.curve), max(e for run in shown for _, e, _ in run.curve)
@@ -223,23 +310,22 @@ def curves_plot(ranking: Ranking, groups: dict[str, int], name: str) -> Plot:
         axes = figure.add_subplot()
         for run in shown:
             _, epochs, accuracies = zip(*run.curve, strict=True)
-            style = _style(groups[run.name]) | {"markersize": 3.5}
+            style = _style(colours[run.name]) | {"markersize": 3.5}
             axes.plot(epochs, accuracies, linewidth=1.2, alpha=0.85, label=run.name, **style)
         axes.set(xlabel="epoch", ylabel="validation accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
         _legend(figure, axes)
     told = "; ".join(f"{run.name}: {run.curve[0][2]:.1%} to {run.curve[-1][2]:.1%}" for run in shown)
-    return _plot(f"{name}-curves", figure, title, f"Validation accuracy by epoch. {told}.")
+    return _plot(name, figure, title, f"Validation accuracy by epoch. {told}.")
 
 
 def _style(group: int) -> dict[str, object]:
     return {"color": COLOURS[group % len(COLOURS)], "marker": MARKERS[group % len(MARKERS)], "markersize": 6}
 
 
-def _base_line(axes, ranking: Ranking) -> None:
-    for base in ranking.bases:
-        estimate = ranking.base_validation(base)
+def _base_lines(axes, bases: dict[str, Estimate | None]) -> None:
+    for base, estimate in bases.items():
         if estimate is not None:
             axes.axhline(estimate.value, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)), label=base, zorder=0)
 
@@ -256,6 +342,15 @@ def _seconds(run: RunRecord) -> str:
 def page(sides: Sequence[Side]) -> str:
     """All of it as one HTML file that needs no other."""
     return _environment(autoescape=True).get_template("ledger.html.jinja").render(sides=sides)
+
+
+def drawings(sides: Sequence[Side]) -> dict[str, str]:
+    """{file name: SVG} of all plots, on white: they may be shown on a dark page."""
+    return {
+        f"{plot.name}.svg": plot.svg.replace("<svg ", '<svg style="background: white" ', 1)
+        for side in sides
+        for plot in side.plots
+    }
 
 
 def markdown(sides: Sequence[Side]) -> str:
@@ -336,7 +431,11 @@ def _replicate_figures(group: Replicates, ranking: Ranking) -> dict[str, object]
 
 
 def _estimate(estimate: Estimate | None) -> str:
-    return NONE if estimate is None else f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+    return NONE if estimate is None else f"{estimate.value:.1%}\n({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+
+
+def _on_one_line(estimate: Estimate) -> str:
+    return _estimate(estimate).replace("\n", " ")
 
 
 def _text(value: object) -> str:

@@ -11,6 +11,9 @@ from rich.text import Text
 
 NONE = "–"
 
+# Characters of a line of a heading on a terminal.
+HEADING = 12
+
 
 @dataclass(frozen=True)
 class Sheet:
@@ -23,7 +26,29 @@ class Sheet:
 
     def is_figure(self, index: int) -> bool:
         """Whether a column holds figures, rather than the names of rows or texts."""
-        return index > 0 and all(len(row[index]) <= 16 for row in self.rows)
+        return index > 0 and all(_width(row[index]) <= 16 for row in self.rows)
+
+    def parts(self, width: int) -> list["Sheet"]:
+        """The same rows in as many sheets, one below the other, as it takes for each to fit into a line of `width`."""
+        names = max(_width(cell) for cell in [self.columns[0], *(row[0] for row in self.rows)]) + 4
+        parts, left = [[]], width - names
+        for index, column in enumerate(self.columns[1:], start=1):
+            figures = max(_width(row[index]) for row in self.rows) if self.is_figure(index) else 24
+            needed = max(figures, _width(textwrap.fill(column, HEADING))) + 3  # what rich puts around it
+            if needed > left and parts[-1]:
+                parts.append([])
+                left = width - names
+            parts[-1].append(index)
+            left -= needed
+        return [
+            Sheet(
+                self.title if not number else f"{self.title}, continued",
+                [self.columns[index] for index in (0, *part)],
+                [[row[index] for index in (0, *part)] for row in self.rows],
+                self.note if part is parts[-1] else "",
+            )
+            for number, part in enumerate(parts)
+        ]
 
     def rich(self) -> Table:
         """The sheet for a terminal."""
@@ -31,7 +56,7 @@ class Sheet:
         for index, column in enumerate(self.columns):
             # On a narrow terminal names and long texts are folded, and figures are not.
             is_figure = self.is_figure(index)
-            heading = Text(textwrap.fill(column, 12))
+            heading = Text(textwrap.fill(column, HEADING))
             table.add_column(heading, justify="right" if is_figure else "left", overflow="fold", no_wrap=is_figure)
         for row in self.rows:
             table.add_row(*map(Text, row))
@@ -42,6 +67,10 @@ class Sheet:
         heading, *rows = (" | ".join(escape_markdown(cell) for cell in row) for row in (self.columns, *self.rows))
         lines = [f"| {heading} |", "|" + " --- |" + " ---: |" * (len(self.columns) - 1), *(f"| {r} |" for r in rows)]
         return "\n".join([f"### {escape_markdown(self.title)}", "", *lines, "", escape_markdown(self.note)])
+
+
+def _width(text: str) -> int:
+    return max(map(len, text.split("\n")))
 
 
 def escape_markdown(value: object) -> object:

@@ -30,7 +30,7 @@ def suite_sheets(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Shee
 
 
 def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
-    columns = ["set", "pairs", "before", "after", "95% interval", "change", "no premise"]
+    columns = ["set", "pairs", "before", "after", "95% interval", "change", "always one label", "no premise"]
     rows = []
     for name in suite["order"]:
         if name in judged:
@@ -38,9 +38,13 @@ def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
         else:
             rows.append([name, "missing", *[NONE] * (len(columns) - 2)])
     note = (
-        "A line below a set is a part of it. “No premise” is the control tuned on hypotheses alone. Intervals are "
-        "Wilson's; those of the changes are told with each set."
+        "A line below a set is a part of it. “Always one label” is right for who always gives the most frequent one. "
+        "Intervals are Wilson's, of the accuracy after tuning; those of the changes are told with each set."
     )
+    if all(row[-1] == NONE for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    else:
+        note += " “No premise” is the control tuned on hypotheses alone."
     some = next(iter(judged.values())).summary
     speeds = [f"{MODEL_NAMES[m]} {some[m]['pairs_per_second']:,.0f}" for m in SCORED if m in some]
     note += f" Pairs a second, in one pass over all sets: {', '.join(speeds)}."
@@ -56,18 +60,19 @@ def _set_rows(name: str, evaluation: Evaluation) -> list[list[str]]:
         f"{c.after:.1%}",
         _interval(metrics["tuned"]),
         points(c.difference),
+        f"{evaluation.most_frequent_label[1]:.1%}",
         f"{metrics['hypothesis_only']['accuracy']:.1%}" if "hypothesis_only" in metrics else NONE,
     ]
     rows = [row]
     if "shuffled" in metrics:
         shuffled = metrics["shuffled"]
         after = f"{shuffled['accuracy']:.1%}"
-        rows.append(["· premises exchanged", f"{shuffled['n']:,}", NONE, after, _interval(shuffled), NONE, NONE])
+        rows.append(["· premises shuffled", f"{shuffled['n']:,}", NONE, after, _interval(shuffled), *[NONE] * 3])
     parts = {model: summary.get(model, {}).get("by_subset", {}) for model in SCORED}
     for part in parts["tuned"]:
         base, tuned, control = (f"{p[part]['accuracy']:.1%}" if part in p else NONE for p in parts.values())
         change = points(parts["tuned"][part]["accuracy"] - parts["base"][part]["accuracy"])
-        rows.append([f"· {part}", f"{parts['tuned'][part]['n']:,}", base, tuned, NONE, change, control])
+        rows.append([f"· {part}", f"{parts['tuned'][part]['n']:,}", base, tuned, NONE, change, NONE, control])
     return rows
 
 
@@ -77,7 +82,10 @@ def _interval(metrics: Mapping) -> str:
 
 
 def _missing(suite: Mapping) -> Sheet | None:
-    rows = [[name, reason] for name, reason in suite["missing"].items()]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in suite["missing"].items():
+        by_reason.setdefault(reason, []).append(name)
+    rows = [[", ".join(names), reason] for reason, names in by_reason.items()]
     return Sheet("Missing from the suite", ["set", "why"], rows) if rows else None
 
 

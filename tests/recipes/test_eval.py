@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import yaml
 from launching import launch
+from safetensors.torch import load_file, save_file
 from tiny import write_jsonl
 
 from nli_sft.labels import LABELS
@@ -115,6 +116,19 @@ def test_what_is_not_a_run(workspace):
     result = launch("eval.py", "--run", workspace / "data", cwd=workspace)
     assert result.returncode != 0
     assert "is not a run folder: it has no recipe.yaml" in " ".join(result.output.split())
+
+
+def test_a_model_with_weights_that_are_no_numbers_is_told_in_a_sentence(lora_run, workspace, tmp_path):
+    shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval"))
+    file = tmp_path / "run" / "adapter_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, file)
+    result = launch("eval.py", "--run", tmp_path / "run", "--free_samples=0", cwd=workspace)
+    assert result.returncode != 0
+    told = " ".join(result.output.split())
+    assert "error: tuned on data test: the scores of 36 of 36 pairs are NaN or infinite, and so are weights" in told
+    assert 'recipes/eval.py", line' not in result.output, "a traceback of ours"
 
 
 def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace, tmp_path):
