@@ -301,7 +301,9 @@ def row_tokens(batching, max_row_tokens, config, longest, instruction):
     if reason is not None:
         logger.warning("Padded batches instead of tries: %s", reason)
         return None
-    return max(max_row_tokens, 8 * instruction)
+    # SDPA also computes what the mask hides, so its cost grows with the row; flex attention skips it, block by block.
+    times = 8 if config._attn_implementation == "flex_attention" else 4
+    return max(max_row_tokens, times * instruction)
 
 
 def unsupported_reason(config, longest):
