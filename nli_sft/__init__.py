@@ -5,7 +5,7 @@ Importing this package is cheap: it does not import torch. Take what you need fr
 
 import logging
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # On processors with bf16, importing bitsandbytes warns that it has no kernel from the Hub. It does without.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

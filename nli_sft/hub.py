@@ -562,7 +562,8 @@ def _explained(repo_id: str, deed: str = "push") -> Iterator[None]:
             reason = f"the Hub refuses ({status}: {' '.join(str(error).split())[:300]})"
         else:
             reason = f"the connection to the Hub broke ({type(_causes(error)[-1]).__name__}); {again}"
-        raise UserError(f"{repo_id}: {reason}") from error
+        looked = "no such folder here, and " if deed == "fetch" and not revision else ""
+        raise UserError(f"{repo_id}: {looked}{reason}") from error
 
 
 def _causes(error: BaseException) -> list[BaseException]:

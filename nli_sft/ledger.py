@@ -7,6 +7,7 @@ code serve both. wandb is imported only for that.
 import fnmatch
 import itertools
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,8 @@ from .prompts import Prompt
 from .runs import read_run
 from .slices import LEVEL, holm
 
+logger = logging.getLogger(__name__)
+
 # Keys that say where a run was kept and what was printed, not what was done; and sizes, which follow from the rest.
 BOOKKEEPING = re.compile(
     r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
@@ -33,6 +36,9 @@ BOOKKEEPING = re.compile(
 
 # Keys in which repetitions of one run may differ. A seed also draws the pairs where a recipe asks for a part of them.
 REPLICATED = {"seed", "data_seed", "train_fingerprint", "git_commit", "git_dirty"}
+
+# Keys in which the points of one learning curve may differ besides: what follows from the number of training pairs.
+SIZED = re.compile(r"max_train_samples|train_pairs|pairs_of_\w+|dropped_\w+")
 
 # Runs are ranked together only where these are the same.
 JUDGED_ON = ("validation_fingerprint", "prompt_fingerprint")
@@ -73,8 +79,13 @@ class Judged:
         return figures and Estimate(figures["accuracy"], *figures["accuracy_interval"], self.summary["pairs"])
 
     @cached_property
-    def table(self) -> pd.DataFrame:
-        """Its pairs: uid, premise, hypothesis, label, and the predictions in the labels of the set."""
+    def table(self) -> pd.DataFrame | None:
+        """Its pairs: uid, premise, hypothesis, label, and the predictions in the labels of the set.
+
+        `None` where only the figures were kept.
+        """
+        if not self._predictions.is_file():
+            return None
         table = pd.read_parquet(self._predictions)
         columns = [name for name in table if name.endswith("_prediction")]
         table = table[["uid", "premise", "hypothesis", "label", *columns]]
@@ -155,6 +166,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         recipe, prompt, record: as in a run folder; of the record only what is known when training starts is needed.
     """
     data, parameters = record["data"], record["parameters"]
+    sources = data.get("sources", {})
     git = record.get("git") or {}
     devices = [process["device"] for process in record.get("resources", {}).get("processes", [])]
     quantisation = {"load_in_4bit": "4 bit", "load_in_8bit": "8 bit"}
@@ -169,6 +181,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         **recipe,
         **{f"parameters_{name}": number for name, number in parameters.items()},
         **{f"dropped_{reason}": number for reason, number in data.get("dropped", {}).items()},
+        **{f"pairs_of_{source}": drawn["pairs"] for source, drawn in sources.items() if len(sources) > 1},
         "gpu": devices[0]["name"] if devices and devices[0] else record.get("gpu"),
         "world_size": record.get("world_size"),
         "git_commit": git.get("commit"),
@@ -201,25 +214,44 @@ def run_cost(record: Mapping) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Replicates:
-    """Runs that differ in nothing but their seeds: the mean of their accuracies, with Student's interval."""
+    """Runs that differ in nothing but their seeds: the mean of their accuracies, with Student's interval.
+
+    Of one run it is the run's own accuracy, with Wilson's.
+    """
 
     name: str
     runs: list[RunRecord]
 
     @property
     def validation(self) -> Estimate:
-        return _mean([run.validation.value for run in self.runs])
+        return _mean([run.validation for run in self.runs])
 
-    def accuracy(self, key: str) -> Estimate | None:
+    def accuracy(self, key: str, model: str = "tuned") -> Estimate | None:
         """The mean on one evaluation, where all runs were judged on the same pairs of it."""
         if not all(key in run.judged for run in self.runs):
             return None
         if len({run.judged[key].summary["data_fingerprint"] for run in self.runs}) > 1:
             return None
-        return _mean([run.judged[key].accuracy().value for run in self.runs])
+        estimates = [run.judged[key].accuracy(model) for run in self.runs]
+        return None if None in estimates else _mean(estimates)
 
 
-def _mean(values: Sequence[float]) -> Estimate:
+@dataclass(frozen=True)
+class LearningCurve:
+    """Runs that differ in nothing but the number of their training pairs, and their seeds.
+
+    Attributes:
+        points: {number of training pairs: the runs trained on so many}, in ascending order.
+    """
+
+    name: str
+    points: dict[int, Replicates]
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    if len(estimates) == 1:
+        return estimates[0]
+    values = [estimate.value for estimate in estimates]
     n, mean = len(values), float(np.mean(values))
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return Estimate(mean, mean - half, mean + half, n)
@@ -233,11 +265,19 @@ class Ranking:
         runs: by validation accuracy, the best first.
         differing: the config keys in which they differ.
         replicates: sets of two or more of them that differ in their seeds alone, by mean validation accuracy.
+        learning_curves: sets of them that differ in the number of training pairs, and in their seeds, alone.
     """
 
     runs: list[RunRecord]
     differing: list[str]
     replicates: list[Replicates]
+    learning_curves: list[LearningCurve]
+
+    @property
+    def methods(self) -> list[Replicates]:
+        """The replicates, and each other run by itself."""
+        repeated = {run.name for group in self.replicates for run in group.runs}
+        return [*self.replicates, *(Replicates(run.name, [run]) for run in self.runs if run.name not in repeated)]
 
     @property
     def bases(self) -> list[str]:
@@ -364,7 +404,7 @@ def rank(runs: Sequence[RunRecord]) -> list[Ranking]:
     rankings = []
     for group in groups.values():
         group.sort(key=lambda run: -run.validation.value)
-        rankings.append(Ranking(group, differing_keys(group), _replicates(group)))
+        rankings.append(Ranking(group, differing_keys(group), _replicates(group), _learning_curves(group)))
     return sorted(rankings, key=lambda ranking: -len(ranking.runs))
 
 
@@ -407,19 +447,41 @@ def _comparable(value: object) -> str:
 
 
 def _replicates(runs: Sequence[RunRecord]) -> list[Replicates]:
-    def identity(run: RunRecord) -> str:
-        kept = {k: v for k, v in run.config.items() if k not in REPLICATED and not BOOKKEEPING.fullmatch(k)}
-        return _comparable(kept)
+    repeated = [
+        group for group in _alike(runs, REPLICATED) if len({run.config["seed"] for run in group}) == len(group) > 1
+    ]
+    found = [Replicates(f"{_common_name(group)} ({len(group)} seeds)", group) for group in repeated]
+    return sorted(found, key=lambda replicates: -replicates.validation.value)
 
+
+def _learning_curves(runs: Sequence[RunRecord]) -> list[LearningCurve]:
+    found = []
+    for group in _alike(runs, REPLICATED | {key for run in runs for key in run.config if SIZED.fullmatch(key)}):
+        by_pairs: dict[int, list[RunRecord]] = {}
+        for run in sorted(group, key=lambda run: run.config["train_pairs"]):
+            by_pairs.setdefault(run.config["train_pairs"], []).append(run)
+        if len(by_pairs) > 1:
+            points = {pairs: Replicates(_common_name(same), same) for pairs, same in by_pairs.items()}
+            found.append(LearningCurve(_common_name(group), points))
+    return found
+
+
+def _alike(runs: Sequence[RunRecord], but: set[str]) -> list[list[RunRecord]]:
+    """Sets of runs with the same config, but for some keys and for bookkeeping."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(identity(run), []).append(run)
-    repeated = [group for group in groups.values() if len({run.config["seed"] for run in group}) == len(group) > 1]
-    found = []
-    for group in repeated:
-        common = re.sub(r"[\W_]*(seed|s)?[\W_]*$", "", os.path.commonprefix([run.name for run in group]))
-        found.append(Replicates(f"{common or group[0].name} ({len(group)} seeds)", group))
-    return sorted(found, key=lambda replicates: -replicates.validation.value)
+        kept = {k: v for k, v in run.config.items() if k not in but and not BOOKKEEPING.fullmatch(k)}
+        groups.setdefault(_comparable(kept), []).append(run)
+    return list(groups.values())
+
+
+def _common_name(runs: Sequence[RunRecord]) -> str:
+    """What the names of runs begin with: `lora-r8` of `lora-r8-seed1` and `lora-r8-seed2`."""
+    names = [run.name for run in runs]
+    common = os.path.commonprefix(names)
+    if any(name[len(common) : len(common) + 1].isdigit() for name in names):  # between the digits of a number
+        common = common.rstrip("0123456789")
+    return re.sub(r"[\W_]*(seed|s)?[\W_]*$", "", common) or names[0]
 
 
 def between_replicates(ranking: Ranking) -> list[str]:
@@ -447,11 +509,13 @@ def between_replicates(ranking: Ranking) -> list[str]:
 
 def paired_tests(ranking: Ranking) -> list[PairedTest]:
     """Test any two of a ranking's bases and runs on the pairs that both judged, evaluation by evaluation."""
-    tests = []
+    tests, without = [], set()
     for key in ranking.judged:
         judged = [(base, ranking.base_judged(base, key), "base") for base in ranking.bases]
         judged = [one for one in judged if one[1] is not None]
         judged += [(run.name, run.judged[key], "tuned") for run in reversed(ranking.runs) if key in run.judged]
+        without |= {name for name, one, _ in judged if one.table is None}
+        judged = [one for one in judged if one[1].table is not None]
         found = []
         for (first, a, a_model), (second, b, b_model) in itertools.combinations(judged, 2):
             comparison = _compare_shared(a.table, f"{a_model}_prediction", b.table, f"{b_model}_prediction")
@@ -462,6 +526,8 @@ def paired_tests(ranking: Ranking) -> list[PairedTest]:
             PairedTest(key, first, second, comparison, float(p), len(found))
             for (first, second, comparison), p in zip(found, corrected, strict=True)
         ]
+    if without:
+        logger.warning("no predictions.parquet, so not tested pair by pair: %s", ", ".join(sorted(without)))
     return tests
 
 

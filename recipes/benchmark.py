@@ -34,6 +34,7 @@ from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_
 from nli_sft.decoding import deciding, generate_labels, score_prompts
 from nli_sft.models import count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
+from nli_sft.report.figures import speeds
 from nli_sft.sources import load_pairs, subsample
 from nli_sft.trainer import NLITrainer, PairSampler, split_rows
 
@@ -60,6 +61,7 @@ class BenchmarkConfig:
         metadata={"help": f"Ways to score: {', '.join(SCORE)}; or none."},
     )
     json: str | None = field(default=None, metadata={"help": "Write all figures to this file."})
+    svg: str | None = field(default=None, metadata={"help": "Draw speed and memory into this file."})
 
     def __post_init__(self):
         for name, known in (("train", TRAIN), ("score", SCORE)):
@@ -117,6 +119,10 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     print({part: {k: v for k, v in figures[part].items() if k != "methods"} for part in ("train", "score")})
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
+    if args.svg:
+        parts = {f"{part.capitalize()}, {figures['device']}": figures[part]["methods"] for part in ("train", "score")}
+        drawn = speeds(model_args.model_name_or_path, {part: ways for part, ways in parts.items() if ways})
+        Path(args.svg).write_text(drawn.on_white())
 
 
 def train_summary(methods):

@@ -1,7 +1,7 @@
 """Lay runs side by side: accuracy, cost, what differs, and whether one is better than another.
 
 python recipes/compare.py outputs/*
-python recipes/compare.py outputs/* --html compare.html --json compare.json
+python recipes/compare.py outputs/* --html compare.html --json compare.json --figures docs/compare
 python recipes/compare.py entity/project --filters '{"group": "qwen3-0.6b-snli", "config.lora_r": 64}'
 """
 
@@ -16,7 +16,10 @@ from rich.console import Console
 from nli_sft import UserError
 from nli_sft.configs import run_script
 from nli_sft.ledger import fetch_runs, load_runs, rank
-from nli_sft.report.ledger import as_dict, as_frame, lay_out, markdown, page
+from nli_sft.report.ledger import as_dict, as_frame, drawings, lay_out, markdown, page
+
+# Of a table that is wider than the terminal; more of them would bury the others.
+MOST_PARTS = 3
 
 
 @dataclass
@@ -29,6 +32,7 @@ class CompareConfig:
     md: str | None = field(default=None, metadata={"help": "Write the tables into this Markdown file."})
     json: str | None = field(default=None, metadata={"help": "Write every figure into this JSON file."})
     csv: str | None = field(default=None, metadata={"help": "Write one line a run into this CSV file."})
+    figures: str | None = field(default=None, metadata={"help": "Write the plots into this folder, as SVG."})
 
 
 def main(args):
@@ -39,7 +43,12 @@ def main(args):
         if side.apart:
             console.print(f"\n{side.apart}", markup=False)
         for sheet in side.sheets:
-            console.print(sheet.rich())
+            parts = sheet.parts(console.width)
+            if len(parts) > MOST_PARTS:
+                console.print(f"{sheet.title}: too wide to be shown here; --html and --md write it.\n", markup=False)
+                continue
+            for part in parts:
+                console.print(part.rich())
         for claim in side.claims:
             console.print(f"- {claim}", markup=False, highlight=False)
     outputs = {
@@ -53,6 +62,12 @@ def main(args):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(make(sides), encoding="utf-8")
             console.print(f"Written to {path}", markup=False)
+    if args.figures is not None:
+        folder = Path(args.figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, svg in drawings(sides).items():
+            (folder / name).write_text(svg, encoding="utf-8")
+        console.print(f"Written to {folder}: {', '.join(drawings(sides))}", markup=False)
 
 
 def find_runs(args, fetched, console):

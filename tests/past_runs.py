@@ -56,6 +56,7 @@ def write_past_run(
     pairs=600,
     test_data="t1",
     hypothesis_only=None,
+    train_pairs=900,
     **recipe,
 ):
     """A run folder with a validation accuracy, and about the same on every evaluation."""
@@ -85,7 +86,7 @@ def write_past_run(
         "prompt_fingerprint": prompt.fingerprint,
         "data": {
             "dropped": {"unlabelled": 3},
-            "train": {"pairs": 900, "fingerprint": f"train-{seed}"},
+            "train": {"pairs": train_pairs, "fingerprint": f"train-{seed}"},
             "validation": {"pairs": 500, "fingerprint": validation},
         },
         "train": {"train_runtime": seconds},

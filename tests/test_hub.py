@@ -227,7 +227,7 @@ def test_tokens_that_may_not(hub, run, monkeypatch, token, message):
 
 
 def test_names_that_lead_nowhere(hub, run):
-    with pytest.raises(UserError, match=r"me/nowhere: no such repository on the Hub, or a private one"):
+    with pytest.raises(UserError, match=r"me/nowhere: no such folder here, and no such repository on the Hub"):
         NLIClassifier.from_pretrained("me/nowhere")
     with pytest.raises(UserError, match="neither a folder here nor a Hub id of the form <owner>/<name>"):
         push(PushConfig(run=str(run), hub_model_id="me/a/b"))

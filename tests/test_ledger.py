@@ -1,3 +1,4 @@
+import io
 import json
 from itertools import pairwise
 
@@ -8,6 +9,7 @@ import wandb
 import wandb_server
 from own_wandb import own_wandb  # noqa: F401, a fixture
 from past_runs import as_wandb_run, write_past_run
+from rich.console import Console
 from scipy.stats import ttest_1samp
 
 from nli_sft import UserError
@@ -21,10 +23,13 @@ from nli_sft.ledger import (
     load_runs,
     paired_tests,
     rank,
+    run_config,
     run_cost,
     why_apart,
 )
 from nli_sft.report.ledger import as_dict, as_frame, lay_out, markdown, page
+from nli_sft.report.sheets import Sheet
+from nli_sft.runs import read_run
 
 RESOURCES = {
     "seconds": 130.0,
@@ -167,6 +172,16 @@ def test_any_two_are_tested_on_the_pairs_that_both_judged(tmp_path):
     )
 
 
+def test_runs_of_which_only_figures_were_kept_are_told_and_not_tested(tmp_path, caplog):
+    runs = [write_past_run(tmp_path / name, accuracy) for name, accuracy in (("a", 0.8), ("b", 0.7), ("c", 0.6))]
+    (tmp_path / "c" / "eval" / "snli-test" / "predictions.parquet").unlink()
+    (ranking,) = rank(load_runs(runs))
+    tested = {frozenset((test.first, test.second)) for test in paired_tests(ranking)}
+    assert {"a", "b"} in tested
+    assert not any("c" in pair for pair in tested)
+    assert "not tested pair by pair: c" in caplog.text
+
+
 def test_better_is_only_said_when_the_interval_allows(tmp_path):
     runs = [write_past_run(tmp_path / name, a, seed=s) for name, a, s in (("a", 0.70, 1), ("b", 0.69, 2))]
     test = paired_tests(rank(load_runs(runs))[0])[-1]
@@ -232,14 +247,14 @@ def test_every_form_says_the_same(six, tmp_path):
 
     accuracies = sides[0].sheets[0]
     assert [row[0] for row in accuracies.rows][:2] == ["base tiny", "full-seed2"]
-    assert accuracies.rows[1][1] == "81.0% (77.3% to 84.2%)"
+    assert accuracies.rows[1][1] == "81.0%\n(77.3–84.2)"
     assert len({len(row) for row in [accuracies.columns, *accuracies.rows]}) == 1
     text = markdown(sides)
     assert "| full-seed2 | 81.0%" in text.replace("\\", "")
     assert "other \\<prompt\\> \\| x" in text
     html = page(sides)
     assert "other &lt;prompt&gt; | x" in html
-    assert html.count("data:image/svg+xml;base64,") == 4
+    assert html.count("data:image/svg+xml;base64,") == 5
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
 
@@ -262,6 +277,39 @@ def test_ties_in_the_matrix_are_antisymmetric(six):
     for one, other in pairwise(matrix.columns[1:]):
         there, back = cells[one, other].strip("()"), cells[other, one].strip("()")
         assert {there, back} in ({"0.0"}, {there, there.translate(str.maketrans("+−", "−+"))})
+
+
+def test_runs_of_several_sizes_make_a_learning_curve_for_each_method(tmp_path):
+    for pairs, accuracy in ((500, 0.5), (1000, 0.6), (1500, 0.7)):
+        for seed in (9, 10):
+            for method, keys in (("lora", {"lora_r": 8}), ("full", {})):
+                folder = tmp_path / f"{method}-{pairs}-seed{seed}"
+                write_past_run(folder, accuracy, seed=seed, train_pairs=pairs, max_train_samples=pairs, **keys)
+    (tmp_path / "full-1500-seed10" / "eval" / "snli-test" / "metrics.json").unlink()
+    (ranking,) = rank(load_runs(sorted(tmp_path.iterdir())))
+    assert [curve.name for curve in ranking.learning_curves] == ["full", "lora"]
+    points = ranking.learning_curves[1].points
+    assert [(pairs, runs.validation.value, len(runs.runs)) for pairs, runs in points.items()] == [
+        (500, 0.5, 2),
+        (1000, 0.6, 2),
+        (1500, 0.7, 2),
+    ]
+    assert {group.name for group in ranking.replicates} == {
+        f"{m}-{n} (2 seeds)" for m in ("full", "lora") for n in (500, 1000, 1500)
+    }
+    by_pairs = next(plot for plot in lay_out([ranking])[0].plots if plot.name == "snli-test-by-pairs")
+    assert "lora: 500 " in by_pairs.description
+    full, lora = by_pairs.description.split("; ")
+    assert "1,500 " in lora
+    assert "1,500 " not in full, "one of the two seeds was not judged"
+    again = next(plot for plot in lay_out([ranking])[0].plots if plot.name == "snli-test-by-pairs")
+    assert again.svg == by_pairs.svg
+
+
+def test_one_size_is_no_learning_curve(six):
+    (ranking,) = rank(six)
+    assert not ranking.learning_curves
+    assert [plot.name for plot in lay_out([ranking])[0].plots] == ["snli-test", "cost", "epochs"]
 
 
 @pytest.fixture
@@ -309,3 +357,33 @@ def test_no_login_is_a_sentence(own_wandb, monkeypatch, tmp_path):  # noqa: F811
     wandb.teardown()
     with pytest.raises(UserError, match="cannot be read from W&B .*wandb login"):
         fetch_runs("team/snli", tmp_path / "fetched")
+
+
+def test_a_wide_table_comes_in_parts_that_a_narrow_terminal_holds():
+    columns = ["run", *(f"evaluation-{number}, tuned" for number in range(9))]
+    rows = [[name, *(f"{number}1.0%\n(10.0–12.0)" for number in range(9))] for name in ("base tiny", "lora-seed1")]
+    parts = Sheet("Accuracy", columns, rows, "A note.").parts(80)
+    assert [column for part in parts for column in part.columns[1:]] == columns[1:]
+    assert [part.note for part in parts] == [*[""] * (len(parts) - 1), "A note."]
+    for part in parts:
+        console = Console(width=80, file=io.StringIO())
+        console.print(part.rich())
+        shown = console.file.getvalue()
+        assert all(row[0] in shown and all(text.split("\n")[0] in shown for text in row) for row in part.rows)
+        assert shown.count("(10.0–12.0)") == 2 * (len(part.columns) - 1)
+        assert "…" not in shown
+    assert len(Sheet("Accuracy", columns, rows).parts(200)) == 1
+
+
+def test_a_mixture_differs_by_its_sources(tmp_path):
+    folder = write_past_run(tmp_path / "mixed", 0.8, train_mix=["a/b.jsonl=0.5"])
+    recipe, prompt, record = read_run(folder)
+    own, other = ({"pairs": n, "labels": {}, "dropped": {}} for n in (100, 50))
+    record["data"]["sources"] = {"snli": own}
+    assert not [key for key in run_config(recipe, prompt, record) if key.startswith("pairs_of")], "it is train_pairs"
+    record["data"]["sources"]["a/b.jsonl"] = other
+    config = run_config(recipe, prompt, record)
+    assert {key: config[key] for key in config if key.startswith("pairs_of")} == {
+        "pairs_of_snli": 100,
+        "pairs_of_a_b_jsonl": 50,
+    }

@@ -63,6 +63,10 @@ class Plot:
     svg: str
     png: bytes  # the same, for places that cannot show SVG
 
+    def on_white(self) -> str:
+        """The SVG as a file of its own, which may be shown on a dark page."""
+        return self.svg.replace("<svg ", '<svg style="background: white" ', 1)
+
 
 def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
     """The plots of one split, by what they show; without `slices` if no slice is large enough."""
@@ -356,6 +360,39 @@ def validation_accuracy(training: Training) -> Plot:
         axes.grid(axis="y")
         axes.legend(loc="lower right")
     return _plot("training-accuracy", figure, title, f"Label accuracy by epoch. {title}.")
+
+
+def speeds(title: str, parts: dict[str, dict[str, dict[str, float]]]) -> Plot:
+    """Pairs a second and peak memory of ways to do the same, a panel a part.
+
+    Args:
+        parts: {what is done: {way: its `pairs_per_second` and, on a GPU, `peak_bytes`}}. Ways called tries stand out.
+    """
+    with mpl.rc_context(STYLE):
+        bars = [len(ways) for ways in parts.values()]
+        figure = Figure(figsize=(1.4 * WIDTH, 0.5 + 0.27 * sum(bars) + 0.5 * len(parts)))
+        panels = figure.subplots(len(parts), squeeze=False, height_ratios=bars)[:, 0]
+        for axes, (part, ways) in zip(panels, parts.items(), strict=True):
+            rates = [way["pairs_per_second"] for way in ways.values()]
+            axes.barh(list(ways), rates, height=0.7, color=[AFTER if "tries" in way else BEFORE for way in ways])
+            for place, way in enumerate(ways.values()):
+                memory = f", {way['peak_bytes'] / 2**30:.1f} GiB" if way.get("peak_bytes") else ""
+                axes.annotate(
+                    f"{way['pairs_per_second']:,.0f} pairs/s{memory}",
+                    (way["pairs_per_second"], place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                )
+            axes.set(xlim=(0, 1.45 * max(rates)), xticks=[])
+            axes.set_title(part, fontsize=9, fontweight="normal")
+            axes.invert_yaxis()
+            axes.spines[["bottom", "left"]].set_visible(False)
+    told = "; ".join(
+        f"{part}: " + ", ".join(f"{name} {way['pairs_per_second']:,.0f}" for name, way in ways.items())
+        for part, ways in parts.items()
+    )
+    return _plot("speed", figure, title, f"Pairs a second. {told}.")
 
 
 def _validation_line(axes, training: Training, key: str) -> None:

@@ -345,12 +345,8 @@ def page(sides: Sequence[Side]) -> str:
 
 
 def drawings(sides: Sequence[Side]) -> dict[str, str]:
-    """{file name: SVG} of all plots, on white: they may be shown on a dark page."""
-    return {
-        f"{plot.name}.svg": plot.svg.replace("<svg ", '<svg style="background: white" ', 1)
-        for side in sides
-        for plot in side.plots
-    }
+    """{file name: SVG} of all plots."""
+    return {f"{plot.name}.svg": plot.on_white() for side in sides for plot in side.plots}
 
 
 def markdown(sides: Sequence[Side]) -> str:

@@ -6,8 +6,11 @@ from launching import launch
 def test_the_figures_that_are_promised(workspace):
     arguments = ["--model_name_or_path", workspace / "base", "--random_weights", "--pairs=48"]
     arguments += ["--dataset_name", workspace / "data", "--per_device_train_batch_size=8", "--bf16=false"]
-    result = launch("benchmark.py", *arguments, "--json", workspace / "figures.json", cwd=workspace)
+    arguments += ["--json", workspace / "figures.json", "--svg", "speed.svg"]
+    result = launch("benchmark.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
+    drawn = (workspace / "speed.svg").read_text()
+    assert all(f">{way}<" in drawn for way in ("trl_padded", "tries_by_premise", "generate", "tries_choice"))
     figures = json.loads((workspace / "figures.json").read_text())
     train, score = figures["train"], figures["score"]
     assert list(train["methods"]) == ["trl_defaults", "trl_padded", "trl_grouped", "tries", "tries_by_premise"]

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import wandb
@@ -26,8 +27,8 @@ SCRIPT = ROOT / "recipes" / "compare.py"
 def compare(own_wandb, monkeypatch, capsys):  # noqa: F811
     """Run the script in this process; returns what it printed and the error that it ended with."""
 
-    def run(*arguments):
-        monkeypatch.setenv("COLUMNS", "250")
+    def run(*arguments, columns=250):
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
         error = None
         try:
@@ -55,6 +56,7 @@ def outputs(tmp_path_factory):
 def compared(outputs):
     out = outputs.parent
     files = {kind: out / "written" / f"compare.{kind}" for kind in ("html", "md", "json", "csv")}
+    files["figures"] = out / "written" / "figures"
     flags = [part for kind, path in files.items() for part in (f"--{kind}", path)]
     # As a user does: without accelerate, outputs/* expanded by the shell.
     result = subprocess.run(
@@ -87,7 +89,19 @@ def test_every_file_holds_the_same_runs(compared):
     assert [float(row["validation_value"]) for row in rows] == [run["validation"]["value"] for run in ranking["runs"]]
     text, page = files["md"].read_text(), files["html"].read_text()
     assert all(name in page and name in text for name in names)
-    assert page.count("data:image/svg+xml;base64,") == 2
+    assert page.count("data:image/svg+xml;base64,") == 3
+
+
+def test_the_figures_are_small_svg_that_stand_on_their_own(compared):
+    files, output = compared
+    figures = {path.name: path.read_text() for path in files["figures"].iterdir()}
+    assert set(figures) == {"snli-test.svg", "cost.svg", "epochs.svg"}
+    assert all(name in output for name in figures)
+    for svg in figures.values():
+        assert ElementTree.fromstring(svg).get("style") == "background: white", "text would be lost on a dark page"
+        assert len(svg) < 60_000
+        assert "dc:date" not in svg, "another file each time"
+    assert "full (3 seeds)" in figures["snli-test.svg"]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
@@ -136,6 +150,23 @@ def test_folders_and_wandb_are_mixed(compare, outputs, tmp_path, monkeypatch):
 def test_bad_input_ends_in_one_sentence(compare, arguments, message):
     _, error = compare(*arguments)
     assert error.startswith(message)
+
+
+def test_a_table_far_wider_than_the_terminal_is_left_to_the_files(compare, outputs, tmp_path):
+    def shown(width):
+        folders = [outputs / f"{method}-seed{seed}" for method in ("full", "lora") for seed in (1, 2, 3)]
+        output, _ = compare(*folders, "--md", tmp_path / "all.md", columns=width)
+        return " ".join(output.split())
+
+    assert "Differences on snli-test: too wide to be shown here; --html and --md write it." in shown(40)
+    assert "too wide" not in shown(120)
+    assert "### Differences on snli-test" in (tmp_path / "all.md").read_text()
+
+
+def test_help_begins_with_what_the_script_does():
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
+    assert shown.index("usage: compare.py [--config") < shown.index("Lay runs side by side") < shown.index("--figures")
+    assert "python recipes/compare.py outputs/* --html compare.html" in shown, "as it stands in the script"
 
 
 def test_the_sweep_asks_for_what_the_scripts_know(tmp_path):

@@ -1,0 +1,251 @@
+"""What README.md and its pages say is so: paths and anchors are there, commands are understood by what they start, and
+those of README.md that need neither a GPU nor an account are run."""
+
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from csv import writer
+from pathlib import Path
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from nli_sft import UserError, __main__, configs
+from nli_sft.configs import parse_recipe
+from nli_sft.scenes import generate_pairs
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [*DOCS, ROOT / "CHANGELOG.md", ROOT / "recipes" / "README.md", ROOT / "recipes" / "lm_eval" / "README.md"]
+
+# A command that is not run here says what it needs.
+NEEDS = re.compile(r"#.*\b(GPUs?|Hub|W&B)\b")
+# Commands that are of the shell or of other tools, and those that run until they are stopped.
+OTHERS = ("source", "hf auth login", "wandb sweep recipes/sweep.yaml")
+NOT_RUN = ("make", "source", "python recipes/app.py")
+
+# What the loops of shell scripts put in.
+VARIABLES = {
+    "$((8 * SLURM_NNODES))": "16",
+    "$SLURM_NNODES": "2",
+    "$SLURM_NODEID": "0",
+    "$HEAD": "first-node",
+    "$lr": "1e-4",
+    "$seed": "1",
+    "$name": "name",
+    "$r": "16",
+}
+
+# So that what takes minutes takes seconds.
+SMALLER = {
+    "recipes/sft.py": "--max_train_samples=24 --max_eval_samples=6 --num_train_epochs=1 --eval_steps=0.5 "
+    "--save_steps=0.5 --hypothesis_only_control=false --report_to=none",
+    "recipes/eval.py": "--max_samples=12 --free_samples=2 --calibration_pairs=0",
+}
+
+
+def fenced(page, language):
+    text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+    """(command, whether it is marked as needing a GPU, the Hub or W&B) of each in a page."""
+    for block in fenced(page, "console"):
+        for line in block.splitlines():
+            assert line.startswith("$ "), f"{page.name}: a command begins with $, not {line!r}"
+            yield line[2:], bool(NEEDS.search(line))
+    for block in fenced(page, "bash"):
+        for variable, value in VARIABLES.items():
+            block = block.replace(variable, value)
+        for command in re.findall(r"(?:accelerate launch|torchrun|python) [^;&\n']*", block):
+            yield command, bool(NEEDS.search(block))
+
+
+ALL = [(page.name, *command) for page in DOCS for command in commands(page)]
+
+
+def known_by(script, arguments=None):
+    """The dataclasses that a script is told by, after it has parsed `arguments` as it does when it is started."""
+    found = []
+
+    def parse(_, types):
+        if arguments is not None:
+            parse_recipe(types)
+        found.extend(types)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "run_script", parse)
+        patch.setattr(sys, "argv", [script, *(arguments or [])])
+        patch.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except ModuleNotFoundError as error:
+            if error.name.startswith("nli_sft"):
+                raise
+            pytest.skip(f"{script} needs {error.name}")
+    return found
+
+
+def understand(command):
+    """Have a command parsed by what it starts; it is not run."""
+    words = shlex.split(command, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    if command.startswith(OTHERS):
+        return
+    if words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        return
+    if words[:2] == ["accelerate", "launch"]:
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.config_file is None or (ROOT / args.config_file).is_file(), args.config_file
+        words = ["python", args.training_script, *args.training_script_args]
+    if words[0] == "torchrun":
+        args = get_args_parser().parse_args(words[1:])
+        words = ["python", args.training_script, *args.training_script_args]
+    assert words[0] == "python", f"what is {words[0]}?"
+    if words[1:3] == ["-m", "nli_sft"]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(__main__, "predict", lambda args: None)
+            __main__.main(words[3:])
+        return
+    known_by(words[1], words[2:])
+
+
+@pytest.mark.parametrize(("page", "command", "marked"), ALL, ids=[f"{p}-{n}" for n, (p, *_) in enumerate(ALL)])
+def test_a_command_is_understood(page, command, marked):
+    understand(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python recipes/sft.py --config recipes/demo/lora.yaml --max_train_sample 3",
+        "python recipes/sft.py --config recipes/demo/lorra.yaml",
+        "python recipes/sft.py --config recipes/demo/lora.yaml --precision bf17",
+        "accelerate launch --config_fil accelerate_configs/cpu.yaml recipes/eval.py --run outputs/demo-lora",
+        "accelerate launch --config_file accelerate_configs/none.yaml recipes/eval.py --run outputs/demo-lora",
+        "accelerate launch recipes/eval.py --runs outputs/demo-lora",
+        "torchrun --nproc_per_nodes 4 -- recipes/eval.py --run outputs/demo-lora",
+        "python recipes/compare.py outputs/* --htm compare.html",
+        "python recipes/evaluate.py --run outputs/demo-lora",
+        "python -m nli_sft predict --modle outputs/demo-lora pairs.csv",
+        "make demos",
+        "nli-sft train",
+    ],
+)
+def test_a_command_that_is_misspelt_is_found(command, capsys):
+    with pytest.raises((UserError, SystemExit, AssertionError, FileNotFoundError, subprocess.CalledProcessError)):
+        understand(command)
+
+
+def test_keys_and_flags_named_in_the_text_exist():
+    scripts = ("sft", "eval", "compare", "export", "push")
+    known = {name for script in scripts for t in known_by(f"recipes/{script}.py") for name in t.__dataclass_fields__}
+    launcher = {option for action in launch_command_parser()._actions for option in action.option_strings}
+    known |= {"config", *(option.lstrip("-") for option in launcher)}
+    for page in DOCS:
+        code = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+        named = {flag for text in code for flag in re.findall(r"(?<!\S)--(\w+)", text)}
+        named |= {key for text in code for key in re.findall(r"^(\w+): ", text)}
+        assert named <= known, f"{page.name}: {named - known}"
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_and_anchors_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        if target.startswith(("http:", "https:")):
+            continue
+        there = page.parent / target if target else page
+        assert there.exists(), target
+        if anchor:
+            text_there = re.sub(r"^```.*?^```", "", there.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+            assert anchor in {slug(heading) for heading in re.findall(r"^#+ (.*)$", text_there, re.MULTILINE)}
+    for path in re.findall(r"(?<![\w/.-])((?:recipes|accelerate_configs|nli_sft|docs|tests)/[\w./-]*\w)", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_map_of_the_modules_names_them_all():
+    table = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "code.md").read_text(), re.MULTILINE)
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", " ".join(table)))
+    package = (ROOT / "nli_sft").iterdir()
+    there = {path.stem for path in package if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert named == there - {"__init__"}
+
+
+def test_pictures_are_small():
+    for path in (ROOT / "docs").iterdir():
+        assert path.suffix == ".md" or path.stat().st_size < 200_000, path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A clone as it is after `make demo`, with files of the reader's own; the demo is a small one."""
+    folder = tmp_path_factory.mktemp("reader")
+    for name in ("recipes", "accelerate_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    words = {"entailment": "yes", "neutral": "unknown", "contradiction": "no"}
+    for name, split, columns in (
+        ("pairs.csv", "train", ["premise", "hypothesis", "label"]),
+        ("new_pairs.csv", "test", ["premise", "hypothesis", "label"]),
+        ("mine.csv", "train", ["text", "claim", "verdict"]),
+    ):
+        with (folder / name).open("w", newline="") as file:
+            rows = writer(file)
+            rows.writerow(columns)
+            for pair in generate_pairs(split, 50):
+                label = pair["label"] if columns[2] == "label" else words[pair["label"]]
+                rows.writerow([pair["premise"], pair["hypothesis"], label])
+    run(folder, "python recipes/sft.py --config recipes/demo/lora.yaml")
+    return folder
+
+
+def run(folder, command):
+    """Give a command to a shell as it stands, made smaller."""
+    smaller = next((flags for script, flags in SMALLER.items() if script in command), "")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        ["bash", "-c", f"{command} {smaller}"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "data.md"], ids=lambda page: page.stem)
+def test_commands_that_need_neither_a_gpu_nor_an_account_run(page, place):
+    for command, marked in commands(page):
+        if not marked and not command.startswith((*OTHERS, *NOT_RUN)):
+            run(place, command)
+
+
+def test_the_classifier_says_what_the_readme_says(place):
+    (code,) = fenced(DOCS[0], "python")
+    (expected,) = re.findall(r"# (Judgement\(.*\))", code)
+    shown = subprocess.run(
+        [sys.executable, "-c", code.replace("judge(", "print(judge(", 1).replace('asleep.")', 'asleep."))')],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    # The small demo answers in the same form, with figures of its own.
+    said, expected = (
+        re.sub(r"label='\w+'|\d\.\d+(e-\d+)?", "…", text) for text in (shown.stdout.splitlines()[-1], expected)
+    )
+    assert said == expected
