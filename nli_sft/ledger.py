@@ -485,12 +485,15 @@ def _common_name(runs: Sequence[RunRecord]) -> str:
 
 
 def between_replicates(ranking: Ranking) -> list[str]:
-    """A sentence for any two sets of replicates: Welch's interval of the difference of their mean accuracies.
+    """A sentence for the best set of replicates against each other: Welch's interval of the difference of their means.
 
     It takes the runs as the sample: what it claims is about the method, not about one checkpoint of it.
     """
     sentences = []
-    for first, second in itertools.combinations(ranking.replicates, 2):
+    first, *others = sorted(
+        ranking.replicates, key=lambda group: -np.mean([run.validation.value for run in group.runs])
+    ) or [None]
+    for second in others:
         values = [[run.validation.value for run in group.runs] for group in (first, second)]
         difference = float(np.mean(values[0]) - np.mean(values[1]))
         if np.ptp(values[0]) == np.ptp(values[1]) == 0:  # no spread, no interval

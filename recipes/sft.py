@@ -17,6 +17,7 @@ from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from nli_sft import UserError
 from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
 from nli_sft.configs import (
     BatchConfig,
@@ -73,6 +74,8 @@ def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_ar
     precision = choose_precision(machine_args.precision, training_args.device)
     prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
     plan = plan_memory(precision.suit(model_args), training_args, batch_args, precision, prompt)
+    if plan.estimate is None:
+        raise UserError(str(plan))
     say(f"{precision}\n{plan}")
 
 

@@ -35,6 +35,7 @@ def test_an_estimate_needs_no_weights_and_writes_nothing(recipe, workspace, tmp_
     assert result.returncode == 0, result.output
     said = " ".join(result.output.split())
     assert "Precision: fp32" in said
-    assert "Memory per device, estimated: " in said
+    assert "RAM for the training, estimated: " in said
+    assert "; a GPU would hold " in said
     assert "adapter" in said
     assert not (tmp_path / "out").exists()
