@@ -503,7 +503,8 @@ def _play_step(
         checkpoint = dict(training_args.gradient_checkpointing_kwargs or {"use_reentrant": False})
         if checkpoint.get("use_reentrant") is False:  # what is computed again must be computed as on CUDA too
             checkpoint["context_fn"] = lambda: (nullcontext(), _AsOnCuda())
-        model.activation_checkpointing_enable(checkpoint)
+        # transformers 5.17 knows it by its older name alone.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(checkpoint)
         if peft:
             model.enable_input_require_grads()
     causal_lm = model.get_base_model() if peft else model
