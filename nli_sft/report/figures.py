@@ -127,7 +127,7 @@ def accuracies(evaluation: Evaluation) -> Plot:
         axes.plot(share, 0, "|", color=INK, markersize=12, markeredgewidth=1.5)
         axes.annotate(f"{share:.1%}", (share, 0), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
         axes.set_yticks(range(len(rows) + 1), [f"always {label}", *(MODEL_NAMES[model] for model, *_ in rows)])
-        axes.set(xlim=(0, 1), ylim=(-0.5, len(rows) + 0.7))
+        axes.set(xlim=(-0.01, 1.02), ylim=(-0.5, len(rows) + 0.7))
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
@@ -272,7 +272,9 @@ def slice_dumbbells(evaluation: Evaluation) -> Plot:
         axes.axvline(overall, color=AFTER, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         axes.set_yticks(ticks, names)
         axes.set(
-            xlim=(0, 1), ylim=(y - 0.4, -0.8), xlabel="accuracy (pairs in brackets; dashed: all pairs after tuning)"
+            xlim=(-0.01, 1.02),
+            ylim=(y - 0.4, -0.8),
+            xlabel="accuracy (pairs in brackets; dashed: all pairs after tuning)",
         )
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(PercentFormatter(1))
