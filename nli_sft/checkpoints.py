@@ -105,6 +105,23 @@ def find_flaw(checkpoint: Path) -> str | None:
     return None
 
 
+def outlive_sigterm(_worker: int) -> None:
+    """A data loader's `worker_init_fn`: SIGTERM to a whole process group leaves it to the trainer to end its workers.
+
+    Slurm, torchrun and `timeout` send it to all, and without workers the step could not be finished and saved.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who sent a signal
+        return
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=listen, daemon=True).start()
+
+
 class ResumableTrainer(SFTTrainer):
     """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to.
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from . import UserError, metrics, trie
-from .checkpoints import ResumableTrainer
+from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
 from .decoding import LabelScores, gather_scores, score_prompts
 from .progress import TrainingBar
@@ -121,6 +121,7 @@ class NLITrainer(ResumableTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_sigterm,
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:

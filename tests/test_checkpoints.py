@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig
@@ -264,6 +266,28 @@ def test_sigterm_saves_and_exits(trainer, whole, tmp_path, step):
     assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
     resumed = trainer(run)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    same_run(whole, resumed)
+
+
+def test_sigterm_to_the_workers_too(trainer, whole, tmp_path):
+    """Slurm, torchrun and `timeout` send it to a whole process group, and data workers stand in it."""
+    first = trainer(tmp_path, dataloader_num_workers=2)
+    before = psutil.Process().children()
+
+    def terminated(args, state, control, **kwargs):
+        if state.global_step == 1:
+            workers = [child for child in psutil.Process().children() if child not in before]
+            assert len(workers) == 2
+            everyone = " ".join(str(process.pid) for process in [*workers, psutil.Process()])
+            subprocess.run(["sh", "-c", f"kill {everyone}"], check=True)  # not by the trainer itself
+
+    first.callback_handler.callbacks[-1].on_step_begin = terminated
+    with pytest.raises(SystemExit) as exit:
+        first.train()
+    assert exit.value.code == 143
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path, dataloader_num_workers=2)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
     same_run(whole, resumed)
 
 

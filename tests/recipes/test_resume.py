@@ -75,12 +75,15 @@ def whole(workspace, recipe):
 def test_sigterm_saves_and_auto_goes_on(whole, recipe, workspace):
     """As Slurm preempts a job: SIGTERM to every process of it, and the same command again."""
     output = workspace / "outputs" / "preempted"
-    process = start(recipe, output, *OPTIONS, *AUTO, cwd=workspace)
+    process = start(recipe, output, *OPTIONS, *AUTO, "--dataloader_num_workers", "2", cwd=workspace)
     wait_for(lambda: (output / "checkpoint-6").is_dir(), process)
     assert process.poll() is None, "it ended before it could be told to"
-    (worker,) = workers(process)
-    worker.send_signal(signal.SIGTERM)
+    trainer, *data_workers = workers(process)
+    assert len(data_workers) == 2
+    for told in (*data_workers, trainer, process):
+        told.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
+    psutil.wait_procs([trainer], timeout=60)
     log = (workspace / "preempted.log").read_text()
     assert "No checkpoint yet: starting from the beginning." in log
     assert "Stopped by SIGTERM after step" in " ".join(log.split())
