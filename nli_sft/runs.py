@@ -45,7 +45,7 @@ def write_run(path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapp
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    launch = f"# accelerate launch recipes/sft.py --config {path / 'recipe.yaml'}\n"
+    launch = f"# accelerate launch -q recipes/sft.py --config {path / 'recipe.yaml'}\n"
     (path / "recipe.yaml").write_text(launch + text, encoding="utf-8")
     write_json(path / "prompt.json", asdict(prompt))
     write_json(path / "run.json", record)

@@ -1,6 +1,6 @@
 """Fine-tune a causal LM to judge premise-hypothesis pairs, with LoRA, QLoRA or in full.
 
-    accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+    accelerate launch -q --config_file accelerate_configs/single_gpu.yaml \
         recipes/sft.py --config recipes/qwen3-0.6b/lora.yaml
 
 Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
@@ -60,7 +60,7 @@ def main(data_args, prompt_args, batch_args, machine_args, tracking_args, traini
         training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
         say("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
         train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    say(f"To judge it on the test split:\n  accelerate launch recipes/eval.py --run {run}")
+    say(f"To judge it on the test split:\n  accelerate launch -q recipes/eval.py --run {run}")
 
 
 def say(*what):

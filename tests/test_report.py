@@ -264,7 +264,7 @@ def test_resources_and_provenance_are_told(nine):
         "torch 2.11.0",
         PROMPTS["plain"].fingerprint,
         "Answer entailment, neutral or contradiction.",
-        "accelerate launch recipes/sft.py --config",
+        "accelerate launch -q recipes/sft.py --config",
         "load_in_4bit: true",
     ):
         assert told in text, told

@@ -15,7 +15,7 @@ def test_what_is_written_is_read_back(tmp_path):
     assert record == {"seconds": 1.5}
     assert read == prompt
     assert read.fingerprint == prompt.fingerprint
-    assert (tmp_path / "run" / "recipe.yaml").read_text().startswith("# accelerate launch recipes/sft.py --config ")
+    assert (tmp_path / "run" / "recipe.yaml").read_text().startswith("# accelerate launch -q recipes/sft.py --config ")
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "prompt.json", "run.json"])

@@ -460,7 +460,7 @@ class Report:
         rows.append(("Seed", str(self.recipe.get("seed", "the default of the Trainer, 42"))))
         rows.append(("Processes", str(self.record.get("world_size", 1))))
         rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-        rows.append(("Command", f"accelerate launch recipes/sft.py --config {self.folder / 'recipe.yaml'}"))
+        rows.append(("Command", f"accelerate launch -q recipes/sft.py --config {self.folder / 'recipe.yaml'}"))
         return rows
 
     def recipe_text(self) -> str:
@@ -470,9 +470,9 @@ class Report:
         """Commands that train the hypothesis-only control and judge this run beside it."""
         control = self.folder / HYPOTHESIS_ONLY
         return [
-            f"accelerate launch recipes/sft.py --config {self.folder / 'recipe.yaml'} --prompt {HYPOTHESIS_ONLY} "
+            f"accelerate launch -q recipes/sft.py --config {self.folder / 'recipe.yaml'} --prompt {HYPOTHESIS_ONLY} "
             f"--output_dir {control}",
-            f"accelerate launch recipes/eval.py --run {self.folder}",
+            f"accelerate launch -q recipes/eval.py --run {self.folder}",
         ]
 
 
