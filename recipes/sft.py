@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import datasets
+import transformers
 from accelerate import PartialState
 from rich import print
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -44,6 +46,9 @@ from nli_sft.trainer import NLITrainer
 
 def main(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
     put_token_away(training_args)  # or trackers and checkpoints would keep it
+    if training_args.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
+        datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
     if machine_args.estimate:
         tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args)
         return

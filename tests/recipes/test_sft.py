@@ -78,8 +78,9 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
 
 def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
     arguments = ["--config", recipe, "--output_dir", tmp_path / "run", "--train_mix", "scenes=0.25", "--max_steps=2"]
-    result = launch("sft.py", *arguments, cwd=workspace, COLUMNS="200")
+    result = launch("sft.py", *arguments, "--disable_tqdm=true", cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
+    assert "%|" not in result.output, "a bar, of which none was wanted"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["train"]["pairs"] == 120
     assert record["data"]["sources"]["scenes"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
