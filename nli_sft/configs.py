@@ -242,6 +242,9 @@ MACHINE = ("precision", "bf16", "fp16", "use_cpu")
 # Never written to a run folder, a card or W&B.
 SECRETS = ("hub_token",)
 
+# What transformers 5.23 also calls gradient_checkpointing and its kwargs. Older ones do not know these names.
+SYNONYMS = ("activation_checkpointing", "activation_checkpointing_kwargs")
+
 
 class RecipeError(UserError):
     """A recipe or command line that cannot be meant; the message names the key and the mend."""
@@ -283,7 +286,7 @@ def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
         defaults = _untouched(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
         for f in fields(config):
             value = getattr(config, f.name)
-            if f.init and f.name not in SECRETS and value != defaults.get(f.name, MISSING):
+            if f.init and f.name not in (*SECRETS, *SYNONYMS) and value != defaults.get(f.name, MISSING):
                 resolved[f.name] = value.value if isinstance(value, Enum) else value
     if "precision" in resolved:  # says what TRL's two flags say
         resolved = {key: value for key, value in resolved.items() if key not in ("bf16", "fp16")}

@@ -28,10 +28,12 @@ from .slices import LEVEL, holm
 
 logger = logging.getLogger(__name__)
 
-# Keys that say where a run was kept and what was printed, not what was done; and sizes, which follow from the rest.
+# Keys that say where a run was kept, what was printed and how batches were fed, not what was learned; and sizes, which
+# follow from the rest.
 BOOKKEEPING = re.compile(
     r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
-    r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control"
+    r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control|"
+    r"use_cpu|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
 
 # Keys in which repetitions of one run may differ. A seed also draws the pairs where a recipe asks for a part of them.

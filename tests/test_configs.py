@@ -117,6 +117,14 @@ def test_a_resolved_recipe_makes_the_same_configs_again(recipe, tmp_path):
     assert from_recipe(ModelConfig, resolved) == configs[4]
 
 
+def test_a_resolved_recipe_is_read_by_any_transformers(recipe):
+    """5.23 has two names for checkpointing, and 5.17 one."""
+    resolved = resolve_recipe(parse_recipe(TYPES, ["--config", str(recipe("gradient_checkpointing: false"))]))
+    assert {key: value for key, value in resolved.items() if "checkpointing" in key} == {
+        "gradient_checkpointing": False
+    }
+
+
 @pytest.mark.parametrize(("text", "value"), [("4096", 4096), ("auto", "auto"), ("8192", 8192)])
 def test_max_batch_tokens_is_a_number_or_auto(recipe, text, value):
     configs = parse_recipe(TYPES, ["--config", str(recipe(f"max_batch_tokens: {text}"))])

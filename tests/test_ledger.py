@@ -129,6 +129,15 @@ def test_replicates_that_overlap_make_no_claim(tmp_path):
     assert "better" not in claim
 
 
+def test_seeds_on_other_machines_are_replicates_too(tmp_path):
+    runs = [write_past_run(tmp_path / "gpu", 0.7, seed=1, per_device_eval_batch_size=512, dataloader_num_workers=8)]
+    runs.append(write_past_run(tmp_path / "cpu", 0.6, seed=2, use_cpu=True))
+    (group,) = rank(load_runs(runs))[0].replicates
+    assert len(group.runs) == 2
+    runs.append(write_past_run(tmp_path / "other", 0.6, seed=3, dataloader_drop_last=True))
+    assert len(rank(load_runs(runs))[0].replicates[0].runs) == 2, "this one skips pairs"
+
+
 def test_the_same_seed_twice_is_no_replicate(tmp_path):
     runs = [write_past_run(tmp_path / name, 0.7, seed=1) for name in ("a", "b")]
     assert rank(load_runs(runs))[0].replicates == []
