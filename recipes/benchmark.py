@@ -153,10 +153,10 @@ def score_summary(methods):
     if not ours:
         return {}
 
-    def speedup(rival, ours):
-        if not ours or rival not in methods:
+    def speedup(rival, ways):
+        if not ways or rival not in methods:
             return None
-        return max(way["pairs_per_second"] for way in ours) / methods[rival]["pairs_per_second"]
+        return max(way["pairs_per_second"] for way in ways) / methods[rival]["pairs_per_second"]
 
     return {
         "speedup_generate": speedup("generate", ours),
