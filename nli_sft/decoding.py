@@ -139,7 +139,7 @@ def allowed_tokens(
     return allowed
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], answers: Answers
 ) -> list[int]:
@@ -215,7 +215,7 @@ def score_prompts(
     return LabelScores.from_token_log_probs(log_probs, answers)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: FSDP2 and ZeRO-3 keep tensors that they make here, and train on with them
 def score_trie(
     model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int
 ) -> torch.Tensor:
@@ -232,7 +232,7 @@ def score_trie(
     return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_padded(
     model: PreTrainedModel, prompts: list[list[int]], answers: Answers, pad_token_id: int
 ) -> torch.Tensor:
@@ -295,7 +295,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_freely(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 BOOKKEEPING = re.compile(
     r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
     r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control|"
-    r"use_cpu|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
+    r"use_cpu|eval_on_start|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
 
 # Keys in which repetitions of one run may differ. A seed also draws the pairs where a recipe asks for a part of them.
@@ -277,9 +277,10 @@ class Ranking:
 
     @property
     def methods(self) -> list[Replicates]:
-        """The replicates, and each other run by itself."""
+        """The replicates, and each other run by itself, by validation accuracy."""
         repeated = {run.name for group in self.replicates for run in group.runs}
-        return [*self.replicates, *(Replicates(run.name, [run]) for run in self.runs if run.name not in repeated)]
+        single = [Replicates(run.name, [run]) for run in self.runs if run.name not in repeated]
+        return sorted([*self.replicates, *single], key=lambda method: -method.validation.value)
 
     @property
     def bases(self) -> list[str]:

@@ -11,7 +11,6 @@ from accelerate import DistributedType
 from accelerate.utils import DynamoBackend, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -228,13 +227,6 @@ class NLITrainer(ResumableTrainer):
         # beyond a share that is smaller than others, and left out again.
         even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
         self.model.eval()
-        if self.is_fsdp_enabled:
-            # FSDP2 keeps the tensors into which it gathers weights, and those made in inference mode are of no use to
-            # the training that follows: they are made here.
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.unshard()
-                    module.reshard()
         with self.compute_loss_context_manager(), shares.autocast():
             own = score_prompts(
                 self.model,

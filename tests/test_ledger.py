@@ -131,7 +131,7 @@ def test_replicates_that_overlap_make_no_claim(tmp_path):
 
 def test_seeds_on_other_machines_are_replicates_too(tmp_path):
     runs = [write_past_run(tmp_path / "gpu", 0.7, seed=1, per_device_eval_batch_size=512, dataloader_num_workers=8)]
-    runs.append(write_past_run(tmp_path / "cpu", 0.6, seed=2, use_cpu=True))
+    runs.append(write_past_run(tmp_path / "cpu", 0.6, seed=2, use_cpu=True, eval_on_start=False))
     (group,) = rank(load_runs(runs))[0].replicates
     assert len(group.runs) == 2
     runs.append(write_past_run(tmp_path / "other", 0.6, seed=3, dataloader_drop_last=True))
@@ -266,6 +266,19 @@ def test_every_form_says_the_same(six, tmp_path):
     assert html.count("data:image/svg+xml;base64,") == 5
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html
+
+
+def test_replicates_look_alike_and_the_legend_has_them_once(six):
+    plots = {plot.name: plot.svg for plot in lay_out(rank(six))[0].plots}
+    for name in ("cost", "epochs"):
+        assert plots[name].count(">full (3 seeds)<") == plots[name].count(">lora (3 seeds)<") == 1
+        assert ">full-seed2<" not in plots[name]
+
+
+def test_the_best_run_is_told_against_another_method_not_its_own_seeds(six):
+    told = lay_out(rank(six))[0].claims
+    assert any(claim.startswith("full-seed2 is better than lora-seed2: ") for claim in told)
+    assert not any("full-seed1" in claim for claim in told)
 
 
 def test_no_claims_are_made_for_methods_that_do_not_differ(tmp_path):

@@ -161,9 +161,11 @@ def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Shee
 
 
 def claims(ranking: Ranking, tests: Sequence[PairedTest]) -> list[str]:
-    """What can be said of the best run by validation, against its base and the next, and of sets of replicates."""
-    best, rivals = ranking.runs[0].name, {ranking.runs[0].base, *(run.name for run in ranking.runs[1:2])}
-    told = [str(test) for test in tests if test.second == best and test.first in rivals]
+    """What can be said of the best run by validation, against its base and the next method, and of replicates."""
+    best = ranking.runs[0]
+    seeds = next(method.runs for method in ranking.methods if best in method.runs)
+    rivals = {best.base, *[run.name for run in ranking.runs if run not in seeds][:1]}
+    told = [str(test) for test in tests if test.second == best.name and test.first in rivals]
     return [*told, *between_replicates(ranking), *judged_apart(ranking)]
 
 
@@ -173,7 +175,6 @@ def plots(ranking: Ranking, prefix: str) -> list[Plot]:
     Args:
         prefix: what the plots' names begin with.
     """
-    colours = {run.name: number for number, method in enumerate(ranking.methods) for run in method.runs}
     of_the_same_pairs = [
         key
         for key in ranking.judged
@@ -185,9 +186,9 @@ def plots(ranking: Ranking, prefix: str) -> list[Plot]:
             found.append(accuracy_plot(ranking, key, f"{prefix}{key}"))
         if any(_learned(curve, key) for curve in ranking.learning_curves):
             found.append(pairs_plot(ranking, key, f"{prefix}{key}-by-pairs"))
-    found.append(cost_plot(ranking, colours, f"{prefix}cost"))
+    found.append(cost_plot(ranking, f"{prefix}cost"))
     if any(len(run.curve) > 1 for run in ranking.runs):
-        found.append(epochs_plot(ranking, colours, f"{prefix}epochs"))
+        found.append(epochs_plot(ranking, f"{prefix}epochs"))
     return found
 
 
@@ -267,25 +268,22 @@ def _learned(curve: LearningCurve, key: str) -> dict[int, Estimate]:
     return {pairs: accuracy for pairs, accuracy in accuracies.items() if accuracy is not None}
 
 
-def cost_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
-    """Validation accuracy, with its 95 % interval, against seconds of training.
-
-    Args:
-        colours: {name of a run: number of its colour}; replicates share one.
-    """
+def cost_plot(ranking: Ranking, name: str) -> Plot:
+    """Validation accuracy, with its 95 % interval, against seconds of training; replicates look alike."""
     cheapest = min(ranking.runs, key=lambda run: run.cost["training_seconds"])
     best = ranking.runs[0]
     title = f"Best on validation: {best.name}, {best.validation.value:.1%}, in {_seconds(best)} of training"
     if cheapest is not best:
         title += f"; cheapest: {cheapest.name}, {cheapest.validation.value:.1%}, in {_seconds(cheapest)}"
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.09 * len(ranking.runs)))
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.09 * len(ranking.methods)))
         axes = figure.add_subplot()
-        for run in ranking.runs:
-            seconds, accuracy = run.cost["training_seconds"], run.validation
-            style = _style(colours[run.name])
-            axes.plot([seconds, seconds], [accuracy.low, accuracy.high], color=style["color"], linewidth=1.2)
-            axes.plot(seconds, accuracy.value, linestyle="none", label=run.name, **style)
+        for number, method in enumerate(ranking.methods):
+            style = _style(number)
+            for run in method.runs:
+                seconds, accuracy = run.cost["training_seconds"], run.validation
+                axes.plot([seconds, seconds], [accuracy.low, accuracy.high], color=style["color"], linewidth=1.2)
+                axes.plot(seconds, accuracy.value, linestyle="none", label=_once(method, run), **style)
         _base_lines(axes, {base: ranking.base_validation(base) for base in ranking.bases})
         axes.set_xscale("log")
         axes.margins(x=0.15)
@@ -300,18 +298,20 @@ def cost_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
     return _plot(name, figure, title, f"Validation accuracy against training time. {told}.")
 
 
-def epochs_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
-    """Validation accuracy by epoch, all runs in one."""
-    shown = [run for run in ranking.runs if len(run.curve) > 1][:MOST_CURVES]
+def epochs_plot(ranking: Ranking, name: str) -> Plot:
+    """Validation accuracy by epoch, the best methods in one; replicates look alike."""
+    methods = [method for method in ranking.methods if any(len(run.curve) > 1 for run in method.runs)][:MOST_CURVES]
+    shown = [run for method in methods for run in method.runs if len(run.curve) > 1]
     first, last = min(e for run in shown for _, e, _ in run.curve), max(e for run in shown for _, e, _ in run.curve)
     title = f"Learning curves of {len(shown)} runs, from epoch {first:g} to {last:g}"
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2 + 0.09 * len(ranking.runs)))
+        figure = Figure(figsize=(WIDTH, 3.2 + 0.09 * len(methods)))
         axes = figure.add_subplot()
-        for run in shown:
-            _, epochs, accuracies = zip(*run.curve, strict=True)
-            style = _style(colours[run.name]) | {"markersize": 3.5}
-            axes.plot(epochs, accuracies, linewidth=1.2, alpha=0.85, label=run.name, **style)
+        for number, method in enumerate(methods):
+            style = _style(number) | {"markersize": 3.5}
+            for run in (run for run in method.runs if run in shown):
+                _, epochs, accuracies = zip(*run.curve, strict=True)
+                axes.plot(epochs, accuracies, linewidth=1.2, alpha=0.85, label=_once(method, run), **style)
         axes.set(xlabel="epoch", ylabel="validation accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(axis="y")
@@ -320,8 +320,15 @@ def epochs_plot(ranking: Ranking, colours: dict[str, int], name: str) -> Plot:
     return _plot(name, figure, title, f"Validation accuracy by epoch. {told}.")
 
 
-def _style(group: int) -> dict[str, object]:
-    return {"color": COLOURS[group % len(COLOURS)], "marker": MARKERS[group % len(MARKERS)], "markersize": 6}
+def _style(number: int) -> dict[str, object]:
+    # Where the colours begin again, each comes with another marker.
+    marker = MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
+    return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 6}
+
+
+def _once(method: Replicates, run: RunRecord) -> str | None:
+    """A method's name at the first of its runs, so that the legend has it once."""
+    return method.name if run is method.runs[0] else None
 
 
 def _base_lines(axes, bases: dict[str, Estimate | None]) -> None:

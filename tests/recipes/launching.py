@@ -32,6 +32,16 @@ def fsdp_command(script, *arguments):
     return _configured("fsdp2", Path(__file__).with_name("fsdp_on_cpu.py"), ROOT / "recipes" / script, *arguments)
 
 
+def zero2_command(script, *arguments):
+    """Two processes by accelerate_configs/deepspeed_zero2.yaml; DeepSpeed runs on CPUs too."""
+    return _configured("deepspeed_zero2", ROOT / "recipes" / script, *arguments)
+
+
+def zero3_command(script, *arguments):
+    """Two processes by accelerate_configs/deepspeed_zero3.yaml."""
+    return _configured("deepspeed_zero3", ROOT / "recipes" / script, *arguments)
+
+
 def _configured(name, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # any that is free
     config = ROOT / "accelerate_configs" / f"{name}.yaml"

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from launching import fsdp_command, launch
+from launching import fsdp_command, launch, zero2_command, zero3_command
 from trl import ModelConfig
 
 from nli_sft.configs import TrainDataConfig, from_recipe
@@ -57,11 +57,14 @@ def test_one_two_and_four_processes_learn_and_answer_the_same(recipe, workspace,
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_weights_spread_by_fsdp_learn_the_same_and_are_saved_whole(recipe, workspace, method):
+@pytest.mark.parametrize("spreading", [fsdp_command, zero2_command, zero3_command])
+def test_what_is_spread_over_two_processes_learns_the_same_and_is_saved_whole(recipe, workspace, method, spreading):
+    if spreading is not fsdp_command:
+        pytest.importorskip("deepspeed")
     options = [*OPTIONS, "--use_peft", str(method == "lora"), "--max_steps", "6", "--learning_rate", "1e-2"]
     options += ["--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", "3", "--save_steps", "3"]
     whole, spread = (workspace / "outputs" / f"{method}-{name}" for name in ("whole", "spread"))
-    for output, batch, command in ((whole, 20, None), (spread, 10, fsdp_command)):
+    for output, batch, command in ((whole, 20, None), (spread, 10, spreading)):
         arguments = ["--config", recipe, "--output_dir", output, *options, "--per_device_train_batch_size", batch]
         result = launch("sft.py", *arguments, cwd=workspace, command=command)
         assert result.returncode == 0, result.output
