@@ -1,6 +1,7 @@
 import json
+import runpy
 
-from launching import launch
+from launching import ROOT, launch
 
 
 def test_the_figures_that_are_promised(workspace):
@@ -33,3 +34,17 @@ def test_a_way_that_does_not_exist(workspace):
     result = launch("benchmark.py", *arguments, cwd=workspace)
     assert result.returncode == 1
     assert "train: no way is called trlpadded; there are trl_defaults, trl_padded" in result.output
+
+
+def test_compiled_ways_alone_are_summed_up_too():
+    benchmark = runpy.run_path(str(ROOT / "recipes" / "benchmark.py"))
+    rates = {"lm_eval": 10, "generate": 20, "tries_compiled": 60, "tries_choice_compiled": 80}
+    methods = {name: {"pairs_per_second": rate} for name, rate in rates.items()}
+    methods["tries_choice_compiled"]["agreement"] = 0.9
+    expected = {"speedup_generate": 4, "speedup_lm_eval": 6, "agreement": 0.9}
+    assert benchmark["score_summary"](methods) == expected
+
+    rates = {"trl_padded": 10, "trl_compiled": 20, "tries_compiled": 60}
+    methods = {name: {"pairs_per_second": rate, "peak_bytes": rate, "loss": 1.0} for name, rate in rates.items()}
+    summary = benchmark["train_summary"](methods)
+    assert (summary["speedup"], summary["memory_ratio"]) == (3, 3), "against TRL's fastest"
