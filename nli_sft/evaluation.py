@@ -308,13 +308,25 @@ def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:
     return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Exchanging premises")
 
 
-def write_evaluation(folder: Path, pairs: Dataset, scores: dict[str, LabelScores], summary: dict[str, object]) -> None:
+def write_evaluation(
+    folder: Path,
+    pairs: Dataset,
+    scores: dict[str, LabelScores],
+    summary: dict[str, object],
+    seen: np.ndarray | None = None,
+) -> None:
     """Write `predictions.parquet` (pairs; each model's choice, probabilities, joint scores) and `metrics.json`.
 
-    Scores of a two-way set are three-way still; its gold labels are those of the set.
+    Scores of a two-way set are three-way still; its gold labels are those of the set. A column `trained_on` is there
+    if any pair was trained on.
+
+    Args:
+        seen: (n,) booleans: the pairs that the run was trained on; `None` if that is not known.
     """
     names = pairs.features["label"].names
     table = pairs.to_pandas()
+    if seen is not None and seen.any():
+        table["trained_on"] = seen
     table["label"] = [names[label] for label in pairs["label"]]
     for model, score in scores.items():
         table[f"{model}_prediction"] = [LABELS[label] for label in score.choice]

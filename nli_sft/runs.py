@@ -5,6 +5,7 @@ outputs/<model>-<method>/
   recipe.yaml        the recipe as resolved: running it again makes this run again
   prompt.json        the prompt, as `prompts.load_prompt` reads it back
   run.json           fingerprints, versions, git state, parameters, history, time
+  trained_pairs.npy  a number for each pair that was trained on, by which an evaluation knows it again
   eval/<source>-<split>/metrics.json, predictions.parquet
 """
 
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from . import UserError, __version__
@@ -27,6 +29,8 @@ from .prompts import Prompt, load_prompt
 
 # The control inside a run folder: a run of its own, trained in the same way without the premise.
 HYPOTHESIS_ONLY = "hypothesis_only"
+
+TRAINED_PAIRS = "trained_pairs.npy"
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
@@ -64,6 +68,18 @@ def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
     recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
     record = json.loads((path / "run.json").read_text(encoding="utf-8"))
     return recipe, load_prompt(str(path / "prompt.json")), record
+
+
+def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
+    """Keep what was trained on, as `sources.text_keys` tells it: 8 bytes a pair."""
+    Path(path).mkdir(parents=True, exist_ok=True)
+    np.save(Path(path) / TRAINED_PAIRS, np.unique(keys))
+
+
+def trained_on(path: str | Path, keys: np.ndarray) -> np.ndarray | None:
+    """Which pairs a run was trained on, (n,) booleans; `None` if its folder does not tell."""
+    file = Path(path) / TRAINED_PAIRS
+    return np.isin(keys, np.load(file, allow_pickle=False)) if file.is_file() else None
 
 
 def evaluation_folder(path: str | Path, source: str, split: str) -> Path:

@@ -96,7 +96,7 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
 
     Args:
         pairs: premise, hypothesis, label (a name), and what else the source tells: hard, agreement, subset,
-            genre, rule.
+            genre, rule; trained_on, where the run saw some of them in training.
     """
     premise_words = [set(words(text)) for text in pairs["premise"]]
     hypothesis_words = [words(text) for text in pairs["hypothesis"]]
@@ -153,6 +153,8 @@ def _is_number(word: str) -> bool:
 def told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
     """The slices of `describe` that come from what the source says of its pairs."""
     members = {}
+    if "trained_on" in pairs:
+        members[("Training data", "not in it", "the pair was not trained on")] = ~pairs["trained_on"].to_numpy()
     if "hard" in pairs:
         hard = pairs["hard"].eq(True).to_numpy()
         members[("Difficulty", "hard", "the pair belongs to the hard subset")] = hard

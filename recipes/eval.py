@@ -24,8 +24,8 @@ from nli_sft.report.content import Evaluation, Report
 from nli_sft.report.outcome import outcome_sheet
 from nli_sft.report.suite import suite_sheets
 from nli_sft.resources import ResourceRecorder
-from nli_sft.runs import evaluation_folder, read_run, versions
-from nli_sft.sources import fingerprint, load_calibration_pairs, load_evaluation_sets
+from nli_sft.runs import evaluation_folder, read_run, trained_on, versions
+from nli_sft.sources import fingerprint, load_calibration_pairs, load_evaluation_sets, text_keys
 from nli_sft.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.tracking import open_run
 
@@ -38,14 +38,14 @@ def main(args):
         raise UserError(
             f"{args.run} was trained with code that came with its base; --trust_remote_code true runs it here"
         )
-    trained_on = from_recipe(TrainDataConfig, recipe)
+    train_data = from_recipe(TrainDataConfig, recipe)
     if args.suite is None:
-        suite, sets, missing = None, load_evaluation_sets(args, trained_on=trained_on), {}
+        suite, sets, missing = None, load_evaluation_sets(args, trained_on=train_data), {}
     else:
         suite = load_suite(args.suite, Path(__file__).parent / "suites")
         sets, missing = load_suite_sets(suite, args)
     calibration_pairs = load_calibration_pairs(
-        args, trained_on=trained_on, seed=recipe.get("seed", TrainingArguments.seed), sets=sets
+        args, trained_on=train_data, seed=recipe.get("seed", TrainingArguments.seed), sets=sets
     )
 
     device = PartialState().device
@@ -71,6 +71,7 @@ def main(args):
         return
     for one, judged in zip(sets, judgements, strict=True):
         results = {model: result for model, (_, result) in judged.items()}
+        seen = trained_on(args.run, text_keys(one.pairs))
         summary = {
             "name": one.name,
             "source": one.source,
@@ -78,6 +79,7 @@ def main(args):
             "pairs": len(one.pairs),
             "unlabelled_pairs_dropped": one.unlabelled,
             "unlinked_edits_dropped": one.unlinked,
+            "pairs_trained_on": None if seen is None else int(seen.sum()),
             "data_fingerprint": fingerprint(one.pairs),
             "prompt_fingerprint": prompt.fingerprint,
             **results,
@@ -86,7 +88,12 @@ def main(args):
         }
         scores = {model: score for model, (score, _) in judged.items()}
         folder = evaluation_folder(args.run, one.name or one.source, one.split)
-        write_evaluation(folder, one.pairs, scores, summary)
+        write_evaluation(folder, one.pairs, scores, summary, seen)
+        if summary["pairs_trained_on"]:
+            print(
+                f"Warning: the run was trained on {summary['pairs_trained_on']:,} of the {len(one.pairs):,} pairs of "
+                f"{one}, which says nothing of pairs that are new to it."
+            )
         if suite is None:  # its sets are told together, below
             print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())
     if suite is not None:

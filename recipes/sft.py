@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import numpy as np
 import transformers
 from accelerate import PartialState
 from rich import print
@@ -38,8 +39,8 @@ from nli_sft.models import count_parameters, load_model, load_tokenizer, locate_
 from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
-from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run
-from nli_sft.sources import describe_source, fingerprint, load_train_and_validation
+from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run, write_trained_pairs
+from nli_sft.sources import describe_source, fingerprint, load_train_and_validation, text_keys
 from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
@@ -107,6 +108,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             prepare_training(training_args, recipe, prompt)
         dropped, drawn = Counter(), {}
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
+        repeated = int(np.isin(text_keys(pairs["validation"]), text_keys(pairs["train"])).sum())
         encode = partial(
             encoder.encode_rows,
             max_length=training_args.max_length,
@@ -136,6 +138,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "data": {
             "dropped": dict(dropped),
             "sources": drawn,
+            "validation_pairs_trained_on": repeated,
             **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
         },
         "world_size": training_args.world_size,
@@ -150,6 +153,8 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     say(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
     for source, told in drawn.items():
         say(f"  {source}: {describe_source(told)}")
+    if repeated:
+        say(f"Warning: {repeated:,} of the pairs to validate on are trained on too, so validation flatters the model.")
     say(f"{parameters}.\n")
     if training_args.resume_from_checkpoint:
         say(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
@@ -184,6 +189,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             "resources": used,
             "seconds": used["seconds"],
         }
+        write_trained_pairs(training_args.output_dir, text_keys(pairs["train"]))
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()

@@ -1,10 +1,20 @@
 import json
 import subprocess
 
+import numpy as np
 import pytest
 
 from nli_sft.prompts import PROMPTS, load_prompt
-from nli_sft.runs import evaluation_folder, git_state, read_run, versions, write_json, write_run
+from nli_sft.runs import (
+    evaluation_folder,
+    git_state,
+    read_run,
+    trained_on,
+    versions,
+    write_json,
+    write_run,
+    write_trained_pairs,
+)
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -46,6 +56,13 @@ def test_evaluation_folders_are_named_after_what_was_judged():
 def test_no_name_of_a_source_or_split_leads_out_of_the_run_folder(tmp_path, source, split):
     folder = evaluation_folder(tmp_path / "run", source, split)
     assert folder.resolve().parent == (tmp_path / "run" / "eval").resolve()
+
+
+def test_a_run_knows_the_pairs_again_that_it_was_trained_on(tmp_path):
+    keys = np.array([7, 2**64 - 1, 7], dtype=np.uint64)
+    assert trained_on(tmp_path, keys) is None, "a folder of an earlier version, or from the Hub"
+    write_trained_pairs(tmp_path / "new", keys)
+    assert trained_on(tmp_path / "new", np.array([8, 7, 2**64 - 1], dtype=np.uint64)).tolist() == [False, True, True]
 
 
 def test_versions_and_git(tmp_path, monkeypatch):

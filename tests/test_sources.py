@@ -573,3 +573,12 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
     )
     other = load_train_and_validation(replace(args, balance="premise"), seed=1)["train"]
     assert set(other["uid"]) != set(by_premise["uid"]), "which pair stands for its premise is drawn"
+
+
+def test_a_pair_is_known_again_whatever_its_case_and_white_space():
+    def keys(*texts):
+        return sources.text_keys(Dataset.from_list([{"premise": p, "hypothesis": h} for p, h in texts])).tolist()
+
+    asked = [("A dog.", "An animal."), (" a  DOG.", "an animal.\n"), ("A dog. An", "animal."), ("A dog.", "A cat.")]
+    first, *others = keys(*asked)
+    assert [other == first for other in others] == [True, False, False]

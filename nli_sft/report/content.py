@@ -453,6 +453,8 @@ class Report:
                 text += f"; {summary['unlabelled_pairs_dropped']:,} without a gold label left out"
             if summary.get("unlinked_edits_dropped"):
                 text += f"; {summary['unlinked_edits_dropped']:,} edits without their original left out"
+            if summary.get("pairs_trained_on"):
+                text += f"; {summary['pairs_trained_on']:,} of them were trained on"
             rows.append((f"Pairs of {evaluation.name}", text))
         git = self.record.get("git")
         if git:

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pandas as pd
@@ -56,6 +57,24 @@ def test_every_process_count_gives_the_same_predictions(judged, lora_run, worksp
     assert list(shared["uid"]) == list(alone["uid"][:35])
     for column in ("base_prediction", "tuned_prediction"):
         assert list(shared[column]) == list(alone[column][:35])
+
+
+def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
+    rows = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()][:9]
+    new = [{**row, "premise": row["premise"] + " It is late."} for row in rows[:3]]
+    data = write_jsonl(workspace / "known.jsonl", rows + new)
+    arguments = ["--run", lora_run[0], "--dataset_name", data, "--free_samples=0"]
+    result = launch("eval.py", *arguments, cwd=workspace)
+    assert result.returncode == 0, result.output
+    said = " ".join(result.output.split())
+    assert said.count("Warning: the run was trained on") == 1
+    assert "trained on 9 of the 12 pairs of known.jsonl all, which says nothing of pairs that are new to it" in said
+    folder = lora_run[0] / "eval" / "known-all"
+    assert json.loads((folder / "metrics.json").read_text())["pairs_trained_on"] == 9
+    table = pd.read_parquet(folder / "predictions.parquet")
+    assert table["trained_on"].tolist() == [True] * 9 + [False] * 3
+    assert re.search(r"training: not in it +3 ", result.output)
+    assert "9 of them were trained on" in (lora_run[0] / "report.md").read_text()
 
 
 def test_two_way_sets_are_mapped(lora_run, workspace):

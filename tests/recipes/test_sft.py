@@ -1,4 +1,5 @@
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
@@ -74,6 +75,18 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
             assert result.returncode != 0, message
             assert message in " ".join(result.output.split())
             assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
+
+
+def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_path):
+    data = shutil.copytree(workspace / "data", tmp_path / "data")
+    train, new = (data / "train.jsonl").read_text(), (data / "dev.jsonl").read_text().replace("A man", "An old man")
+    new = [line for line in new.splitlines() if "An old man" in line]
+    (data / "dev.jsonl").write_text("\n".join([*new, *train.splitlines()[:5]]))
+    arguments = ["--config", recipe, "--dataset_name", data, "--output_dir", tmp_path / "run", "--max_steps", "1"]
+    result = launch("sft.py", *arguments, cwd=workspace)
+    assert result.returncode == 0, result.output
+    assert "Warning: 5 of the pairs to validate on are trained on too" in " ".join(result.output.split())
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["validation_pairs_trained_on"] == 5
 
 
 def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
