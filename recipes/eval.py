@@ -92,7 +92,7 @@ def main(args):
         if summary["pairs_trained_on"]:
             print(
                 f"Warning: the run was trained on {summary['pairs_trained_on']:,} of the {len(one.pairs):,} pairs of "
-                f"{one}, which says nothing of pairs that are new to it."
+                f"{Evaluation(folder).name}; its answers to them say nothing of new pairs."
             )
         if suite is None:  # its sets are told together, below
             print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())

@@ -68,7 +68,7 @@ def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
     assert result.returncode == 0, result.output
     said = " ".join(result.output.split())
     assert said.count("Warning: the run was trained on") == 1
-    assert "trained on 9 of the 12 pairs of known.jsonl all, which says nothing of pairs that are new to it" in said
+    assert "trained on 9 of the 12 pairs of known; its answers to them say nothing of new pairs." in said
     folder = lora_run[0] / "eval" / "known-all"
     assert json.loads((folder / "metrics.json").read_text())["pairs_trained_on"] == 9
     table = pd.read_parquet(folder / "predictions.parquet")
