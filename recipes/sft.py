@@ -108,7 +108,8 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             prepare_training(training_args, recipe, prompt)
         dropped, drawn = Counter(), {}
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
-        repeated = int(np.isin(text_keys(pairs["validation"]), text_keys(pairs["train"])).sum())
+        trained = text_keys(pairs["train"])
+        repeated = int(np.isin(text_keys(pairs["validation"]), trained).sum())
         encode = partial(
             encoder.encode_rows,
             max_length=training_args.max_length,
@@ -189,7 +190,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             "resources": used,
             "seconds": used["seconds"],
         }
-        write_trained_pairs(training_args.output_dir, text_keys(pairs["train"]))
+        write_trained_pairs(training_args.output_dir, trained)
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()
