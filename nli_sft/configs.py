@@ -72,7 +72,7 @@ class TrainDataConfig(DataConfig):
         default=None,
         metadata={
             "help": "Further sources to train on, each with how many of its pairs go with one of the run's own: "
-            "scenes=0.25 mnli.jsonl=0.5."
+            "demo=0.25 mnli.jsonl=0.5."
         },
     )
     balance: str | None = field(
@@ -187,7 +187,7 @@ class EvalConfig(DataConfig):
     )
     sources: list[str] | None = field(
         default=None,
-        metadata={"help": "Further sources for the same report, such as hans.jsonl or scenes:test (name:split)."},
+        metadata={"help": "Further sources for the same report, such as hans.jsonl or demo:test (name:split)."},
     )
     suite: str | None = field(
         default=None,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, get_quantization_config
 
 from . import UserError
-from .scenes import BASE_MODEL, SCENES
+from .demo import BASE_MODEL, is_demo
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
 
 
 def locate_model(name: str) -> str:
-    """What transformers loads: for `scenes` the folder of the base that comes with this package, else the name."""
-    return str(BASE_MODEL) if name == SCENES else name
+    """What transformers loads: for `demo` the folder of the base that comes with this package, else the name."""
+    return str(BASE_MODEL) if is_demo(name) else name
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,7 +1,7 @@
 """Pairs from the Hub or from files, checked row by row.
 
 A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, a single file, the
-URL of one, or `scenes`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four
+URL of one, or `demo`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four
 columns, and says which file and row is wrong when one is.
 """
 
@@ -39,8 +39,8 @@ from huggingface_hub import hf_hub_download
 
 from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
+from .demo import DEMO, PAIRS, is_demo
 from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
-from .scenes import SCENES, generate_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def load_pairs(
     """Load the labelled pairs of one split.
 
     Args:
-        source: Hub id, folder, file, URL of a file (see `fetch`), or `scenes`. A folder has one file a split (or
+        source: Hub id, folder, file, URL of a file (see `fetch`), or `demo`. A folder has one file a split (or
             shards of one), the split's name being a word of the file's name, as in `snli_1.0_dev.jsonl`.
         split: `train`, `validation` (also `dev`), `test`, or another split that the source names. `None` takes the
             whole of a single file.
@@ -134,8 +134,6 @@ def load_pairs(
             looked for.
     """
     path = fetch(source)
-    if source == SCENES:
-        return _generate_scenes(split)
     if path.exists():
         files = _split_files(path, split)
         column_names = _file_columns(files[0])
@@ -179,6 +177,8 @@ def fetch(source: str) -> Path:
     Raises:
         SourceMissing: where a URL cannot be had.
     """
+    if is_demo(source):
+        return PAIRS
     if not URL.match(source):
         return Path(source).expanduser()
     inside, _, url = source.rpartition("::")
@@ -217,8 +217,6 @@ def pairs_dataset(pairs: dict[str, list]) -> Dataset:
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
     """Whether `source` names a split of that kind. A single file is one split, unless a column names several."""
     path = fetch(source)
-    if source == SCENES:
-        return True
     if path.is_file():
         return any(name in SPLIT_COLUMNS for name in _file_columns(path))
     if path.is_dir():
@@ -352,7 +350,7 @@ class EvaluationSet:
 def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[EvaluationSet]:
     """What to judge a run on: by default the test split of its own source, then the further `sources`.
 
-    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `scenes:test`. The colon
+    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `demo:test`. The colon
     of a URL is none of these: a slash comes after it.
     """
     main = trained_on if args.dataset_name is None else args
@@ -402,7 +400,7 @@ def mix(
         except ValueError:
             n = 0
         if not source or n < 1:
-            raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {SCENES}=0.25")
+            raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {DEMO}=0.25")
         other = load_pairs(source, "train", dropped=dropped[source])
         if other.features["label"].num_classes != len(LABELS):
             raise UserError(f"train_mix: {source} has two labels, and training needs {', '.join(LABELS)}")
@@ -492,14 +490,6 @@ def text_keys(pairs: Dataset) -> np.ndarray:
     keys = ["\n".join(" ".join(text.casefold().split()) for text in pair) for pair in texts]
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, dtype=np.uint64)
-
-
-def _generate_scenes(split: str | None) -> Dataset:
-    name = next((name for name, names in SPLIT_NAMES.items() if split in names), None)
-    if name is None:
-        raise SourceMissing(f"{SCENES} has no split {split}; it has {', '.join(SPLIT_NAMES)}")
-    rows = generate_pairs("dev" if name == "validation" else name)
-    return pairs_dataset({column: [row[column] for row in rows] for column in rows[0]})
 
 
 def _premise_order(pairs: Dataset, seed: int) -> list[int]:

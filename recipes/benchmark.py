@@ -1,7 +1,7 @@
 """How fast, and in how much memory: our tries against TRL's own batches, generation and lm-evaluation-harness.
 
     python recipes/benchmark.py --dataset_name stanfordnlp/snli --model_name_or_path Qwen/Qwen3-0.6B --json out.json
-    python recipes/benchmark.py --dataset_name scenes --model_name_or_path my-config/ --random_weights
+    python recipes/benchmark.py --dataset_name demo --model_name_or_path my-config/ --random_weights
 
 One process, the same pairs for all, weights loaded anew for each. The first steps warm up and are not counted; the
 rate is that of the median step. Speed and memory are compared with the best of TRL's settings at the same batch. The

@@ -16,7 +16,8 @@ from torch.distributed.run import get_args_parser
 
 from nli_sft import UserError, __main__, configs
 from nli_sft.configs import parse_recipe
-from nli_sft.scenes import generate_pairs
+from nli_sft.labels import LABELS
+from nli_sft.sources import load_pairs
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -203,8 +204,9 @@ def place(tmp_path_factory):
         with (folder / name).open("w", newline="") as file:
             rows = writer(file)
             rows.writerow(columns)
-            for pair in generate_pairs(split, 50):
-                label = pair["label"] if columns[2] == "label" else words[pair["label"]]
+            for pair in load_pairs("demo", split).select(range(50)):
+                name = LABELS[pair["label"]]
+                label = name if columns[2] == "label" else words[name]
                 rows.writerow([pair["premise"], pair["hypothesis"], label])
     run(folder, "python recipes/sft.py --config recipes/demo/lora.yaml")
     return folder

@@ -335,8 +335,8 @@ def test_a_url_is_no_source_with_a_split():
     for source in (url, f"{url}:test"):
         with pytest.raises(sources.SourceMissing, match=f"^{url} cannot be downloaded"):
             load_evaluation_sets(
-                EvalConfig(run="run", dataset_name="scenes", max_samples=3, sources=[source]),
-                trained_on=TrainDataConfig(dataset_name="scenes"),
+                EvalConfig(run="run", dataset_name="demo", max_samples=3, sources=[source]),
+                trained_on=TrainDataConfig(dataset_name="demo"),
             )
 
 
@@ -420,15 +420,16 @@ def test_has_split(tmp_path):
     assert not has_split(str(path), "validation")
 
 
-def test_scenes_are_a_source_like_any_other():
-    test = load_pairs("scenes", "test")
+def test_the_demo_is_a_source_like_any_other():
+    test = load_pairs("demo", "test")
     assert test.column_names == ["uid", "premise", "hypothesis", "label", "hard", "rule"]
     assert test.features["label"].names == list(LABELS)
     assert len(set(test["uid"])) == len(test)
-    assert not set(test["premise"]) & set(load_pairs("scenes", "dev")["premise"])
-    assert has_split("scenes", "validation")
-    with pytest.raises(ValueError, match="scenes has no split dev_matched; it has train, validation, test"):
-        load_pairs("scenes", "dev_matched")
+    assert not set(test["premise"]) & set(load_pairs("demo", "dev")["premise"])
+    assert has_split("demo", "validation")
+    assert load_pairs("scenes", "test")["uid"] == test["uid"], "as recipes of version 0.1 call it"
+    with pytest.raises(ValueError, match="no file for split dev_matched; it has test.parquet, train.parquet"):
+        load_pairs("demo", "dev_matched")
 
 
 def test_a_temperature_is_fitted_on_validation_pairs_whose_premises_are_not_judged(tmp_path, caplog):
@@ -504,12 +505,12 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     other = [row for label in LABELS for row in numbered(60, label, text="Other")]
     unlabelled = [{**other[0], "label": "-"}] * 2
     write_jsonl(tmp_path / "other.jsonl", [{**row, "subset": "x"} for row in other + unlabelled])
-    args = TrainDataConfig(dataset_name=str(folder), train_mix=[f"{tmp_path / 'other.jsonl'}=0.5", "scenes=0.25"])
+    args = TrainDataConfig(dataset_name=str(folder), train_mix=[f"{tmp_path / 'other.jsonl'}=0.5", "demo=0.25"])
     dropped, drawn = Counter(), {}
     train = load_train_and_validation(args, seed=0, dropped=dropped, drawn=drawn)["train"]
     assert train.column_names == ["uid", "premise", "hypothesis", "label"]
     told = Counter(
-        "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "scenes" for uid in train["uid"]
+        "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "demo" for uid in train["uid"]
     )
     assert told == {False: 60, "other": 30, True: 15}
     assert len(set(train["uid"])) == 105
@@ -523,7 +524,7 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
             "labels": dict.fromkeys(LABELS, 10),
             "dropped": {"unlabelled": 2, "mixed_premise_in_validation": 90},
         },
-        "scenes": {"pairs": 15, "labels": dict.fromkeys(LABELS, 5), "dropped": {}},
+        "demo": {"pairs": 15, "labels": dict.fromkeys(LABELS, 5), "dropped": {}},
     }
     assert np.bincount(train["label"]).tolist() == [35, 35, 35]
     again = load_train_and_validation(args, seed=0)["train"]
@@ -534,9 +535,9 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("scenes", "'scenes' is not source=weight"),
-        ("scenes=much", "'scenes=much' is not source=weight"),
-        ("scenes=0", "not source=weight with a weight above 0"),
+        ("demo", "'demo' is not source=weight"),
+        ("demo=much", "'demo=much' is not source=weight"),
+        ("demo=0", "not source=weight with a weight above 0"),
         ("{other}=2", "asks for 60 pairs, and .*other.jsonl has 12; with 30 pairs of the run's own .* weight of 0.4"),
         ("{hans}=0.1", "hans.jsonl has two labels"),
         ("nobody/nothing=1", "not on the Hub"),

@@ -60,16 +60,16 @@ def test_everything_below_the_package_is_in_the_wheel(wheel):
         packed = {name for name in archive.namelist() if name.startswith("nli_sft/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nli_sft").rglob("*") if path.is_file()}
     assert packed == {name for name in there if "__pycache__" not in name}
-    assert "nli_sft/scenes/base/model.safetensors" in packed
+    assert "nli_sft/demo/base/model.safetensors" in packed
     assert wheel.stat().st_size < 8 * 2**20
 
 
 def test_the_demo_leaves_a_run_with_its_report_and_control(demo):
     run = demo[0] / "outputs/demo-lora"
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["model_name_or_path"] == "scenes"
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["model_name_or_path"] == "demo"
     assert json.loads((run / "run.json").read_text())["resources"]["disk"]["model_bytes"] > 5 * 2**20
     assert (run / "report.html").is_file()
-    metrics = json.loads((run / "eval/scenes-test/metrics.json").read_text())
+    metrics = json.loads((run / "eval/demo-test/metrics.json").read_text())
     assert {"base", "tuned", "shuffled", "hypothesis_only"} <= set(metrics)
     assert list(demo[0].glob("wandb/offline-run-*"))
 
@@ -77,7 +77,7 @@ def test_the_demo_leaves_a_run_with_its_report_and_control(demo):
 def test_the_demo_ends_with_a_table_that_fits(demo):
     output = demo[1]
     lines = output.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.strip() == "scenes test: accuracy")
+    start = next(number for number, line in enumerate(lines) if line.strip() == "demo test: accuracy")
     table = lines[start : next(n for n, line in enumerate(lines) if line.startswith("The report: "))]
     assert max(map(len, table)) <= 80
     for name in ("all pairs", "95% interval", "easy", "hard", "rule: action", "rule: weather", "free: no label"):
@@ -115,12 +115,12 @@ def test_the_demo_goes_from_chance_to_nearly_everything_right(method, tmp_path):
     for command in (("sft.py", "--config", ROOT / f"recipes/demo/{method}.yaml"), ("eval.py", "--run", run)):
         result = launch(*command, cwd=tmp_path)
         assert result.returncode == 0, result.output
-    metrics = json.loads((tmp_path / run / "eval/scenes-test/metrics.json").read_text())
+    metrics = json.loads((tmp_path / run / "eval/demo-test/metrics.json").read_text())
     assert metrics["pairs"] == 2_000
     assert 0.29 < metrics["base"]["accuracy"] < 0.37
     assert metrics["tuned"]["accuracy"] >= 0.90
     assert metrics["hypothesis_only"]["accuracy"] < 0.45
-    table = pd.read_parquet(tmp_path / run / "eval/scenes-test/predictions.parquet")
+    table = pd.read_parquet(tmp_path / run / "eval/demo-test/predictions.parquet")
     hard = table[table["hard"]]
     assert len(hard) == 1_000
     assert (hard["tuned_prediction"] == hard["label"]).mean() >= 0.80

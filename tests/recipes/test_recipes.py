@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from nli_sft.configs import BatchConfig, PromptConfig, TrackingConfig, TrainDataConfig, parse_recipe
+from nli_sft.demo import BASE_MODEL, DEMO
 from nli_sft.models import count_parameters
 from nli_sft.prompts import load_prompt
-from nli_sft.scenes import BASE_MODEL, SCENES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "suites")
@@ -29,7 +29,7 @@ QWEN3 = {
     "tie_word_embeddings": True,
 }
 ARCHITECTURES = {
-    SCENES: (AutoConfig.from_pretrained(BASE_MODEL).to_dict(), 2_853_312),
+    DEMO: (AutoConfig.from_pretrained(BASE_MODEL).to_dict(), 2_853_312),
     "microsoft/phi-2": (
         {
             "model_type": "phi",
@@ -104,7 +104,7 @@ def test_a_recipe_builds_its_model(path):
     assert training.output_dir == f"outputs/{name}"
     assert training.run_name == name
     if path.parent.name == "demo":
-        assert data.dataset_name == model.model_name_or_path == SCENES
+        assert data.dataset_name == model.model_name_or_path == DEMO
     else:
         assert data.dataset_name == "stanfordnlp/snli"
         for revision in (data.dataset_revision, model.model_revision):

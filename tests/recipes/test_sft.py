@@ -90,14 +90,14 @@ def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_pa
 
 
 def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
-    arguments = ["--config", recipe, "--output_dir", tmp_path / "run", "--train_mix", "scenes=0.25", "--max_steps=2"]
+    arguments = ["--config", recipe, "--output_dir", tmp_path / "run", "--train_mix", "demo=0.25", "--max_steps=2"]
     result = launch("sft.py", *arguments, "--disable_tqdm=true", cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
     assert "%|" not in result.output, "a bar, of which none was wanted"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["train"]["pairs"] == 120
-    assert record["data"]["sources"]["scenes"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
+    assert record["data"]["sources"]["demo"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
     assert "120 pairs to train on, 24 to validate on" in result.output
-    assert "scenes: 24 pairs (8 entailment, 8 neutral, 8 contradiction)" in result.output
+    assert "demo: 24 pairs (8 entailment, 8 neutral, 8 contradiction)" in result.output
     own = f"{workspace / 'data'}: 96 pairs (32 entailment, 32 neutral, 32 contradiction); left out: 1 unlabelled"
     assert own in result.output

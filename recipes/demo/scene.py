@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from zlib import crc32
 
-from .world import (
+from world import (
     ACTIONS,
     COUNTS,
     FURS,

@@ -2,11 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from itertools import islice, zip_longest
 from random import Random
 
-from .language import article, be, capitalise, garment, premise, say
-from .scene import CONTRADICTION, ENTAILMENT, LABELS, NEUTRAL, Actor, Scene, clash, draw_scene, judge, unseen
-from .world import (
+from language import article, be, capitalise, garment, premise, say
+from scene import CONTRADICTION, ENTAILMENT, LABELS, NEUTRAL, Actor, Scene, clash, draw_scene, judge, unseen
+from world import (
     ACTIONS,
     COUNTS,
     FURS,
@@ -295,3 +296,34 @@ def draw_pairs(split: str, seed: int, hard: bool = False) -> Iterator[dict]:
             continue
         for label, (hypothesis, rule) in hypotheses.items():
             yield {"premise": text, "hypothesis": hypothesis, "label": label, "rule": rule, "hard": hard}
+
+
+SPLIT_SIZES = {"train": 24_000, "dev": 1_000, "test": 2_000}
+
+
+def generate_pairs(split: str, n: int | None = None, seed: int = 0) -> list[dict]:
+    """Labelled pairs of one split, about three a premise.
+
+    Args:
+        split: `train`, `dev` or `test`; no two of them share a scene. Every other premise of `test` is hard: it
+            combines what train and dev never combine.
+        n: how many pairs; `SPLIT_SIZES` says how many by default.
+        seed: another seed gives other scenes of the same split.
+
+    Returns:
+        Dicts with uid, premise, hypothesis, label (its name), rule (what the hypothesis is about) and hard.
+    """
+    n = SPLIT_SIZES[split] if n is None else n
+    n_hard = n // 2 if split == "test" else 0
+    pairs = list(islice(draw_pairs(split, seed), n - n_hard))
+    if n_hard:
+        hard = list(islice(draw_pairs(split, seed, hard=True), n_hard))
+        # Easy and hard premises take turns, so that any part of the split has both.
+        easy_and_hard = zip_longest(batched(pairs, 3), batched(hard, 3), fillvalue=())
+        pairs = [pair for turn in easy_and_hard for premise in turn for pair in premise]
+    return [{"uid": f"demo-{split}-{seed}-{number}", **pair} for number, pair in enumerate(pairs)]
+
+
+def batched(pairs: list[dict], size: int) -> list[list[dict]]:
+    """The pairs in runs of `size`: itertools.batched comes with Python 3.12 only."""
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from .scene import Actor, Scene
-from .world import Concept
+from scene import Actor, Scene
+from world import Concept
 
 
 def say(concept: Concept, rng: Random, plural: bool = False) -> str:

@@ -6,9 +6,9 @@ Scenes are those of the train split, without held-out combinations. Of the label
 from collections.abc import Iterator
 from random import Random
 
-from .language import premise
-from .pairs import Ledger, draw_hypothesis
-from .scene import CONTRADICTION, ENTAILMENT, LABELS, NEUTRAL, Scene, draw_scene
+from language import premise
+from pairs import Ledger, draw_hypothesis
+from scene import CONTRADICTION, ENTAILMENT, LABELS, NEUTRAL, Scene, draw_scene
 
 # A hypothesis led in by its relation to what was said before ("{h}" has a small first letter and no full stop) ...
 LEADS = {

@@ -1,6 +1,6 @@
 """Make the tiny base model from nothing: text from the world of scenes, a tokenizer, a small Llama.
 
-    python -m nli_sft.scenes.pretrain --device cuda
+    python recipes/demo/pretrain.py --device cuda
 
 The result has read what follows from what in many wordings, and not once the words with which our prompts ask for it;
 the last steps see to it that they can be learned, and are at chance (`scatter_unread`, `start_at_chance`).
@@ -18,15 +18,16 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from corpus import VOICES, draw_documents
+from pairs import generate_pairs
+from scene import LABELS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from ..prompts import PROMPTS, Prompt, PromptEncoder
-from . import BASE_MODEL, generate_pairs
-from .corpus import VOICES, draw_documents
-from .scene import LABELS
+from nli_sft.demo import BASE_MODEL
+from nli_sft.prompts import PROMPTS, Prompt, PromptEncoder
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -215,10 +216,10 @@ def write_card(folder: Path, args: argparse.Namespace, facts: dict) -> None:
     facts = facts | {"sha256 of model.safetensors": digest}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     (folder / "README.md").write_text(
-        f"""# The base model of the built-in scenes
+        f"""# The base model of the built-in demo
 
 A tiny Llama-shaped language model for trying `nli-sft` where nothing can be downloaded. It was trained from random
-weights on text that `nli_sft.scenes` generates: descriptions of scenes, and talk about what follows from them. It
+weights on text that `recipes/demo/` generates: descriptions of scenes, and talk about what follows from them. It
 speaks of nothing else. The three label words of natural language inference are not in that text, and a last step takes
 from their first tokens what they have in common with answers that are (`start_at_chance`): before tuning the model
 knows what follows from what, and is at chance when it is asked for the label words. Tokens that the text never holds
@@ -226,7 +227,7 @@ have random rows (`scatter_unread`), for what is spelled with them.
 
 Made by
 
-    python -m nli_sft.scenes.pretrain {options}
+    python recipes/demo/pretrain.py {options}
 
 | | |
 |---|---|
