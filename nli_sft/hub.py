@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import (
     CommitOperationAdd,
@@ -47,7 +46,7 @@ from .evaluation import load_encoder
 from .labels import LABELS, TWO_WAY_LABELS, to_two_way
 from .models import locate_model
 from .prompts import Prompt, PromptEncoder, load_prompt
-from .runs import read_run, versions
+from .runs import evaluation_folders, read_json, read_metrics, read_predictions, read_recipe, read_run, versions
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -137,7 +136,7 @@ def push(args: PushConfig) -> str:
     files = _run_files(folder)
     if not any(name.endswith(".safetensors") for name in files):
         raise UserError(f"{folder} has no adapter or model in safetensors; train it with recipes/sft.py")
-    if not args.without_results and not any(name.startswith("eval/") for name in files):
+    if not args.without_results and not any(name.endswith("/metrics.json") for name in files):
         raise UserError(
             f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first, or push it with "
             f"--without_results"
@@ -273,7 +272,7 @@ def model_card(
     base_license = _stated_license(base_id, "model")
     data_license = _stated_license(dataset_id, "dataset")
     is_adapter = (folder / "adapter_config.json").is_file()
-    adapter = _read_json(folder / "adapter_config.json") if is_adapter else {}
+    adapter = read_json(folder / "adapter_config.json") if is_adapter else {}
     evaluations = read_evaluations(folder)
     results = [result for evaluation in evaluations for result in _eval_results(evaluation)]
     results = results or _validation_results(recipe, record, dataset_id)
@@ -342,16 +341,16 @@ def read_evaluations(folder: Path) -> list[dict[str, object]]:
     Each has `key`, `source`, `split`, `pairs`, `labels`, `models` {name: metrics} and, where the predictions of the
     base and the tuned model are there, `headline`.
     """
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = read_recipe(folder)
     evaluations = []
-    for path in sorted(folder.glob("eval/*/metrics.json")):
-        summary = _read_json(path)
+    for path in evaluation_folders(folder):
+        summary = read_metrics(path)
         name = f"{Path(summary['source']).name} {summary['split']}"
         is_own = summary["source"] == recipe.get("dataset_name")
         models = {key: value for key, value in summary.items() if isinstance(value, dict) and "accuracy" in value}
         evaluations.append(
             {
-                "key": path.parent.name,
+                "key": path.name,
                 "name": name,
                 "source": summary["source"],
                 "is_own": is_own,
@@ -363,17 +362,20 @@ def read_evaluations(folder: Path) -> list[dict[str, object]]:
                 "pairs": summary["pairs"],
                 "models": {MODEL_NAMES[key]: models[key] for key in MODEL_NAMES if key in models},
                 "tuned": models.get("tuned"),
-                "headline": _headline(path.with_name("predictions.parquet"), name),
+                "headline": _headline(path, name),
             }
         )
     return sorted(evaluations, key=lambda evaluation: not evaluation["is_own"])
 
 
-def _headline(path: Path, name: str) -> str | None:
+def _headline(folder: Path, name: str) -> str | None:
     columns = ["premise", "label", "base_prediction", "tuned_prediction"]
-    if not path.is_file() or not set(columns) <= set(pq.read_schema(path).names):
+    if not (folder / "predictions.parquet").exists():
         return None
-    table = pq.read_table(path, columns=columns).to_pydict()
+    table = read_predictions(folder)
+    if not set(columns) <= set(table):
+        return None
+    table = table[columns].to_dict(orient="list")
     if TWO_WAY_LABELS[1] in table["label"]:
         two_way = {label: TWO_WAY_LABELS[to_two_way(index)] for index, label in enumerate(LABELS)}
         for column in columns[2:]:
@@ -462,7 +464,8 @@ def _eval_result_files(folder: Path) -> dict[str, bytes]:
 def _run_files(folder: Path) -> list[str]:
     patterns = (*MODEL_FILES, *RUN_FILES, *RESULT_FILES)
     found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    return sorted(name for name in found if (folder / name).is_file())
+    stale = {path.parent for path in folder.glob("eval/*/metrics.json")} - set(evaluation_folders(folder))
+    return sorted(name for name in found if (folder / name).is_file() and (folder / name).parent not in stale)
 
 
 def _operations(folder: Path, files: list[str], args: PushConfig, recipe: dict) -> list[CommitOperationAdd]:
@@ -472,9 +475,9 @@ def _operations(folder: Path, files: list[str], args: PushConfig, recipe: dict) 
         # Where the run names a folder of this machine, what is pushed names the Hub.
         text = yaml.safe_dump(recipe | {"model_name_or_path": args.base_model}, sort_keys=False, allow_unicode=True)
         contents["recipe.yaml"] = text.encode()
-        contents["run.json"] = json.dumps(_read_json(folder / "run.json") | {"model": args.base_model}).encode()
+        contents["run.json"] = json.dumps(read_json(folder / "run.json") | {"model": args.base_model}).encode()
         if "adapter_config.json" in files:
-            adapter = _read_json(folder / "adapter_config.json") | {"base_model_name_or_path": args.base_model}
+            adapter = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": args.base_model}
             contents["adapter_config.json"] = json.dumps(adapter, indent=2).encode()
     if args.eval_results:
         contents |= _eval_result_files(folder)
@@ -591,7 +594,3 @@ def _is_hub_id(source: str) -> bool:
 
 def _is_image(path: Path) -> bool:
     return path.suffix in (".png", ".svg", ".jpg")
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from . import UserError
 from .comparison import FEWEST_PREMISES, Comparison, compare, points
 from .labels import LABELS, TWO_WAY_LABELS, to_two_way
 from .prompts import Prompt
-from .runs import read_run
+from .runs import evaluation_folders, read_metrics, read_predictions, read_run
 from .slices import LEVEL, holm
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Judged:
 
     def __init__(self, folder: Path):
         self.key = folder.name
-        self.summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        self.summary = read_metrics(folder)
         self._predictions = folder / "predictions.parquet"
 
     @property
@@ -88,7 +88,7 @@ class Judged:
         """
         if not self._predictions.is_file():
             return None
-        table = pd.read_parquet(self._predictions)
+        table = read_predictions(self._predictions.parent)
         columns = [name for name in table if name.endswith("_prediction")]
         table = table[["uid", "premise", "hypothesis", "label", *columns]]
         if (table["label"] == TWO_WAY_LABELS[1]).any():
@@ -115,8 +115,7 @@ class RunRecord:
         self.recipe, self.prompt, self.record = read_run(folder)
         self.name = name or folder.resolve().name
         self.source = source or str(folder)
-        paths = sorted(folder.glob("eval/*/metrics.json"))
-        self.judged = {path.parent.name: Judged(path.parent) for path in paths}
+        self.judged = {path.name: Judged(path) for path in evaluation_folders(folder)}
 
     @cached_property
     def config(self) -> dict[str, object]:

@@ -10,27 +10,53 @@ outputs/<model>-<method>/
 """
 
 import json
+import logging
 import os
 import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import xxhash
 import yaml
 
 from . import UserError, __version__
+from .labels import LABELS
 from .prompts import Prompt, load_prompt
+
+logger = logging.getLogger(__name__)
 
 # The control inside a run folder: a run of its own, trained in the same way without the premise.
 HYPOTHESIS_ONLY = "hypothesis_only"
 
 TRAINED_PAIRS = "trained_pairs.npy"
+
+# What every reader of a run folder takes for granted.
+RECIPE_TYPES = {"model_name_or_path": str, "dataset_name": str}
+RECORD_TYPES = {
+    "model": str,
+    "parameters": dict,
+    "data": dict,
+    "validation": dict,
+    "history": list,
+    "versions": dict,
+    "train": dict,
+    "resources": dict,
+    "seconds": (int, float),
+}
+METRICS_TYPES = {"source": str, "split": str, "pairs": int}
+
+# Files of weights are hashed whole up to this size. Of larger ones the size, the header and 1,024 blocks of 256 KiB,
+# spread evenly, are: training moves every block, and to read 256 MiB takes a fraction of a second.
+HASHED_WHOLE = 2**30
+BLOCKS, BLOCK = 1024, 2**18
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
@@ -55,19 +81,176 @@ def write_run(path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapp
     write_json(path / "run.json", record)
 
 
+class _Content(dict):
+    """What a JSON or YAML file of a run folder holds. A missing key is told in a sentence, wherever it is read."""
+
+    def __init__(self, path: Path, values: Mapping):
+        super().__init__(
+            {key: _Content(path, value) if isinstance(value, dict) else value for key, value in values.items()}
+        )
+        self._path = path
+
+    def __missing__(self, key: str):
+        raise UserError(f"{self._path} has no {key!r}, so it is damaged or not ours; {_repair(self._path)}")
+
+    def __reduce__(self):
+        return dict, (dict(self),)
+
+
+def _repair(path: Path) -> str:
+    if path.name in ("metrics.json", "predictions.parquet"):
+        return f"remove {path.parent}, and judge the run again with recipes/eval.py"
+    return "take it from a copy, or train the run again"
+
+
+def _read(path: Path, parse: Callable[[str], object], types: Mapping[str, object]) -> dict:
+    """A file that holds keys and values, of which some must have a type.
+
+    Raises:
+        UserError: naming the file, and what is wrong with it.
+    """
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; {_repair(path)}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{path} cannot be read ({' '.join(reason.split())}); {_repair(path)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold keys and values, not {content!r:.40}; {_repair(path)}")
+    for key, kind in types.items():
+        if key in content and not isinstance(content[key], kind):
+            raise UserError(f"{path}: {key} should not be {content[key]!r:.40}; {_repair(path)}")
+    return _Content(path, content)
+
+
+def read_json(path: Path, types: Mapping[str, object] = {}) -> dict:  # noqa: B006 (never changed)
+    """A JSON file of a run folder: an object, whose keys have `types` where they are there.
+
+    Raises:
+        UserError: if it is not there or damaged; and later, where a key is read that it lacks.
+    """
+    return _read(path, json.loads, types)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The recipe of a run folder.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    recipe = _read(Path(path) / "recipe.yaml", yaml.safe_load, RECIPE_TYPES)
+    for key in RECIPE_TYPES:
+        recipe[key]  # must be there
+    return recipe
+
+
 def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
     """(recipe, prompt, record) of a run folder.
 
     Raises:
-        UserError: naming the folder and the file that is missing.
+        UserError: naming the folder and the file that is missing, or the one that is damaged.
     """
     path = Path(path)
     for name in ("recipe.yaml", "prompt.json", "run.json"):
         if not (path / name).is_file():
             raise UserError(f"{path} is not a run folder: it has no {name}; recipes/sft.py writes one when it ends")
-    recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    record = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    recipe, record = read_recipe(path), read_json(path / "run.json", RECORD_TYPES)
+    read_json(path / "prompt.json")  # cut short, it may still be YAML
     return recipe, load_prompt(str(path / "prompt.json")), record
+
+
+def read_metrics(folder: Path) -> dict:
+    """What `metrics.json` of an evaluation holds.
+
+    Raises:
+        UserError: if it is not there or damaged.
+    """
+    summary = read_json(folder / "metrics.json", METRICS_TYPES)
+    for key in METRICS_TYPES:
+        summary[key]
+    return summary
+
+
+def read_predictions(folder: Path) -> pd.DataFrame:
+    """What `predictions.parquet` of an evaluation holds: a row a pair.
+
+    Raises:
+        UserError: if it is not there, or damaged, or without the columns that every evaluation has.
+    """
+    path = folder / "predictions.parquet"
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError, TypeError) as error:  # Arrow's errors are among these
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read as Parquet ({reason:.200}); {_repair(path)}") from error
+    models = [name.removesuffix("_prediction") for name in table if name.endswith("_prediction")]
+    needed = ["uid", "premise", "hypothesis", "label"]
+    needed += [f"{model}_{what}_{label}" for model in models for what in ("p", "joint") for label in LABELS]
+    missing = [name for name in needed if name not in table]
+    if missing or not models:
+        raise UserError(f"{path} has no column {(missing or ['tuned_prediction'])[0]!r}; {_repair(path)}")
+    return table
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a folder is called as a checkpoint of a run is."""
+    return re.fullmatch(r"checkpoint-\d+", Path(path).resolve().name) is not None
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The safetensors that a run folder is loaded from: those of its adapter, or of its full model."""
+    path = Path(path)
+    pattern = "adapter_model*.safetensors" if (path / "adapter_config.json").is_file() else "model*.safetensors"
+    return sorted(file for file in path.glob(pattern) if file.is_file())
+
+
+def weights_fingerprint(path: str | Path) -> str | None:
+    """32 hexadecimal digits that change with the weights of a run folder; `None` where it holds none.
+
+    XXH3 of the safetensors, whole up to 1 GiB a file (0.2 s), a quarter of a gibibyte of larger ones.
+    """
+    digest = xxhash.xxh3_128()
+    files = weight_files(path)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as opened:
+            for start in range(0, size, BLOCK if size <= HASHED_WHOLE else size // BLOCKS):
+                opened.seek(start)
+                digest.update(opened.read(BLOCK))
+    return digest.hexdigest() if files else None
+
+
+def fingerprints(run: str | Path) -> dict[str, str]:
+    """What an evaluation is tied to: the weights of the run, as `tuned`, and of the control in its folder."""
+    found = {"tuned": weights_fingerprint(run), HYPOTHESIS_ONLY: weights_fingerprint(Path(run) / HYPOTHESIS_ONLY)}
+    return {model: value for model, value in found.items() if value is not None}
+
+
+def evaluation_folders(run: str | Path) -> list[Path]:
+    """The evaluations in a run folder that are of its weights. Of others a warning says that they are not read.
+
+    What was judged by other weights stays where a run was trained again in its folder, or had files copied into it.
+
+    Raises:
+        UserError: if the `metrics.json` of one is damaged.
+    """
+    folders = sorted(path.parent for path in Path(run).glob("eval/*/metrics.json"))
+    now = fingerprints(run) if folders else {}
+    kept = []
+    for folder in folders:
+        judged = read_json(folder / "metrics.json", {"weights": dict}).get("weights", {})
+        others = [model for model, value in judged.items() if now.get(model, value) != value]
+        if others:
+            logger.warning(
+                "%s is not read: it was computed with other weights than the folder holds now (%s). "
+                "recipes/eval.py --run %s makes it anew.",
+                folder, ", ".join(others), run,
+            )  # fmt: skip
+        else:
+            kept.append(folder)
+    return kept
 
 
 def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
@@ -78,8 +261,14 @@ def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
 
 def trained_on(path: str | Path, keys: np.ndarray) -> np.ndarray | None:
     """Which pairs a run was trained on, (n,) booleans; `None` if its folder does not tell."""
-    file = Path(path) / TRAINED_PAIRS
-    return np.isin(keys, np.load(file, allow_pickle=False)) if file.is_file() else None
+    run = Path(path).resolve().parent if is_checkpoint(path) else Path(path)
+    file = run / TRAINED_PAIRS
+    if not file.is_file():
+        return None
+    try:
+        return np.isin(keys, np.load(file, allow_pickle=False))
+    except (ValueError, EOFError, TypeError) as error:
+        raise UserError(f"{file} is damaged; remove it, and pairs that were trained on go unnoticed") from error
 
 
 def evaluation_folder(path: str | Path, source: str, split: str) -> Path:
@@ -101,13 +290,22 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, object] | None:
-    """Commit of the working folder and whether it has uncommitted changes; `None` outside a repository."""
+    """Commit of the checkout that this package is in, and whether it has uncommitted changes.
+
+    `None` where the package was installed without one, be it into an environment inside somebody else's repository.
+    """
+    here = Path(__file__)
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        _git("ls-files", "--error-unmatch", here.name, folder=here.parent)  # fails if it is not this repository's
+        commit = _git("rev-parse", "HEAD", folder=here.parent)
+        changes = _git("status", "--porcelain", "--untracked-files=no", folder=here.parent)
+        return {"commit": commit, "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+def _git(*arguments: str, folder: Path) -> str:
+    # In a hook, git itself says in the environment which repository is meant.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()

@@ -28,7 +28,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from . import UserError
 from .labels import LABELS
 from .ledger import RUN_FILES, run_cost
-from .runs import write_json
+from .runs import evaluation_folders, read_json, write_json
 
 if TYPE_CHECKING:
     from .configs import TrackingConfig
@@ -115,7 +115,7 @@ class Tracker:
         path = self.run / STATE_FILE
         self.state = {"wandb": None, "told": {}}
         if resumed and path.is_file():
-            self.state = json.loads(path.read_text(encoding="utf-8"))
+            self.state = read_json(path, {"told": dict})
         self._sinks: dict[str, _Sink] = {}
 
     def open(self, name: str, about: Mapping[str, Any]) -> None:
@@ -411,8 +411,10 @@ class _Wandb(_Sink):
         self._run.log_artifact(document)
 
     def _save_files(self) -> None:
+        judged = evaluation_folders(self._folder)
+        stale = {path for path in self._folder.glob("eval/*/*") if path.parent not in judged}
         for pattern in RUN_FILES:
-            for path in self._folder.glob(pattern):
+            for path in set(self._folder.glob(pattern)) - stale:
                 # A copy, where W&B would make a link: `wandb sync` must not send what the folder has become by then.
                 copy = Path(self._run.dir, path.relative_to(self._folder))
                 copy.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
-import pandas as pd
 
 from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.comparison import buckets
 from nli_sft.configs import run_script
+from nli_sft.runs import evaluation_folders, read_predictions
 
 EXAMPLES = [
     ["Two women carry paper bags out of a shop.", "Some people have bags."],
@@ -67,10 +67,10 @@ def main(args):
 
 def examples(run):
     """A few pairs of each kind that the report tells of, or some of our own where there are no predictions."""
-    path = min(run.glob("eval/*/predictions.parquet"), default=None)
-    if path is None:
+    folder = next((path for path in evaluation_folders(run) if (path / "predictions.parquet").exists()), None)
+    if folder is None:
         return {"Examples": EXAMPLES}
-    table = pd.read_parquet(path)
+    table = read_predictions(folder)
     table["kind"] = buckets(*(table[name].to_numpy() for name in ("label", "base_prediction", "tuned_prediction")))
     rows = {title: table[table["kind"] == kind].head(3) for kind, title in TITLES.items()}
     return {title: some[["premise", "hypothesis"]].to_numpy().tolist() for title, some in rows.items() if len(some)}

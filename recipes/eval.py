@@ -24,7 +24,7 @@ from nli_sft.report.content import Evaluation, Report
 from nli_sft.report.outcome import outcome_sheet
 from nli_sft.report.suite import suite_sheets
 from nli_sft.resources import ResourceRecorder
-from nli_sft.runs import evaluation_folder, read_run, trained_on, versions
+from nli_sft.runs import evaluation_folder, fingerprints, read_run, trained_on, versions
 from nli_sft.sources import fingerprint, load_calibration_pairs, load_evaluation_sets, text_keys
 from nli_sft.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.tracking import open_run
@@ -52,6 +52,7 @@ def main(args):
     precision = choose_precision(args.precision, device)
     if PartialState().is_main_process:
         print(f"{precision}.")
+    weights = fingerprints(args.run)
     with resources.phase("evaluation") as phase, precision.autocast(device):
         judgements = judge_run(
             args.run,
@@ -82,6 +83,7 @@ def main(args):
             "pairs_trained_on": None if seen is None else int(seen.sum()),
             "data_fingerprint": fingerprint(one.pairs),
             "prompt_fingerprint": prompt.fingerprint,
+            "weights": weights,
             **results,
             "resources": used,
             "versions": versions(),

@@ -1,27 +1,39 @@
 import json
+import shutil
 import subprocess
 
 import numpy as np
+import pandas as pd
 import pytest
+from past_runs import write_past_run
 
+from nli_sft import UserError, runs
+from nli_sft.hub import read_evaluations
+from nli_sft.ledger import RunRecord
 from nli_sft.prompts import PROMPTS, load_prompt
+from nli_sft.report.content import Report
 from nli_sft.runs import (
     evaluation_folder,
+    evaluation_folders,
+    fingerprints,
     git_state,
     read_run,
     trained_on,
     versions,
+    weights_fingerprint,
     write_json,
     write_run,
     write_trained_pairs,
 )
 
+RECIPE = {"model_name_or_path": "hub/tiny", "lora_r": 8, "dataset_name": "snli"}
+
 
 def test_what_is_written_is_read_back(tmp_path):
     prompt = load_prompt("few_shot", ["yes", "maybe", "no"])
-    write_run(tmp_path / "run", recipe={"lora_r": 8, "dataset_name": "snli"}, prompt=prompt, record={"seconds": 1.5})
+    write_run(tmp_path / "run", recipe=RECIPE, prompt=prompt, record={"seconds": 1.5})
     recipe, read, record = read_run(tmp_path / "run")
-    assert recipe == {"lora_r": 8, "dataset_name": "snli"}
+    assert recipe == RECIPE
     assert record == {"seconds": 1.5}
     assert read == prompt
     assert read.fingerprint == prompt.fingerprint
@@ -65,17 +77,155 @@ def test_a_run_knows_the_pairs_again_that_it_was_trained_on(tmp_path):
     assert trained_on(tmp_path / "new", np.array([8, 7, 2**64 - 1], dtype=np.uint64)).tolist() == [False, True, True]
 
 
-def test_versions_and_git(tmp_path, monkeypatch):
+def test_versions():
     assert versions()["transformers"].startswith("5.")
-    monkeypatch.chdir(tmp_path)
-    assert git_state() is None
-    for command in (
-        ["init", "-q"],
-        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
-    ):
-        subprocess.run(["git", *command], check=True)
-    (tmp_path / "new").touch()
-    assert git_state()["dirty"] is False
-    assert len(git_state()["commit"]) == 40
-    subprocess.run(["git", "add", "new"], check=True)
-    assert git_state()["dirty"] is True
+
+
+def git(*arguments, folder):
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def test_git_state_is_that_of_this_package_wherever_one_stands(tmp_path, monkeypatch):
+    elsewhere, checkout = tmp_path / "elsewhere", tmp_path / "checkout"
+    for folder in (elsewhere, checkout):
+        folder.mkdir()
+        git("init", "-q", folder=folder)
+        git("commit", "-q", "--allow-empty", "-m", "x", folder=folder)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("GIT_DIR", str(elsewhere / ".git"))  # as in a hook
+    module = checkout / "nli_sft" / "runs.py"
+    module.parent.mkdir()
+    module.write_text("")
+    monkeypatch.setattr(runs, "__file__", str(module))
+    assert git_state() is None, "an environment inside somebody's repository"
+    monkeypatch.delenv("GIT_DIR")
+    git("add", ".", folder=checkout)
+    git("commit", "-q", "-m", "y", folder=checkout)
+    commit = (checkout / ".git" / "refs" / "heads").iterdir().__next__().read_text().strip()
+    monkeypatch.setenv("GIT_DIR", str(elsewhere / ".git"))
+    assert git_state() == {"commit": commit, "dirty": False}
+    module.write_text("x = 1")
+    assert git_state() == {"commit": commit, "dirty": True}
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert git_state() is None, "installed without git"
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a list": lambda path: path.write_text("[1, 2]"),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\x00\x81" * 9),
+    "no key": lambda path: path.write_text("{}"),
+    "a folder": lambda path: path.unlink() or path.mkdir(),
+}
+
+
+@pytest.fixture(scope="module")
+def past(tmp_path_factory):
+    return write_past_run(tmp_path_factory.mktemp("past") / "run", 0.8)
+
+
+def read_all(folder):
+    """All that is read of a run folder by compare, report and card."""
+    run = RunRecord(folder)
+    for _ in (run.validation, run.curve, run.cost, run.base):
+        pass
+    for judged in run.judged.values():
+        judged.accuracy("tuned"), judged.table
+    read_evaluations(folder)
+    Report(folder).provenance()
+
+
+@pytest.mark.parametrize("harm", DAMAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "recipe.yaml",
+        "prompt.json",
+        "eval/snli-test/metrics.json",
+        "eval/snli-test/predictions.parquet",
+        "eval/stress.json",
+    ],
+)
+def test_a_damaged_file_ends_in_a_sentence_that_names_it(past, tmp_path, name, harm):
+    folder = shutil.copytree(past, tmp_path / "run")
+    write_json(folder / "eval" / "stress.json", {"suite": "stress", "order": [], "judged": {}, "missing": {}})
+    read_all(folder)
+    DAMAGE[harm](folder / name)
+    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as told:
+        read_all(folder)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("run.json", "data", 5),
+        ("run.json", "history", {}),
+        ("run.json", "seconds", "long"),
+        ("run.json", "parameters", None),
+        ("eval/snli-test/metrics.json", "pairs", "600"),
+        ("eval/snli-test/metrics.json", "weights", []),
+    ],
+)
+def test_a_value_of_another_type_is_told(past, tmp_path, name, key, value):
+    folder = shutil.copytree(past, tmp_path / "run")
+    write_json(folder / name, json.loads((folder / name).read_text()) | {key: value})
+    with pytest.raises(UserError, match=f"{key} should not be"):
+        read_all(folder)
+
+
+def test_predictions_without_a_column_are_told(past, tmp_path):
+    folder = shutil.copytree(past, tmp_path / "run")
+    path = folder / "eval" / "snli-test" / "predictions.parquet"
+    pd.read_parquet(path).drop(columns="tuned_p_neutral").to_parquet(path)
+    with pytest.raises(UserError, match="predictions.parquet has no column 'tuned_p_neutral'; remove"):
+        read_all(folder)
+
+
+def weigh(folder, content, name="model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+
+
+def test_an_evaluation_of_other_weights_is_not_read(past, tmp_path, caplog):
+    folder = shutil.copytree(past, tmp_path / "run")
+    weigh(folder, b"one")
+    weigh(folder / "hypothesis_only", b"two")
+    metrics = folder / "eval" / "snli-test" / "metrics.json"
+    write_json(metrics, json.loads(metrics.read_text()) | {"weights": fingerprints(folder)})
+    assert evaluation_folders(folder) == [metrics.parent]
+    assert not caplog.text
+    weigh(folder / "hypothesis_only", b"new")
+    assert evaluation_folders(folder) == []
+    weigh(folder / "hypothesis_only", b"two")
+    weigh(folder, b"new")
+    assert RunRecord(folder).judged == {}
+    assert read_evaluations(folder) == []
+    assert "snli-test is not read: it was computed with other weights than the folder holds now (tuned)" in caplog.text
+    with pytest.raises(UserError, match="has not been evaluated"):
+        Report(folder)
+
+
+def test_an_adapter_left_in_the_folder_is_other_weights(tmp_path):
+    weigh(tmp_path, b"full")
+    of_full = weights_fingerprint(tmp_path)
+    weigh(tmp_path, b"adapter", "adapter_model.safetensors")
+    assert weights_fingerprint(tmp_path) == of_full, "nothing says that it is loaded"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert weights_fingerprint(tmp_path) not in (of_full, None)
+    assert weights_fingerprint(tmp_path / "nowhere") is None
+
+
+def test_of_large_files_blocks_are_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "HASHED_WHOLE", 2**20)
+    monkeypatch.setattr(runs, "BLOCK", 2**10)
+    content = bytearray(2**21)
+    weigh(tmp_path, content)
+    first = weights_fingerprint(tmp_path)
+    content[-1500:] = bytes(1000) + b"x" * 500
+    content[2**20 : 2**20 + 4096] = b"y" * 4096
+    weigh(tmp_path, content)
+    assert weights_fingerprint(tmp_path) != first

@@ -1,6 +1,5 @@
 """What a report says, computed from the files of a run folder. How it looks is in `figures` and the templates."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from ..comparison import Comparison, buckets, compare, design_effect, headline, 
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..metrics import compute
 from ..prompts import Prompt
-from ..runs import HYPOTHESIS_ONLY, read_run
+from ..runs import HYPOTHESIS_ONLY, evaluation_folders, read_json, read_metrics, read_predictions, read_run
 from ..slices import Slice, explain, slice_changes
 from ..sources import describe_source
 
@@ -74,11 +73,11 @@ class Evaluation:
 
     def __init__(self, folder: Path):
         self.key = re.sub(r"[^\w.-]+", "-", folder.name)
-        self.summary = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        self.summary = read_metrics(folder)
         source = self.summary.get("name") or Path(self.summary["source"]).name
         source = re.sub(r"\.(jsonl|csv|tsv|parquet|txt)(\.gz)?$", "", source)
         self.name = source if self.summary["split"] == "all" else f"{source} {self.summary['split']}"
-        self.table = pd.read_parquet(folder / "predictions.parquet")
+        self.table = read_predictions(folder)
         self.is_two_way = bool((self.table["label"] == TWO_WAY_LABELS[1]).any())
         self.label_names = TWO_WAY_LABELS if self.is_two_way else LABELS
         self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
@@ -336,6 +335,15 @@ class Training:
         return rows
 
 
+def _read_suite(path: Path, evaluations: set[str]) -> dict:
+    """What `suites.write_suite` wrote; the sets whose evaluation is not read count as missing."""
+    suite = read_json(path, {"suite": str, "order": list, "judged": dict, "missing": dict})
+    stale = {name for name, key in suite["judged"].items() if re.sub(r"[^\w.-]+", "-", key) not in evaluations}
+    judged = {name: key for name, key in suite["judged"].items() if name not in stale}
+    missing = suite["missing"] | dict.fromkeys(stale, "its evaluation is not there, or of other weights")
+    return suite | {"judged": judged, "missing": missing}
+
+
 def _epoch(entry: Mapping) -> int:
     """The number from 1 of the epoch that an entry of the log closes or lies in."""
     return max(1, math.ceil(entry["epoch"] - 1e-6))
@@ -359,11 +367,11 @@ class Report:
         self.name = self.folder.resolve().name
         self.recipe, self.prompt, self.record = read_run(folder)
         self.training = Training(self.record)
-        folders = sorted(path.parent for path in self.folder.glob("eval/*/predictions.parquet"))
+        folders = [path for path in evaluation_folders(folder) if (path / "predictions.parquet").exists()]
         evaluations = [Evaluation(path) for path in folders]
         if not evaluations:
             raise UserError(f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first")
-        suites = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.folder.glob("eval/*.json"))]
+        suites = [_read_suite(path, {e.key for e in evaluations}) for path in sorted(self.folder.glob("eval/*.json"))]
         places = [key for suite in suites for key in suite["judged"].values()]
         self.evaluations = sorted(
             evaluations,
