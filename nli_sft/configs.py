@@ -161,7 +161,7 @@ class MachineConfig:
 
 @dataclass
 class TrackingConfig:
-    """How a run appears in Weights & Biases (and, as far as they know such things, in Trackio)."""
+    """How a run appears in Weights & Biases."""
 
     wandb_entity: str | None = field(default=None, metadata={"help": "User or team; your default one if empty."})
     wandb_project: str | None = field(

@@ -119,7 +119,7 @@ class RunRecord:
 
     @cached_property
     def config(self) -> dict[str, object]:
-        """What `run_config` makes of it: the config that its trackers show."""
+        """What `run_config` makes of it: the config that W&B shows."""
         return run_config(self.recipe, self.prompt, self.record)
 
     @property
@@ -161,7 +161,7 @@ class RunRecord:
 
 
 def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, object]:
-    """A run's config as trackers and comparisons show it: flat, the keys stable and without periods.
+    """A run's config as W&B and comparisons show it: flat, the keys stable and without periods.
 
     Args:
         recipe, prompt, record: as in a run folder; of the record only what is known when training starts is needed.

@@ -1,8 +1,7 @@
-"""A run in Weights & Biases, and the same record in Trackio and TensorBoard.
+"""A run in Weights & Biases. Other trackers get transformers' own callbacks.
 
-`open_run` opens the run before the Trainer exists, so that the Trainer's own callback joins it. wandb and trackio are
-imported only where `report_to` names them. Nothing that a tracker does may stop or fail the work it watches: what one
-of them raises is told once, and that tracker is left alone from then on.
+`open_run` opens the run before the Trainer exists, so that the Trainer's own callback joins it. Nothing that W&B does
+may stop or fail the work it watches: its first error is logged, and from then on it is left alone.
 """
 
 import copy
@@ -12,8 +11,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,8 @@ import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
-from transformers import Trainer, TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers import Trainer
+from transformers.integrations import WandbCallback, get_available_reporting_integrations
 
 from . import UserError
 from .labels import LABELS
@@ -38,9 +37,8 @@ logger = logging.getLogger(__name__)
 
 PROJECT = "nli-sft"
 
-# What it takes to go on with a run: its id in W&B, and the last steps told.
+# What it takes to resume a run: its id in W&B, the id of its first part, mode and project.
 STATE_FILE = "tracking.json"
-NOTHING = {"train": -1, "eval": -1}
 
 # A larger table is slow to open in W&B.
 MOST_ROWS = 10_000
@@ -55,6 +53,17 @@ USE_SECONDS = 30.0
 ADAPTER_FILES = ("adapter_*", "*token*", "*.jinja", "prompt.json")
 
 
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raise a `UserError` where `report_to` names a tracker that transformers cannot use here."""
+    available = get_available_reporting_integrations()
+    for name in report_to:
+        if name not in available:
+            raise UserError(
+                f"report_to: {name} is not installed, or transformers has no tracker of that name. Install it, or set "
+                f"report_to to none or to one of {', '.join(sorted(available))}."
+            )
+
+
 def open_run(
     run: str | Path,
     *,
@@ -64,7 +73,7 @@ def open_run(
     job_type: str = "train",
     resumed: bool = False,
 ) -> "Tracker":
-    """Open a run in the trackers that `report_to` names. Every process calls it; only the main one opens anything.
+    """Open a run in W&B if `report_to` names it. Every process calls this; only the main one opens anything.
 
     Args:
         run: the run folder; made if it is not there.
@@ -74,12 +83,9 @@ def open_run(
         resumed: whether to go on with the run that the folder already has. In W&B that is the same run where this part
             and the last are both online. Offline, W&B cannot resume: there it is a new run in the same group, whose
             config names the one before it (`resumed_from`) and the first (`origin`).
-
-    Raises:
-        UserError: if a tracker is not installed.
     """
-    tracker = Tracker(run, resumed=resumed)
-    if PartialState().is_main_process:
+    tracker = Tracker(run)
+    if "wandb" in ([report_to] if isinstance(report_to, str) else report_to or ()) and PartialState().is_main_process:
         config = dict(config)
         if config.get("gpu") is None and torch.cuda.is_available():
             config["gpu"] = torch.cuda.get_device_name()
@@ -95,89 +101,63 @@ def open_run(
             "notes": settings.wandb_notes,
             "config": config,
         }
-        for name in [report_to] if isinstance(report_to, str) else report_to or ():
-            if name in SINKS:
-                tracker.open(name, about)
+        tracker.open(about, resumed)
     return tracker
 
 
 class Tracker:
-    """A run in the trackers that `open_run` opened for it. On other processes than the main one it does nothing.
+    """A run in W&B that may fail without harm. Unopened, and on other processes than the main one, it does nothing."""
 
-    Attributes:
-        run: the run folder.
-        state: what its tracking.json holds: `wandb`, the run there, and for each tracker `told`: the last step whose
-            loss (`train`) and the last whose evaluation (`eval`) was told.
-    """
+    def __init__(self, run: str | Path):
+        self._folder = Path(run)
+        self._run: _WandbRun | None = None
+        self._failed = False
 
-    def __init__(self, run: str | Path, *, resumed: bool):
-        self.run = Path(run)
-        path = self.run / STATE_FILE
-        self.state = {"wandb": None, "told": {}}
-        if resumed and path.is_file():
-            self.state = read_json(path, {"told": dict})
-        self._sinks: dict[str, _Sink] = {}
+    def open(self, about: Mapping[str, Any], resumed: bool) -> None:
+        """Start the run, or go on with the one of the folder; `about` is what `wandb.init` takes."""
 
-    def open(self, name: str, about: Mapping[str, Any]) -> None:
-        """Open the run in one tracker."""
-        with self._forgiving(name):
-            try:
-                self._sinks[name] = SINKS[name](self, about)
-                self.state["told"].setdefault(name, NOTHING.copy())
-            except ImportError as error:
-                raise UserError(
-                    f"report_to names {name}, which is not installed; pip install {name}, or set report_to: none"
-                ) from error
-        self.save()
+        def start():
+            self._run = _WandbRun(self._folder, about, resumed)
 
-    def save(self) -> None:
-        """Write tracking.json."""
-        write_json(self.run / STATE_FILE, self.state)
+        self.attempt(start)
 
     def watch(self, trainer: Trainer) -> None:
-        """Let the Trainer's callbacks for these trackers join this run, and stand between them and the training."""
-        for sink in SINKS.values():
-            trainer.pop_callback(sink.trainer_callback)
-        if self._sinks:
-            trainer.add_callback(_Joining(self, {name: sink.callback() for name, sink in self._sinks.items()}))
+        """Let the Trainer's callback for W&B join this run."""
+        trainer.pop_callback(WandbCallback)
+        if self._run is not None:
+            trainer.add_callback(_Joining(self, self._run.logged))
 
     def publish_training(self, record: Mapping) -> None:
         """What is known when training has ended and the run folder is written: validation, cost, files, adapter."""
-        self.tell_all("summarise", training_figures(record))
-        self.tell_all("publish_training", record)
+        if self._run is not None:
+            self.attempt(self._run.summarise, training_figures(record))
+            self.attempt(self._run.publish_training, record)
 
     def publish_evaluation(self, report: "Report") -> None:
         """What was judged: figures, predictions and other tables, plots and the report. The report is written."""
-        figures = training_figures(report.record)
-        for evaluation in report.evaluations:
-            figures |= evaluation_figures(evaluation)
-        self.tell_all("summarise", figures)
-        self.tell_all("publish_evaluation", report)
+        if self._run is not None:
+            figures = training_figures(report.record)
+            for evaluation in report.evaluations:
+                figures |= evaluation_figures(evaluation)
+            self.attempt(self._run.summarise, figures)
+            self.attempt(self._run.publish_evaluation, report)
 
     def finish(self) -> None:
-        """End the run in every tracker."""
-        self.tell_all("finish")
+        """End the run."""
+        if self._run is not None:
+            self.attempt(self._run.finish)
 
-    def tell_all(self, method: str, *arguments: object) -> None:
-        """Call a method of every tracker."""
-        for name, sink in list(self._sinks.items()):
-            self.tell(name, getattr(sink, method), *arguments)
-
-    def tell(self, name: str, function: Callable, *arguments: object, **keywords: object) -> None:
-        """Call a function of one tracker, unless that tracker has failed before."""
-        if name in self._sinks:
-            with self._forgiving(name):
-                function(*arguments, **keywords)
-
-    @contextmanager
-    def _forgiving(self, name: str) -> Iterator[None]:
+    def attempt(self, function: Callable, *arguments: object, **keywords: object) -> None:
+        """Call a function that talks to W&B, unless one has failed before."""
+        if self._failed:
+            return
         try:
-            yield
+            function(*arguments, **keywords)
         except UserError:
             raise
         except Exception as error:  # whatever it is, it is not worth a training
-            self._sinks.pop(name, None)
-            logger.warning("%s failed and is left alone from here on: %s", name, " ".join(str(error).split()))
+            self._failed = True
+            logger.warning("wandb failed and is left alone from here on: %s", " ".join(str(error).split()))
 
 
 def training_figures(record: Mapping) -> dict[str, float]:
@@ -215,18 +195,23 @@ def _section(evaluation: "Evaluation") -> str:
     return evaluation.key.replace(".", "_")
 
 
-class _Joining(TrainerCallback):
-    """Passes the Trainer's events on to the callbacks of the trackers: each step once, with speed and memory."""
+class _Joining(WandbCallback):
+    """transformers' callback for W&B on the run that is open: each step once, with speed and memory."""
 
-    def __init__(self, tracker: Tracker, callbacks: Mapping[str, TrainerCallback]):
+    def __init__(self, tracker: Tracker, logged: dict[str, int]):
+        super().__init__()
         self._tracker = tracker
-        self._callbacks = callbacks
+        self._logged = logged  # the last step of each kind that W&B has
+
+    def setup(self, args, state, model, **kwargs):
+        # The run is open, and its config was made to be compared; this would add some 200 defaults, and nested ones.
+        self._initialized = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.perf_counter(), state.global_step
-        self._pass_on("on_train_begin", args, state, control, **kwargs)
-        # A resumed training knows what was logged before its checkpoint, and a tracker may not: what a killed process
-        # had not sent is lost, and where a run cannot be resumed all of it belongs to another run.
+        self._tracker.attempt(super().on_train_begin, args, state, control, **kwargs)
+        # A resumed training knows what was logged before its checkpoint, and W&B may not: what a killed process had
+        # not sent is lost, and offline all of it belongs to another run.
         for entry in state.log_history:
             at_that_step = copy.copy(state)
             at_that_step.global_step = entry["step"]
@@ -247,30 +232,23 @@ class _Joining(TrainerCallback):
         return {"pairs_per_second": speed, "memory_gib": _memory_bytes() / 2**30}
 
     def _log(self, args, state, control, logs, **kwargs) -> None:
-        """Tell each tracker what it has not been told: a resumed training repeats what came after its checkpoint, and
-        the end of any training repeats an evaluation."""
+        """Log what W&B does not have: a resumed training repeats what came after its checkpoint, and the end of any
+        training repeats an evaluation."""
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind == "eval":
             logs = logs | {"eval_global_step": state.global_step}
-        for name, callback in self._callbacks.items():
-            told = self._tracker.state["told"][name]
-            if kind is None or state.global_step > told[kind]:
-                self._tracker.tell(name, callback.on_log, args, state, control, logs=logs, **kwargs)
-                told |= {kind: state.global_step} if kind else {}
-        self._tracker.save()
+        if kind is None or state.global_step > self._logged[kind]:
+            self._tracker.attempt(super().on_log, args, state, control, logs=logs, **kwargs)
+            self._logged |= {kind: state.global_step} if kind else {}
 
     def on_save(self, *arguments, **keywords):
-        self._pass_on("on_save", *arguments, **keywords)
+        self._tracker.attempt(super().on_save, *arguments, **keywords)
 
     def on_predict(self, *arguments, **keywords):
-        self._pass_on("on_predict", *arguments, **keywords)
+        self._tracker.attempt(super().on_predict, *arguments, **keywords)
 
     def on_train_end(self, *arguments, **keywords):
-        self._pass_on("on_train_end", *arguments, **keywords)
-
-    def _pass_on(self, event: str, *arguments, **keywords) -> None:
-        for name, callback in self._callbacks.items():
-            self._tracker.tell(name, getattr(callback, event), *arguments, **keywords)
+        self._tracker.attempt(super().on_train_end, *arguments, **keywords)
 
 
 def _memory_bytes() -> int:
@@ -278,75 +256,37 @@ def _memory_bytes() -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
-class _JoiningWandb(WandbCallback):
-    def setup(self, args, state, model, **kwargs):
-        # The run is open, and its config was made to be compared; this would add some 200 defaults, and nested ones.
-        self._initialized = True
+class _WandbRun:
+    """A run in W&B: what is sent to it, and how it is resumed.
 
+    Attributes:
+        logged: the last step of which W&B has a loss (`train`), and the last of which it has an evaluation (`eval`).
+    """
 
-class _JoiningTrackio(TrackioCallback):
-    def setup(self, args, state, model, **kwargs):
-        self._initialized = True
+    def __init__(self, folder: Path, about: Mapping[str, Any], resumed: bool):
+        import wandb  # slow to import, and needed by those alone who use it
 
-    def on_train_end(self, args, state, control, **kwargs):
-        pass  # what follows the training is part of the run; `Tracker.finish` ends it
-
-
-class _Sink:
-    """A run in one tracker. One without a place for files and tables leaves the last two methods as they are."""
-
-    trainer_callback: type[TrainerCallback]
-
-    def __init__(self, tracker: Tracker, about: Mapping[str, Any]):
-        raise NotImplementedError
-
-    def callback(self) -> TrainerCallback:
-        """The Trainer's callback for this tracker, as part of this run."""
-        raise NotImplementedError
-
-    def summarise(self, figures: Mapping[str, float]) -> None:
-        """Put figures that stand for the run as a whole beside its history."""
-        raise NotImplementedError
-
-    def finish(self) -> None:
-        raise NotImplementedError
-
-    def publish_training(self, record: Mapping) -> None:
-        pass
-
-    def publish_evaluation(self, report: "Report") -> None:
-        pass
-
-
-class _Wandb(_Sink):
-    trainer_callback = WandbCallback
-
-    def __init__(self, tracker: Tracker, about: Mapping[str, Any]):
-        import wandb
-
-        self._wandb, self._folder = wandb, tracker.run
+        self._wandb, self._folder = wandb, folder
+        path = folder / STATE_FILE
+        before = read_json(path, {"wandb": dict | None})["wandb"] if resumed and path.is_file() else None
         mode = wandb.setup().settings.mode
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             logger.warning("Not logged in to W&B: this run stays offline. `wandb login`, then `wandb sync`, sends it.")
             mode = "offline"
         try:
-            self._run = self._open(tracker, about, mode)
+            self._run = self._open(before, about, mode)
         except Exception as error:
             if mode != "online":
                 raise
             logger.warning("W&B cannot be reached: this run stays offline. `wandb sync` sends it. (%s)", error)
-            self._run = self._open(tracker, about, "offline")
+            self._run = self._open(before, about, "offline")
         # Summaries hold the last value, so a resumed run tells how far it has come.
         summary = self._run.summary if self._run.resumed else {}
-        tracker.state["told"]["wandb"] = {
-            kind: int(summary.get(key, -1))
-            for kind, key in (("train", "train/global_step"), ("eval", "eval/global_step"))
-        }
+        self.logged = {kind: int(summary.get(f"{kind}/global_step", -1)) for kind in ("train", "eval")}
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step", step_sync=True)
 
-    def _open(self, tracker: Tracker, about: Mapping[str, Any], mode: str):
-        before = tracker.state["wandb"]
+    def _open(self, before: Mapping[str, str] | None, about: Mapping[str, Any], mode: str):
         about = dict(about)
         if before is None:
             pass
@@ -361,13 +301,12 @@ class _Wandb(_Sink):
         settings = self._wandb.Settings(finish_timeout=patience, **quiet)
         run = self._wandb.init(**about, mode=mode, settings=settings)
         origin = before["origin"] if before else run.id
-        tracker.state["wandb"] = {"id": run.id, "origin": origin, "mode": mode, "project": about["project"]}
+        state = {"id": run.id, "origin": origin, "mode": mode, "project": about["project"]}
+        write_json(self._folder / STATE_FILE, {"wandb": state})
         return run
 
-    def callback(self) -> TrainerCallback:
-        return _JoiningWandb()
-
     def summarise(self, figures: Mapping[str, float]) -> None:
+        """Put figures that stand for the run as a whole beside its history."""
         self._run.summary.update(dict(figures))
 
     def finish(self) -> None:
@@ -436,57 +375,6 @@ class _Wandb(_Sink):
 
     def _table(self, rows: Sequence[Mapping[str, object]]):
         return self._wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
-
-
-class _Trackio(_Sink):
-    trainer_callback = TrackioCallback
-
-    def __init__(self, tracker: Tracker, about: Mapping[str, Any]):
-        import trackio
-
-        self._trackio = trackio
-        trackio.init(
-            **{key: about[key] for key in ("project", "group", "name", "config")},
-            space_id=about["config"].get("trackio_space_id"),
-            resume="allow" if "trackio" in tracker.state["told"] else "never",
-            embed=False,
-        )
-
-    def callback(self) -> TrainerCallback:
-        return _JoiningTrackio()
-
-    def summarise(self, figures: Mapping[str, float]) -> None:
-        self._trackio.log(dict(figures))
-
-    def finish(self) -> None:
-        self._trackio.finish()
-
-
-class _TensorBoard(_Sink):
-    trainer_callback = TensorBoardCallback
-
-    def __init__(self, tracker: Tracker, about: Mapping[str, Any]):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._tracker = tracker
-        self._writer = SummaryWriter(os.environ.get("TENSORBOARD_LOGGING_DIR", str(tracker.run / "runs")))
-        self._writer.add_text("config", f"```json\n{json.dumps(about['config'], indent=2, default=str)}\n```")
-
-    def callback(self) -> TrainerCallback:
-        callback = TensorBoardCallback()
-        callback.logging_dir = self._writer.log_dir
-        return callback
-
-    def summarise(self, figures: Mapping[str, float]) -> None:
-        for name, figure in figures.items():
-            self._writer.add_scalar(name, figure, max(0, *self._tracker.state["told"]["tensorboard"].values()))
-
-    def finish(self) -> None:
-        self._writer.close()
-
-
-# By the name that `report_to` has for them.
-SINKS: dict[str, type[_Sink]] = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}
 
 
 def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, object]]]:

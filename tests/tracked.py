@@ -1,4 +1,4 @@
-"""A small training in the order of recipes/sft.py, for tests of what trackers are told.
+"""A small training in the order of recipes/sft.py, for tests of what W&B is told.
 
 Started as a script, it trains in the folder that is its first argument and is killed at the step that is its second.
 """
@@ -43,7 +43,7 @@ class At(TrainerCallback):
 
 
 def train(folder, *, report_to, resume=False, steps=6, callbacks=(), **given):
-    """Train, publish and finish; returns the tracker, still with its state."""
+    """Train, publish and finish."""
     encoder = PromptEncoder(PROMPT, chatml_tokenizer())
     pairs = {"train": few_pairs(4), "validation": few_pairs(1)}
     recipe = {
@@ -111,7 +111,6 @@ def train(folder, *, report_to, resume=False, steps=6, callbacks=(), **given):
     write_run(folder, recipe=recipe, prompt=PROMPT, record=record)
     tracker.publish_training(record)
     tracker.finish()
-    return tracker
 
 
 if __name__ == "__main__":
