@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -336,6 +336,8 @@ class _StrictLoader(yaml.SafeLoader):
         seen = {}
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key; write key: value")
             if key in seen:
                 raise RecipeError(
                     f"key {key!r} stands on lines {seen[key]} and {key_node.start_mark.line + 1}; keep one"
@@ -358,10 +360,10 @@ def _parse(types: Sequence[type], argv: list[str]) -> tuple:
     argv, config_path = _take_config_flag(argv)
     tokens = []
     if config_path is not None:
-        recipe = read_yaml(config_path)
+        recipe, written = read_yaml(config_path), read_yaml(config_path, as_written=True)
         try:
             for key, value in recipe.items():
-                tokens += _as_flags(str(key), value, actions)
+                tokens += _as_flags(str(key), value, written.get(key, value), actions)
             # The file by itself first, so that what is wrong in it is told as such.
             parser.parse_args([*tokens, *_stand_ins(parser, tokens)])
         except RecipeError as error:
@@ -402,16 +404,23 @@ def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
     return rest, path
 
 
-def read_yaml(path: Path) -> dict[str, object]:
-    """The keys of a YAML file, each of which may stand there once."""
+def read_yaml(path: Path, as_written: bool = False) -> dict[str, object]:
+    """The keys of a YAML file, each of which may stand there once.
+
+    Args:
+        as_written: give every value as the text that stands in the file; YAML itself takes yes, on, ~, 1.0 and
+            2024-01-01 for something else.
+    """
     try:
-        recipe = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        recipe = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader if as_written else _StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text; save it in that encoding") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise RecipeError(f"{path}: {error}") from None
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    except RecipeError as error:
-        raise RecipeError(f"{path}: {error}") from None
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: expected lines of the form key: value")
     return recipe
@@ -425,8 +434,11 @@ def _check_known(flag: str, actions: dict[str, argparse.Action]) -> None:
     raise RecipeError(f"unknown key {flag[2:]!r}{f'; did you mean {near[0][2:]!r}?' if near else ''}")
 
 
-def _as_flags(key: str, value: object, actions: dict[str, argparse.Action]) -> list[str]:
-    """One line of a recipe as command line flags, so that file and flags are checked by the same rules."""
+def _as_flags(key: str, value: object, written: object, actions: dict[str, argparse.Action]) -> list[str]:
+    """One line of a recipe as command line flags, so that file and flags are checked by the same rules.
+
+    Lists, and single values of a key that takes text, stay as they are `written`: yes, on, 1.0, 0123456.
+    """
     flag = f"--{key}"
     _check_known(flag, actions)
     action = actions[flag]
@@ -436,16 +448,18 @@ def _as_flags(key: str, value: object, actions: dict[str, argparse.Action]) -> l
             return []
         raise RecipeError(f"{key} is empty; give a value or remove the line")
     if isinstance(value, list) and len(value) == 1 and not takes_list:
-        value = value[0]  # TRL itself turns some single values into lists, such as report_to
+        value, written = value[0], written[0]  # TRL itself turns some values into lists, such as report_to
     if isinstance(value, list):
         if not takes_list:
             raise RecipeError(f"{key} takes one value, not a list")
-        return [flag, *map(str, value)]
+        return [flag, *map(str, written)]
     if isinstance(value, bool) and action.choices is not None:
         word = "no" if value is False else "yes"
         raise RecipeError(f'{key}: YAML reads an unquoted {word} as {str(value).lower()}; write {key}: "{word}"')
     if isinstance(value, dict):
         value = json.dumps(value)
+    elif takes_list or (action.type is str and not isinstance(value, bool)):
+        value = written
     return [flag, str(value)] if takes_list else [f"{flag}={value}"]
 
 

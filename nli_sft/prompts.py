@@ -3,27 +3,29 @@
 Training, scoring, generation, the model card and exports all go through `PromptEncoder`, so a model is never judged on
 another text than it was trained on. What an encoder guarantees, and checks on every row:
 
+- a chat template writes all that it is given, once and unchanged, and takes a fixed date for today's;
 - prompt and answer are tokenised together as they are apart: no token spans the boundary between them;
 - the answer to a label is the same token ids for every pair, and no answer is the beginning of another;
 - nothing is cut off: a row longer than `max_length` is an error, or is dropped and counted if that was asked for.
 """
 
+import difflib
 import hashlib
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import yaml
 from datasets import Dataset
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from . import UserError
+from .configs import read_yaml
 from .labels import LABELS
 
 # What chat templates would otherwise decide by themselves, each making train and test prompts differ:
@@ -31,6 +33,28 @@ TEMPLATE_ARGUMENTS = {
     "enable_thinking": False,  # Qwen3 and kin: the label is the whole answer, with no reasoning before it
     "date_string": "26 Jul 2024",  # Llama 3 writes today's date into the system turn
 }
+# The same day for templates that read the clock. Their `strftime_now` is a global of transformers, which no argument
+# replaces; a macro does, in every renderer, and it is saved with the tokenizer.
+TEMPLATE_DATE = "2024-07-26"
+_DATE = {"Y": "2024", "y": "24", "m": "07", "-m": "7", "b": "Jul", "B": "July", "d": "26", "-d": "26", "e": "26"}
+_DATE |= {"a": "Fri", "A": "Friday", "j": "208", "F": TEMPLATE_DATE, "D": "07/26/24", "p": "AM", "T": "00:00:00"}
+_DATE |= {"H": "00", "-H": "0", "I": "12", "-I": "12", "M": "00", "S": "00", "%": "%"}
+_CLOCK = "{% macro strftime_now(format) %}{{ format"
+_FIXED_CLOCK = (
+    _CLOCK + "".join(f".replace('%{sign}', '{value}')" for sign, value in _DATE.items()) + " }}{% endmacro +%}"
+)
+
+HYPOTHESIS_ONLY = "hypothesis_only"
+SLOTS = ("premise", "hypothesis")
+# What looks like a placeholder: one word in braces, or what people add to it who know other templates.
+_PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}|\{\s*[\w-]*(?:[.:!]\w*|\[\w*\])?\s*\}")
+
+# Texts as data sets hold them, which a template might escape, shorten or rewrite.
+_PROBES = (
+    ("A dog's \"bone\" <b>costs</b> 5 & 10 €;  {x}\nC:\\new  'It's", "nobody's HERE!\n\n50% of 'em; <2 \"men\" & É"),
+    ("2 men (in red) sing", "<i>A</i> dog &amp; a cat"),
+)
+_ANOTHER_TEMPLATE = "name another template with chat_template_path: a .jinja file, or a model that has one"
 
 
 @dataclass(frozen=True)
@@ -48,14 +72,35 @@ class Prompt:
     examples: tuple[tuple[str, str, str], ...] = ()  # (premise, hypothesis, label name), shown before the pair
 
     def __post_init__(self):
-        if "{hypothesis}" not in self.user:
-            raise UserError(f"prompt {self.name}: the user text has no {{hypothesis}} slot")
+        _check_placeholders(self.name, "user", self.user, (*SLOTS, "labels", *LABELS))
+        _check_placeholders(self.name, "system", self.system or "", ("labels", *LABELS))
+        self._check_slots()
         words = self.label_words
         if len(words) != len(LABELS) or len({word.lower() for word in words}) != len(LABELS) or not all(words):
             raise UserError(f"prompt {self.name}: label_words must be three different words, for {', '.join(LABELS)}")
+        for word in words:
+            if word != word.strip():
+                raise UserError(f"prompt {self.name}: the label word {word!r} begins or ends with a space; remove it")
         for *_, label in self.examples:
             if label not in LABELS:
                 raise UserError(f"prompt {self.name}: example label {label!r} is not one of {', '.join(LABELS)}")
+
+    def _check_slots(self) -> None:
+        if "{hypothesis}" not in self.user:
+            raise UserError(f"prompt {self.name}: the user text has no {{hypothesis}} slot")
+        if not self.reads_premise and self.name != HYPOTHESIS_ONLY:
+            raise UserError(
+                f"prompt {self.name}: the user text has no {{premise}} slot, so the model would never see a premise; "
+                f"add it, or name the prompt {HYPOTHESIS_ONLY} if that is meant"
+            )
+        if self.reads_premise and self.name == HYPOTHESIS_ONLY:
+            raise UserError(f"prompt {self.name}: it reads the premise; give it another name, or remove {{premise}}")
+        for text in (*self.label_words, *(text for example in self.examples for text in example)):
+            if "{premise}" in text or "{hypothesis}" in text:
+                raise UserError(
+                    f"prompt {self.name}: {text!r} holds a slot, which every pair would fill; "
+                    f"slots stand in the user text alone"
+                )
 
     @property
     def reads_premise(self) -> bool:
@@ -65,18 +110,33 @@ class Prompt:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when anything but the name does. It does not depend on the model."""
         content = {key: value for key, value in asdict(self).items() if key != "name"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+        return _digest(content)
 
     def turns(self) -> list[dict[str, str]]:
         """Chat messages with the slots `{premise}` and `{hypothesis}` still open in the last one."""
         first, second, third = self.label_words
         words = dict(zip(LABELS, self.label_words, strict=True), labels=f"{first}, {second} or {third}")
         user = _fill(self.user, words)
-        turns = [{"role": "system", "content": self.system}] if self.system else []
+        turns = [{"role": "system", "content": _fill(self.system, words)}] if self.system else []
         for premise, hypothesis, label in self.examples:
             turns.append({"role": "user", "content": _fill(user, {"premise": premise, "hypothesis": hypothesis})})
             turns.append({"role": "assistant", "content": words[label]})
         return [*turns, {"role": "user", "content": user}]
+
+
+def _check_placeholders(prompt: str, key: str, text: str, known: Sequence[str]) -> None:
+    """Refuse what would stay in the prompt as it stands."""
+    for found in _PLACEHOLDER.findall(text):
+        if found[1:-1] not in known:
+            near = difflib.get_close_matches(re.sub(r"[{}\s]", "", found).lower(), known, n=1)
+            hint = (
+                f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(f'{{{name}}}' for name in known)}"
+            )
+            raise UserError(f"prompt {prompt}: {key} holds {found}, which nothing fills; {hint}")
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 _QUESTION = "Does the premise entail the hypothesis? Answer {labels}.\n"
@@ -104,7 +164,7 @@ PROMPTS = {
         ),
         # The control: a model that scores well here has learned how hypotheses were written, not what follows from
         # what.
-        Prompt(name="hypothesis_only", user=_QUESTION + "Hypothesis: {hypothesis}"),
+        Prompt(name=HYPOTHESIS_ONLY, user=_QUESTION + "Hypothesis: {hypothesis}"),
     )
 }
 
@@ -113,7 +173,7 @@ def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
     """A built-in prompt by name, or the user's own from a .yaml or .json file with the fields of `Prompt`."""
     if name in PROMPTS:
         prompt = PROMPTS[name]
-    elif Path(name).suffix in (".yaml", ".yml", ".json"):
+    elif Path(name).suffix.lower() in (".yaml", ".yml", ".json"):
         prompt = _read_prompt(Path(name))
     else:
         raise UserError(f"prompt: {name!r} is neither built in ({', '.join(PROMPTS)}) nor a .yaml or .json file")
@@ -121,19 +181,61 @@ def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
 
 
 def _read_prompt(path: Path) -> Prompt:
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"prompt: {path} is not there") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    # Twice, as in recipes: YAML takes the words yes, no and 1.0 for values, and here they are words.
+    fields, written = _read_json(path) if path.suffix.lower() == ".json" else (read_yaml(path), read_yaml(path, True))
     known = {"name", "user", "label_words", "system", "examples"}
-    if not isinstance(fields, dict) or "user" not in fields or not set(fields) <= known:
+    if "user" not in fields or not set(fields) <= known:
         raise UserError(f"{path}: a prompt has the keys user and, if wanted, {', '.join(sorted(known - {'user'}))}")
-    fields = {"name": path.stem} | fields
-    fields["label_words"] = tuple(fields.get("label_words", LABELS))
-    fields["examples"] = tuple(tuple(example) for example in fields.get("examples", ()))
-    return Prompt(**fields)
+    for key in fields.keys() & {"name", "user", "system"}:
+        if not isinstance(fields[key], str) and not (key == "system" and fields[key] is None):
+            raise UserError(f"{path}: {key} is {fields[key]!r}; expected text, in quotes")
+    texts = {"name": path.stem} | {key: fields[key] for key in fields.keys() & {"name", "user", "system"}}
+    if "label_words" in fields:
+        texts["label_words"] = _three_texts(fields["label_words"], written.get("label_words"), f"{path}: label_words")
+    if "examples" in fields:
+        examples = fields["examples"]
+        if not isinstance(examples, list):
+            raise UserError(f"{path}: examples is {examples!r}; expected a list of [premise, hypothesis, label]")
+        texts["examples"] = tuple(
+            _three_texts(example, words, f"{path}: example {number}")
+            for number, (example, words) in enumerate(zip(examples, written.get("examples", examples), strict=True), 1)
+        )
+    return Prompt(**texts)
+
+
+def _three_texts(value: object, written: object, where: str) -> tuple[str, ...]:
+    """A list of three texts, as they are written in the file."""
+    words = written or value
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where} is {value!r}; expected a list of three texts")
+    return tuple(words)
+
+
+def _read_json(path: Path) -> tuple[dict, dict]:
+    """What a JSON file holds, with values as they are and as they are written."""
+
+    def once(items: list[tuple[str, object]]) -> dict:
+        repeated = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
+        if repeated:
+            raise UserError(f"{path}: key {repeated[0]!r} stands there more than once; keep one")
+        return dict(items)
+
+    def as_written(value: object) -> object:
+        if isinstance(value, list):
+            return [as_written(item) for item in value]
+        return value if isinstance(value, (str, dict)) else json.dumps(value)
+
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text; save it in that encoding") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: expected an object with the key user")
+    return fields, {key: as_written(value) for key, value in fields.items()}
 
 
 def _fill(text: str, values: dict[str, str]) -> str:
@@ -153,13 +255,14 @@ class PromptEncoder:
 
     Args:
         prompt: the prompt.
-        tokenizer: a tokenizer with or without a chat template, padding on either side.
+        tokenizer: a tokenizer with or without a chat template, padding on either side. A template that reads the clock
+            is given a fixed date, in the tokenizer itself, so that what is saved and served asks the same.
         train_on_end: whether the end of the turn is part of every answer. Needed where one label word begins another,
             and by users who will generate without constraints.
 
     Raises:
-        UserError: if the template puts something between prompt and answer, if a token would span that boundary, or
-            if one answer begins another.
+        UserError: if the template refuses the prompt, leaves out, repeats or changes any of it, or puts something
+            between prompt and answer; if a token would span that boundary, or if one answer begins another.
     """
 
     def __init__(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, train_on_end: bool = False):
@@ -167,18 +270,50 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.train_on_end = train_on_end
         self.is_chat = tokenizer.chat_template is not None
+        if self.is_chat:
+            _fix_date(tokenizer)
         self.frame, answers, end = _chat_frame(prompt, tokenizer) if self.is_chat else _plain_frame(prompt, tokenizer)
         if train_on_end and not end:
             raise UserError("train_on_end: this tokenizer has no end-of-sequence token to train on")
         self.answer_texts = [answer + end if train_on_end else answer for answer in answers]
         # A template writes its own beginning-of-sequence token; plain text leaves it to the tokenizer.
         self._prefix = [] if self.is_chat else _beginning(tokenizer)
-        self._data_must_not_hold = re.compile("|".join(map(re.escape, tokenizer.all_special_tokens)) or r"(?!)")
+        self._data_must_not_hold = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
         self.answers = self._encode_answers()
 
     def text(self, premise: str, hypothesis: str) -> str:
-        """The prompt of one pair as the model reads it, up to where the answer starts."""
-        return _fill(self.frame, {"premise": premise, "hypothesis": hypothesis})
+        """The prompt of one pair as the model reads it, up to where the answer starts.
+
+        The two are stripped, as pairs to train on are: many templates do so with what stands at the end of a turn.
+        """
+        return _fill(self.frame, {"premise": premise.strip(), "hypothesis": hypothesis.strip()})
+
+    @cached_property
+    def rendered(self) -> dict[str, str]:
+        """What a run keeps to know its prompt again, after template, tokenizer and prompt have met.
+
+        `frame` and `answers` are 16 hexadecimal digits each: of the frame's text and token ids, and of the token ids
+        of the answers. `template_date` is the date that templates were given for today's.
+        """
+        return {
+            "frame": _digest([self.frame, *self._tokenize([self.frame])]),
+            "answers": _digest(self.answers),
+            "template_date": TEMPLATE_DATE,
+        }
+
+    def check_rendered(self, trained: Mapping[str, str] | None, where: str | Path) -> None:
+        """Compare with the `rendered` that `where` was trained with; `None` is of a run that did not keep it.
+
+        Raises:
+            UserError: if the prompt or the answers are others.
+        """
+        for key, what in (("frame", "prompt as rendered differs"), ("answers", "answers' token ids differ")):
+            if trained is not None and trained.get(key) != self.rendered[key]:
+                raise UserError(
+                    f"{where}: the {what} from what was trained (hash {self.rendered[key]}, not "
+                    f"{trained.get(key)}), so the model would be asked otherwise than it was trained; restore the "
+                    f"chat template, the tokenizer, the prompt and train_on_end of that training"
+                )
 
     def encode(self, premises: Sequence[str], hypotheses: Sequence[str]) -> list[list[int]]:
         """Token ids of each pair's prompt, up to where the answer starts."""
@@ -237,7 +372,7 @@ class PromptEncoder:
             found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
             if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
                 raise UserError(
-                    f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a special token of this tokenizer; "
+                    f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a control token of this tokenizer; "
                     f"remove it"
                 )
         return [self.text(*pair) for pair in zip(premises, hypotheses, strict=True)]
@@ -282,30 +417,98 @@ class PromptEncoder:
         return {"input_ids": full, "labels": labels}
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All tokens that a tokenizer finds in a text before it splits it, the longest first.
+
+    Runs of white space (Phi-2 has them) and plain words that somebody added are not: they are text.
+    """
+    added = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or not re.fullmatch(r"[\w\s'’-]+", token.content)
+    }
+    found = added | set(tokenizer.all_special_tokens)
+    return sorted((token for token in found if token.strip()), key=lambda token: (-len(token), token))
+
+
+def _fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the templates of a tokenizer a `strftime_now` of their own that does not read the clock."""
+
+    def fixed(template: str) -> str:
+        reads_clock = "strftime_now" in template and not template.startswith(_CLOCK)
+        return _FIXED_CLOCK + template if reads_clock else template
+
+    templates = tokenizer.chat_template
+    named = isinstance(templates, dict)
+    tokenizer.chat_template = {k: fixed(t) for k, t in templates.items()} if named else fixed(templates)
+
+
 def _chat_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:
     """(prompt text with open slots, answer texts, text that ends the answer's turn) through the chat template."""
 
     def render(messages: list[dict[str, str]], **arguments) -> str:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_ARGUMENTS, **arguments)
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_ARGUMENTS, **arguments)
+        except Exception as error:  # jinja2's errors, and those that templates raise on roles they do not know
+            raise UserError(
+                f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({error}); {_ANOTHER_TEMPLATE}"
+            ) from error
 
     turns = prompt.turns()
-    try:
-        frame = render(turns, add_generation_prompt=True)
-    except Exception as error:  # jinja2's errors, and those that templates raise on roles they do not know
-        raise UserError(f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({error})") from error
+    frame = render(turns, add_generation_prompt=True)
+    _check_turns(prompt, render)
+    _check_slots_stay_open(prompt, frame, render)
     answers = []
     for word in prompt.label_words:
         full = render([*turns, {"role": "assistant", "content": word}])
         answer, found, end = full.removeprefix(frame).partition(word)
         if not full.startswith(frame) or not found or answer.strip():
+            asked = turns[-1]["content"].strip()
+            start = min(frame.rfind(asked) + len(asked), len(os.path.commonprefix([frame, full])))
             raise UserError(
-                f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r} "
-                f"but with {full[len(frame) :]!r}; the model would be trained on another text than it is asked"
+                f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r}: "
+                f"after the pair it asks with {frame[start:]!r}, and answers with {full[start:]!r}, so the model "
+                f"would be trained on another text than it is asked; {_ANOTHER_TEMPLATE}"
             )
         answers.append(answer + word)
-    end_tokens = [token for token in tokenizer.all_special_tokens if token in end]
+    end_tokens = [token for token in control_tokens(tokenizer) if token in end]
     end = end[: min(end.index(token) + len(token) for token in end_tokens)] if end_tokens else ""
     return frame, answers, end
+
+
+def _check_turns(prompt: Prompt, render: Callable[..., str]) -> None:
+    """See that a template writes every turn once. Marks at their ends tell turns apart that hold the same text."""
+    marks = [f"(({n}))" for n in range(1, len(prompt.turns()) + 1)]
+    turns = [
+        turn | {"content": f"{turn['content'].strip()} {mark}"}
+        for turn, mark in zip(prompt.turns(), marks, strict=True)
+    ]
+    rendered = render(turns, add_generation_prompt=True)
+    for turn, mark in zip(turns, marks, strict=True):
+        if rendered.count(turn["content"]) == 1:
+            continue
+        times = rendered.count(mark)
+        what = {0: "leaves out or changes", 1: "changes"}.get(times, "repeats")
+        role = {"system": "system text", "user": "user text", "assistant": "answer of an example"}[turn["role"]]
+        move = ", or move it to the user text" if turn["role"] == "system" else ""
+        raise UserError(
+            f"prompt {prompt.name}: the chat template of the tokenizer {what} the {role} "
+            f"{turn['content'].removesuffix(mark).strip()!r}; {_ANOTHER_TEMPLATE}{move}"
+        )
+
+
+def _check_slots_stay_open(prompt: Prompt, frame: str, render: Callable[..., str]) -> None:
+    """See that a template leaves a pair's text as it is: then it may be filled in after rendering."""
+    *before, last = prompt.turns()
+    for probe in _PROBES:
+        pair = dict(zip(SLOTS, probe, strict=True))
+        rendered = render([*before, last | {"content": _fill(last["content"], pair)}], add_generation_prompt=True)
+        filled = _fill(frame, pair)
+        if rendered != filled:
+            raise UserError(
+                f"prompt {prompt.name}: the chat template of the tokenizer changes the text of a pair: it writes "
+                f"{rendered!r}, not {filled!r}; {_ANOTHER_TEMPLATE}"
+            )
 
 
 def _plain_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:

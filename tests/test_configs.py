@@ -154,3 +154,31 @@ def test_every_flag_says_what_it_is():
     assert undocumented(Undocumented) == ["something"]
     for config in (TrainDataConfig, PromptConfig, BatchConfig, EvalConfig):
         assert undocumented(config) == []
+
+
+def test_texts_of_a_list_stay_as_they_are_written(recipe):
+    """YAML takes these words for values; the first three are what README recommends."""
+    for words in ("yes, maybe, no", "on, ~, off", "null, 1, 1.0", "2024-01-01, 0x1F, 010"):
+        data, prompt, *_ = parse_recipe(
+            (TrainDataConfig, PromptConfig),
+            [
+                "--config",
+                str(recipe(f"label_words: [{words}]\nlabel_spellings:\n  - {words.replace(', ', chr(10) + '  - ')}")),
+            ],
+        )
+        assert prompt.label_words == data.label_spellings == words.split(", ")
+
+
+def test_a_commit_of_digits_stays_as_it_is_written(recipe):
+    configs = parse_recipe(TYPES, ["--config", str(recipe("model_revision: 0123456\nlora_target_modules: off"))])
+    assert (configs[4].model_revision, configs[4].lora_target_modules) == ("0123456", "off")
+
+
+def test_a_recipe_in_another_encoding(recipe, tmp_path):
+    path = recipe("prompt: é")
+    path.write_text("prompt: é", encoding="latin-1")
+    with pytest.raises(RecipeError, match="recipe.yaml: not UTF-8 text; save it in that encoding"):
+        parse_recipe(TYPES, ["--config", str(path)])
+    path.write_text("? [a]\n: b")
+    with pytest.raises(RecipeError, match="recipe.yaml: line 1: .* cannot be a key"):
+        parse_recipe(TYPES, ["--config", str(path)])

@@ -76,8 +76,10 @@ def test_labels_are_listed_in_six_orders_and_nothing_else_changes():
     assert len(set(texts.values())) == 6
     assert texts["entailment, neutral, contradiction"] == prompt.turns()[-1]["content"]
     assert "Answer contradiction, entailment or neutral." in texts["contradiction, entailment, neutral"]
-    own = label_orders(Prompt(name="own", user="{hypothesis}? {labels}", label_words=("yes", "maybe", "no")))
-    assert own["neutral, contradiction, entailment"].turns()[0]["content"] == "{hypothesis}? maybe, no or yes"
+    own = label_orders(Prompt(name="own", user="{premise} {hypothesis}? {labels}", label_words=("yes", "maybe", "no")))
+    assert (
+        own["neutral, contradiction, entailment"].turns()[0]["content"] == "{premise} {hypothesis}? maybe, no or yes"
+    )
     assert all(other.label_words == ("yes", "maybe", "no") for other in own.values())
     assert label_orders(PROMPTS["definitions"]) == {}
 
