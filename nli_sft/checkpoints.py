@@ -3,7 +3,7 @@
 A checkpoint is written under another name and renamed when all of it is on the disk. Its `checkpoint.json` lists every
 file with its size, so that one cut short in another way (a copy that broke off, a deletion that was killed) is
 recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens, the time
-and energy that the training has taken so far.
+that the training has taken so far.
 
 What ends a training leaves a run folder that can go on:
 
@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import gather_object
 from torch.distributed import DistError
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -40,7 +39,6 @@ from trl import SFTTrainer
 
 from . import UserError
 from .configs import AUTO
-from .resources import energy_joules
 from .runs import read_run, write_json
 
 logger = logging.getLogger(__name__)
@@ -126,14 +124,13 @@ class ResumableTrainer(SFTTrainer):
     """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to.
 
     Attributes:
-        earlier: the `seconds` of training and the `energy_joules` of all devices that led to the checkpoint from which
-            it goes on; zeros for a start from the beginning. The energy is `None` where it is not known.
+        earlier_seconds: of training that led to the checkpoint from which it resumes; else 0.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Watch(self))
-        self.earlier: dict[str, float | None] = {"seconds": 0.0, "energy_joules": 0.0}
+        self.earlier_seconds = 0.0
         self._sigterm = False
         self._agreed_to_stop = threading.Event()
         self._saving = False
@@ -154,7 +151,7 @@ class ResumableTrainer(SFTTrainer):
             wanted = AUTO if resume_from_checkpoint else None
             resume_from_checkpoint = find_checkpoint(wanted, self.args.output_dir)
         self._resumed_from = resume_from_checkpoint
-        self._began = time.perf_counter(), energy_joules(self.args.device)
+        self._began = time.perf_counter()
         eval_on_start = self.args.eval_on_start
         before = signal.signal(signal.SIGTERM, self._remember_sigterm)
         # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
@@ -245,13 +242,8 @@ class ResumableTrainer(SFTTrainer):
 
     def _progress(self) -> dict[str, object]:
         """What the Trainer holds in memory alone, between one log and the next."""
-        began, energy_then = self._began
-        energy_now = energy_joules(self.args.device)
-        energies = gather_object([None if energy_now is None else energy_now - energy_then])
-        known = None not in energies and self.earlier["energy_joules"] is not None
         return {
-            "seconds": self.earlier["seconds"] + time.perf_counter() - began,
-            "energy_joules": self.earlier["energy_joules"] + sum(energies) if known else None,
+            "seconds": self.earlier_seconds + time.perf_counter() - self._began,
             # Averaged over the processes, as the log would.
             "loss_since_log": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
             "last_logged_step": self._globalstep_last_logged,
@@ -262,7 +254,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _restore_progress(self) -> None:
         progress = _read(Path(self._resumed_from))["progress"]
-        self.earlier = {name: progress[name] for name in self.earlier}
+        self.earlier_seconds = progress["seconds"]
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self._total_loss_scalar = progress["total_loss"]
@@ -281,7 +273,7 @@ class ResumableTrainer(SFTTrainer):
         if "train_loss" in logs:
             steps = self.state.global_step
             logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
-            seconds = logs["train_runtime"] + self.earlier["seconds"]
+            seconds = logs["train_runtime"] + self.earlier_seconds
             batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             logs["train_steps_per_second"] = round(steps / seconds, 3)
             logs["train_samples_per_second"] = round(batch * steps / seconds, 3)

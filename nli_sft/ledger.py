@@ -195,12 +195,11 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
 
 
 def run_cost(record: Mapping) -> dict[str, float]:
-    """What a training took, of what was measured: seconds in all and of training, pairs a second, GiB, Wh."""
+    """What a training took, of what was measured: seconds in all and of training, pairs a second, GiB."""
     resources = record.get("resources", {})
     training = resources.get("phases", {}).get("training", {})
     processes = resources.get("processes", [])
     devices = [process["device"] for process in processes if process["device"]]
-    energies = [device["energy_joules"] for device in devices if device["energy_joules"] is not None]
     cost = {
         "seconds": record["seconds"],
         "training_seconds": training.get("seconds", record["train"]["train_runtime"]),
@@ -208,7 +207,6 @@ def run_cost(record: Mapping) -> dict[str, float]:
         "tokens_per_second": training.get("tokens_per_second"),
         "peak_ram_gib": sum(process["peak_ram_bytes"] for process in processes) / 2**30 or None,
         "peak_gpu_gib": max((device["peak_allocated_bytes"] for device in devices), default=0) / 2**30 or None,
-        "energy_wh": sum(energies) / 3600 if energies else None,
     }
     return {name: figure for name, figure in cost.items() if figure is not None}
 

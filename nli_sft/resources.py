@@ -1,4 +1,4 @@
-"""What a run takes: time by phase, RAM, GPU memory, disk, throughput, energy."""
+"""What a run takes: time by phase, RAM, GPU memory, disk, throughput."""
 
 import os
 import platform
@@ -34,9 +34,8 @@ class ResourceRecorder:
     def __init__(self):
         self._start = time.perf_counter()
         self._phases: dict[str, Phase] = {}
-        self._earlier = {"seconds": 0.0, "energy_joules": 0.0}
+        self._earlier_seconds = 0.0
         self._device = PartialState().device
-        self._energy_at_start = energy_joules(self._device)
 
     @contextmanager
     def phase(self, name: str) -> Iterator["Phase"]:
@@ -54,16 +53,15 @@ class ResourceRecorder:
                 phase.reserved = max(phase.reserved, torch.cuda.max_memory_reserved(self._device))
             phase.seconds += time.perf_counter() - start
 
-    def add_earlier(self, phase: str, *, seconds: float, energy_joules: float | None) -> None:
+    def add_earlier(self, phase: str, seconds: float) -> None:
         """Add what a run had taken before it was broken off and resumed, in this process or another.
 
         Args:
             phase: the one that goes on.
             seconds: of that phase.
-            energy_joules: of all devices together, or `None` if it is not known.
         """
         self._phases.setdefault(phase, Phase()).seconds += seconds
-        self._earlier = {"seconds": seconds, "energy_joules": energy_joules}
+        self._earlier_seconds = seconds
 
     def summary(self, *, run: str | Path | None = None, model: str | None = None) -> dict[str, object]:
         """All figures, ready for JSON. Every process must call it; all get the same.
@@ -76,13 +74,12 @@ class ResourceRecorder:
             - `seconds`: since the recorder was made, and what was added;
             - `phases`: {name: {seconds, and where counted pairs, tokens, pairs_per_second, tokens_per_second}};
             - `processes`: for each, {peak_ram_bytes, device}; `device` is `None` on a CPU, else {name, memory_bytes,
-              peak_allocated_bytes, peak_reserved_bytes, energy_joules}: the peaks are of the phases, and the energy is
-              the whole device's, `None` where the driver does not tell, with an even share of what was added;
+              peak_allocated_bytes, peak_reserved_bytes}: the peaks are of the phases;
             - `disk`: {run_bytes, model_bytes}, each `None` where there is nothing to weigh;
             - `hardware`: {cpu, cores, ram_bytes, platform}.
         """
         return {
-            "seconds": self._earlier["seconds"] + time.perf_counter() - self._start,
+            "seconds": self._earlier_seconds + time.perf_counter() - self._start,
             "phases": {name: phase.as_dict() for name, phase in self._phases.items()},
             "processes": gather_object([{"peak_ram_bytes": _peak_ram_bytes(), "device": self._device_figures()}]),
             "disk": {"run_bytes": None if run is None else folder_bytes(run), "model_bytes": _model_bytes(model)},
@@ -98,16 +95,11 @@ class ResourceRecorder:
         if self._device.type != "cuda":
             return None
         properties = torch.cuda.get_device_properties(self._device)
-        energy, earlier = energy_joules(self._device), self._earlier["energy_joules"]
-        known = energy is not None and earlier is not None
-        if known:
-            energy += earlier / PartialState().num_processes - self._energy_at_start
         return {
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "peak_allocated_bytes": max((phase.allocated for phase in self._phases.values()), default=0),
             "peak_reserved_bytes": max((phase.reserved for phase in self._phases.values()), default=0),
-            "energy_joules": energy if known else None,
         }
 
 
@@ -157,24 +149,6 @@ def _peak_ram_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kibibytes
-
-
-def energy_joules(device: torch.device) -> float | None:
-    """What the device has used since its driver was loaded; `None` without NVML or on cards older than Volta."""
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-        # NVML counts all devices of the machine, torch those that it may see: only the UUID names the same one.
-        uuid = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except pynvml.NVMLError:
-        return None
 
 
 def _cpu_name() -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from nli_sft import UserError
 from nli_sft.configs import run_script
 from nli_sft.ledger import fetch_runs, load_runs, rank
-from nli_sft.report.ledger import as_dict, as_frame, drawings, lay_out, markdown, page
+from nli_sft.report.ledger import as_dict, drawings, lay_out, page
 
 # Of a table that is wider than the terminal; more of them would bury the others.
 MOST_PARTS = 3
@@ -29,9 +29,7 @@ class CompareConfig:
     runs: list[str] = field(metadata={"help": "Run folders, entity/project of W&B, or both."})
     filters: str | None = field(default=None, metadata={"help": "JSON, as W&B's Api.runs takes it; for W&B alone."})
     html: str | None = field(default=None, metadata={"help": "Write all of it into this page, plots included."})
-    md: str | None = field(default=None, metadata={"help": "Write the tables into this Markdown file."})
     json: str | None = field(default=None, metadata={"help": "Write every figure into this JSON file."})
-    csv: str | None = field(default=None, metadata={"help": "Write one line a run into this CSV file."})
     figures: str | None = field(default=None, metadata={"help": "Write the plots into this folder, as SVG."})
 
 
@@ -45,7 +43,7 @@ def main(args):
         for sheet in side.sheets:
             parts = sheet.parts(console.width)
             if len(parts) > MOST_PARTS:
-                console.print(f"{sheet.title}: too wide to be shown here; --html and --md write it.\n", markup=False)
+                console.print(f"{sheet.title}: too wide to be shown here; --html writes it.\n", markup=False)
                 continue
             for part in parts:
                 console.print(part.rich())
@@ -53,9 +51,7 @@ def main(args):
             console.print(f"- {claim}", markup=False, highlight=False)
     outputs = {
         args.html: page,
-        args.md: markdown,
         args.json: lambda sides: json.dumps(as_dict(sides), indent=2, ensure_ascii=False),
-        args.csv: lambda sides: as_frame(sides).to_csv(index=False),
     }
     for path, make in outputs.items():
         if path is not None:

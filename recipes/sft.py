@@ -171,7 +171,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     tracker.watch(trainer)
     with resources.phase("training") as phase:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-        resources.add_earlier("training", **trainer.earlier)
+        resources.add_earlier("training", trainer.earlier_seconds)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
     trainer.save_model(_internal_call=True)  # or it would push too, before there are results for the card
     with resources.phase("validation"):

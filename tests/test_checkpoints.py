@@ -132,24 +132,21 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     same_run(whole, resumed)
 
 
-def test_time_and_energy_are_those_of_all_parts(trainer, tmp_path, monkeypatch):
-    meter = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(checkpoints, "energy_joules", lambda _: next(meter))
+def test_time_is_that_of_all_parts(trainer, tmp_path):
     kill_at(trainer(tmp_path), 8)
     manifest = tmp_path / "checkpoint-6" / MANIFEST
     progress = json.loads(manifest.read_text())["progress"]
-    assert progress["energy_joules"] == 200, "read when it began and at each checkpoint"
     assert progress["seconds"] > 0
     manifest.write_text(manifest.read_text().replace(str(progress["seconds"]), "1000.0"))
     resumed = trainer(tmp_path)
-    assert resumed.earlier == {"seconds": 0.0, "energy_joules": 0.0}
+    assert resumed.earlier_seconds == 0
     result = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    assert resumed.earlier == {"seconds": 1000.0, "energy_joules": 200}
+    assert resumed.earlier_seconds == 1000
     assert 1000 < result.metrics["train_runtime"] < 1100
     assert result.metrics["train_samples_per_second"] == pytest.approx(72 / 1000, rel=0.1)
     assert result.metrics["train_steps_per_second"] == pytest.approx(12 / 1000, rel=0.1)
     progress = json.loads((tmp_path / "checkpoint-12" / MANIFEST).read_text())["progress"]
-    assert (progress["energy_joules"], progress["seconds"] > 1000) == (400, True)
+    assert progress["seconds"] > 1000
 
 
 @pytest.mark.parametrize(

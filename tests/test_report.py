@@ -41,7 +41,6 @@ RESOURCES = {
                 "memory_bytes": 15 * 2**30,
                 "peak_allocated_bytes": 5 * 2**30,
                 "peak_reserved_bytes": 6 * 2**30,
-                "energy_joules": 36_000.0,
             },
         }
     ],
@@ -251,7 +250,6 @@ def test_resources_and_provenance_are_told(nine):
         "2,000 s (33 min), 4 pairs/s",
         "peak RAM 3.00 GiB",
         "5.00 GiB allocated, 6.00 GiB reserved, of 15.00 GiB on Tesla T4",
-        "energy of the GPU 10.0 Wh",
         "disk used by the run 160.0 MiB",
         "disk used by the base model 5.00 GiB",
         "Scoring pairs test, before tuning 2.0 s, 5 pairs/s",

@@ -530,8 +530,6 @@ def _measured(what: str, resources: Mapping) -> list[tuple[str, str]]:
                     f"{size_text(device['memory_bytes'])} on {device['name']}",
                 )
             )
-            if device["energy_joules"] is not None:
-                rows.append((f"{what}: energy of the GPU{of}", f"{device['energy_joules'] / 3600:,.1f} Wh"))
     for key, name in (("run_bytes", "disk used by the run"), ("model_bytes", "disk used by the base model")):
         if resources["disk"][key] is not None:
             rows.append((f"{what}: {name}", size_text(resources["disk"][key])))

@@ -1,10 +1,9 @@
-"""How runs look side by side: tables for a terminal, Markdown, a page, JSON and CSV, and plots."""
+"""How runs look side by side: tables for a terminal, a page, JSON, and plots."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import matplotlib as mpl
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, PercentFormatter
 
@@ -24,7 +23,7 @@ from ..ledger import (
 from . import _environment
 from .content import duration
 from .figures import AFTER, BEFORE, CONTROL, INK, STYLE, WIDTH, Plot, _plot
-from .sheets import NONE, Sheet, escape_markdown
+from .sheets import NONE, Sheet
 
 # Okabe and Ito's colours, and markers, so that runs can be told apart in grey too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -114,7 +113,7 @@ def _accuracies(ranking: Ranking) -> Sheet:
 
 
 def _costs(ranking: Ranking) -> Sheet:
-    columns = ["run", "training", "pairs/s", "peak memory", "energy", "trainable parameters"]
+    columns = ["run", "training", "pairs/s", "peak memory", "trainable parameters"]
     rows = []
     for run in ranking.runs:
         cost, parameters = run.cost, run.record["parameters"]
@@ -125,7 +124,6 @@ def _costs(ranking: Ranking) -> Sheet:
                 duration(cost["training_seconds"]),
                 f"{cost['pairs_per_second']:,.0f}" if "pairs_per_second" in cost else NONE,
                 f"{cost[f'peak_{memory}_gib']:.1f} GiB {memory.upper()}" if memory else NONE,
-                f"{cost['energy_wh']:,.1f} Wh" if "energy_wh" in cost else NONE,
                 f"{parameters['trainable']:,}\n({parameters['trainable'] / parameters['total']:.1%})",
             ]
         )
@@ -356,15 +354,6 @@ def drawings(sides: Sequence[Side]) -> dict[str, str]:
     return {f"{plot.name}.svg": plot.on_white() for side in sides for plot in side.plots}
 
 
-def markdown(sides: Sequence[Side]) -> str:
-    """All of it but the plots, as Markdown."""
-    parts = ["# Runs side by side"]
-    for side in sides:
-        parts += [escape_markdown(side.apart), *(sheet.markdown() for sheet in side.sheets)]
-        parts.append("\n".join(f"- {escape_markdown(claim)}" for claim in side.claims))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
 def as_dict(sides: Sequence[Side]) -> dict[str, object]:
     """All of it as figures, ready for JSON."""
     return {
@@ -403,21 +392,6 @@ def as_dict(sides: Sequence[Side]) -> dict[str, object]:
             for side in sides
         ]
     }
-
-
-def as_frame(sides: Sequence[Side]) -> pd.DataFrame:
-    """One row a run, the figures flat: for CSV."""
-    rows = []
-    for number, side in enumerate(sides, start=1):
-        for run in side.ranking.runs:
-            row = {"ranking": number, "name": run.name, "source": run.source}
-            row |= {f"validation_{key}": figure for key, figure in asdict(run.validation).items()}
-            for key, judged in run.judged.items():
-                for model in judged.models:
-                    row |= {f"{key}_{model}_{k}": v for k, v in asdict(judged.accuracy(model)).items() if k != "n"}
-            rows.append(row | {f"cost_{key}": figure for key, figure in run.cost.items()})
-            rows[-1] |= side.ranking.differences(run)
-    return pd.DataFrame(rows)
 
 
 def _figures(estimate: Estimate | None) -> dict[str, float] | None:
