@@ -1,7 +1,7 @@
 """What a training will hold in a device's memory, before any weights are there.
 
 The model is built from its config alone, on the meta device, quantised and with its adapter. One training step of it
-is then played through with PyTorch's fake tensors, which have shapes and types and no content; every storage that is
+is then simulated with PyTorch's fake tensors, which have shapes and types and no content; every storage that is
 made or let go is counted. So nothing about an architecture is written down here: what attention, activation
 functions, adapters and checkpointing keep for the backward pass is found out from the code that will run.
 
@@ -17,11 +17,9 @@ keeping them, which the play does not show: with them the estimate is an upper b
 
 import gc
 import weakref
-from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from unittest import mock
 
@@ -148,44 +146,38 @@ class MemoryEstimate:
         return True if self.total <= self.capacity else None if self.compiled else False
 
     def __str__(self) -> str:
-        parts = ", ".join(
-            f"{name.replace('_', ' ')} {getattr(self, name) / GIB:.2f}"
-            for name in ("weights", "adapter", "gradients", "optimizer", "activations", "attention_mask")
-            if getattr(self, name) or name == "activations"
-        )
-        what = "RAM for the training" if self.device == "cpu" else "Memory per device"
-        elsewhere = f"; a GPU would hold {self.on_gpu / GIB:.1f}" if self.device == "cpu" else ""
+        names = ("weights", "adapter", "gradients", "optimizer", "activations", "attention_mask")
+        parts = [f"{name.replace('_', ' ')} {getattr(self, name) / GIB:.2f}" for name in names if getattr(self, name)]
+        about = f"{', '.join(parts)}; {self.rows} x {self.length} tokens a pass"
+        what = "Memory per device"
+        if self.device == "cpu":
+            what, about = "RAM for the training", f"{about}; a GPU would hold {self.on_gpu / GIB:.1f}"
         size = f"{'at most ' if self.compiled else ''}{self.total / GIB:.1f}"
-        capacity = "" if self.capacity is None else f" of {self.capacity / GIB:.1f}"
-        verdict = {None: "", True: ": it fits", False: ": it does not fit"}[self.fits]
-        if self.capacity is not None and self.fits is None:
-            verdict = ": it may fit, since compiled layers hold less"
-        return (
-            f"{what}, estimated: {size}{capacity} GiB{verdict} ({parts}; {self.rows} x {self.length} tokens a "
-            f"pass{elsewhere})"
-        )
+        if self.capacity is None:
+            return f"{what}, estimated: {size} GiB ({about})"
+        fits = {True: "it fits", False: "it does not fit", None: "it may fit, since compiled layers hold less"}
+        return f"{what}, estimated: {size} of {self.capacity / GIB:.1f} GiB: {fits[self.fits]} ({about})"
 
     def as_dict(self) -> dict[str, int | bool | str | None]:
-        figures = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return figures | {"allocated": self.allocated, "total": self.total, "fits": self.fits}
+        return asdict(self) | {"allocated": self.allocated, "total": self.total, "fits": self.fits}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a training will use the memory of its devices; as a string, the lines that a user is told.
+    """How a training will use the memory of its devices.
 
     Attributes:
         max_batch_tokens: that of the recipe, or what was chosen for `auto`.
-        estimate: `None` where the model cannot be played through.
-        lines: what to tell.
+        estimate: `None` where there is none.
+        text: what a user reads of it.
     """
 
     max_batch_tokens: int
     estimate: MemoryEstimate | None
-    lines: tuple[str, ...]
+    text: str
 
     def __str__(self) -> str:
-        return "\n".join(self.lines)
+        return self.text
 
 
 def plan_memory(
@@ -215,61 +207,55 @@ def plan_memory(
 
 def _plan(model_args, training_args, batch_args, precision, prompt, encoder, rows, free) -> MemoryPlan:
     on_gpu = training_args.device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(training_args.device).total_memory if on_gpu else None
     auto = batch_args.max_batch_tokens == AUTO
     tokens = BATCH_TOKENS if auto else batch_args.max_batch_tokens
-    step = {"capacity": torch.cuda.get_device_properties(training_args.device).total_memory if on_gpu else None}
-    lines = []
+    accumulates = training_args.gradient_accumulation_steps > 1
+
+    def play(most_tokens: int) -> MemoryEstimate:
+        step = largest_pass(batches, most_tokens, accumulates)
+        return estimate_memory(model_args, training_args, precision, capacity=capacity, **step)
+
     try:
         config = load_config(model_args, training_args.trust_remote_code)
         if rows is None:
             batches = [suppose_batch(config, training_args, batch_args, prompt)]
         else:
             batches = measure_batches(config, training_args, batch_args, encoder, rows)
-        accumulates = training_args.gradient_accumulation_steps > 1
-
-        def play(most_tokens: int) -> MemoryEstimate:
-            step.update(largest_pass(batches, most_tokens, accumulates))
-            return estimate_memory(model_args, training_args, precision, **step)
-
-        if auto and batches[0].cut:
-            kept = tokens, f"the default on {training_args.device.type}"
-            tokens, why = choose_batch_tokens(play, batches, free) if on_gpu else kept
-            lines.append(f"max_batch_tokens: {AUTO} is {tokens:,}, {why}.")
+        if auto and on_gpu and batches[0].cut:
+            tokens = choose_batch_tokens(play, batches, free)
         estimate = play(tokens)
-        advice = nearest_fit(model_args, training_args, precision, **step) if estimate.fits is False else None
     except UserError as error:
-        return MemoryPlan(tokens, None, (f"No estimate: {error}",))
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # of code that was not written for fake tensors
-        reason = str(error).splitlines()[0]
-        return MemoryPlan(
-            tokens, None, (f"No estimate: {model_args.model_name_or_path} cannot be played through ({reason})",)
-        )
-    return MemoryPlan(tokens, estimate, (*lines, f"{estimate}.{f' {advice}' if advice else ''}"))
+        return MemoryPlan(tokens, None, f"No estimate: {error}")
+    except Exception as error:  # of code that was not written for fake tensors; a training needs no estimate
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        return MemoryPlan(tokens, None, f"No estimate: the training step cannot be simulated ({reason}).")
+    chosen = f"max_batch_tokens: {AUTO} is {tokens:,}.\n" if auto and batches[0].cut else ""
+    advice = f" {advise(model_args, training_args)}" if estimate.fits is False else ""
+    return MemoryPlan(tokens, estimate, f"{chosen}{estimate}.{advice}")
 
 
-def choose_batch_tokens(play: Callable[[int], MemoryEstimate], batches: list[Batch], free: float) -> tuple[int, str]:
-    """The most tokens a pass that fit in a device's free memory with a margin: whole rows, and no more than a batch.
+def choose_batch_tokens(play: Callable[[int], MemoryEstimate], batches: list[Batch], free: float) -> int:
+    """Tokens of a pass: a whole batch, halved until it fits in a device's free memory with a margin, or a single row.
 
     Args:
         play: estimates a step with so many tokens a pass.
         batches: those of the training, or some of them.
         free: bytes.
-
-    Returns:
-        The tokens, at least one row of them; and why, as the end of a sentence.
     """
-    length, most = max(batch.length for batch in batches), max(batch.rows for batch in batches)
-    share = f"{SHARE_OF_FREE:.0%} of the {free / GIB:.1f} GiB that are free"
+    length, rows = max(batch.length for batch in batches), max(batch.rows for batch in batches)
+    while rows > 1 and play(rows * length).total > SHARE_OF_FREE * free:
+        rows = -(-rows // 2)
+    return rows * length
 
-    def too_large(rows: int) -> bool:
-        return play(rows * length).total > SHARE_OF_FREE * free
 
-    rows = bisect_left(range(1, most + 1), True, key=too_large)
-    if rows == most:
-        return most * length, f"so that a whole batch goes in one pass, within {share}"
-    if rows == 0:
-        return length, f"a single row, and even that takes more than {share}"
-    return rows * length, f"as many rows of {length} as fit in {share}"
+def advise(model_args: ModelConfig, training_args: SFTConfig) -> str:
+    """What takes less memory and is not in the recipe yet, the cheapest first."""
+    measures = [] if training_args.gradient_checkpointing else ["gradient_checkpointing: true"]
+    measures += ["a smaller max_batch_tokens"]
+    if not model_args.load_in_4bit:
+        measures += ["load_in_4bit: true" if model_args.use_peft else "use_peft: true with load_in_4bit: true"]
+    return f"Try {', then '.join(measures)}."
 
 
 def free_memory(device: torch.device) -> float:
@@ -386,42 +372,6 @@ def estimate_memory(
         compiled=training_args.torch_compile,
         capacity=capacity,
     )
-
-
-def nearest_fit(
-    model_args: ModelConfig, training_args: SFTConfig, precision: Precision, *, rows: int, length: int, **step
-) -> str | None:
-    """The least change to a recipe that makes it fit on its device, as a sentence; `None` if none of them does.
-
-    Tried in this order: checkpointing, which costs time; fewer tokens a pass, down to one row; both; and with both a
-    base in 4 bits, which changes what is trained.
-
-    Args:
-        rows, length, step: as for `estimate_memory`.
-    """
-    checkpointed = copy(training_args)
-    checkpointed.gradient_checkpointing = True
-    quantised = replace(model_args, use_peft=True, load_in_4bit=True, use_bnb_nested_quant=True)
-    if not model_args.use_peft:
-        quantised.lora_target_modules = "all-linear"
-    fewer = [rows >> halvings for halvings in range(1, rows.bit_length())]
-    as_is = [] if training_args.gradient_checkpointing else [(model_args, training_args, count) for count in fewer]
-    candidates = [(model_args, checkpointed, rows), *as_is, *((model_args, checkpointed, count) for count in fewer)]
-    if not model_args.load_in_4bit:
-        candidates.append((precision.suit(quantised), checkpointed, rows))
-        candidates += [(precision.suit(quantised), checkpointed, count) for count in fewer[-1:]]
-    for model, training, count in candidates:
-        cut = {"several_passes": True} if count < rows else {}
-        if estimate_memory(model, training, precision, rows=count, length=length, **step | cut).fits:
-            changes = []
-            if model is not model_args:
-                changes.append("load_in_4bit: true" if model_args.use_peft else "use_peft: true, load_in_4bit: true")
-            if training is not training_args and not training_args.gradient_checkpointing:
-                changes.append("gradient_checkpointing: true")
-            if count < rows:
-                changes.append(f"max_batch_tokens: {count * length}")
-            return f"It would fit with {' and '.join(changes)}."
-    return None
 
 
 def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -591,23 +541,11 @@ class _AsOnCuda(TorchFunctionMode):
     bytes, not of numbers.
     """
 
-    IN_FLOAT32 = frozenset(
-        {
-            torch.pow,
-            torch.Tensor.pow,
-            torch.Tensor.__pow__,
-            torch.rsqrt,
-            torch.Tensor.rsqrt,
-            torch.exp,
-            torch.Tensor.exp,
-            torch.nn.functional.layer_norm,
-            torch.nn.functional.softmax,
-            torch.nn.functional.softplus,
-            torch.softmax,
-            torch.Tensor.softmax,
-            torch.cumsum,
-        }
-    )
+    IN_FLOAT32 = {
+        *(torch.pow, torch.Tensor.pow, torch.Tensor.__pow__, torch.rsqrt, torch.Tensor.rsqrt, torch.cumsum),
+        *(torch.exp, torch.Tensor.exp, torch.softmax, torch.Tensor.softmax, torch.nn.functional.softmax),
+        *(torch.nn.functional.layer_norm, torch.nn.functional.softplus),
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
