@@ -49,7 +49,7 @@ MANIFEST = "checkpoint.json"
 # when one has died, follow it up with SIGKILL after 30.
 PATIENCE = 25
 
-# Checkpoints in the making. Trainer's uploads to the Hub pass over names that begin like this.
+# Checkpoints in the making.
 UNFINISHED = "_unfinished"
 
 
@@ -229,12 +229,6 @@ class ResumableTrainer(SFTTrainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(final))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # under its final name, once it has that: uploads go on in the background
-            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -173,45 +173,8 @@ def push(args: PushConfig) -> str:
     return commit.pr_url or str(commit.commit_url)
 
 
-def prepare_training(training_args: SFTConfig, recipe: Mapping, prompt: Prompt) -> None:
-    """What `push_to_hub: true` needs before a training that may take hours. Every process must call it.
-
-    Moves `hub_token` from the arguments, which are saved with every checkpoint, to the environment; makes repository
-    and branch and writes prompt and recipe there, so that a wrong name or token ends the run now, and the checkpoints
-    that follow are known for what they are; and writes the whole Hub id into `hub_model_id`.
-
-    Args:
-        recipe: the recipe as resolved.
-
-    Raises:
-        UserError: if the repository cannot be made or written to, or holds another base model, prompt or label words.
-    """
-    put_token_away(training_args)
-    if training_args.process_index != 0:
-        return
-    # PEFT's empty form, from an earlier training in this folder, must not go up with a checkpoint.
-    (Path(training_args.output_dir) / "README.md").unlink(missing_ok=True)
-    name, revision = training_args.hub_model_id, training_args.hub_revision
-    name = name or Path(training_args.output_dir).resolve().name
-    api = HfApi()
-    with _explained(name):
-        if "/" not in name:
-            name = f"{api.whoami()['name']}/{name}"
-        _make_destination(api, name, training_args.hub_private_repo, revision, recipe["model_name_or_path"], prompt)
-        api.create_commit(
-            name,
-            [
-                CommitOperationAdd("prompt.json", json.dumps(asdict(prompt), indent=2).encode()),
-                CommitOperationAdd("recipe.yaml", yaml.safe_dump(dict(recipe), sort_keys=False).encode()),
-            ],
-            commit_message="Training starts",
-            revision=revision,
-        )
-    training_args.hub_model_id = name
-
-
 def put_token_away(training_args: SFTConfig) -> None:
-    """Move `hub_token` to the environment variable HF_TOKEN, of this process alone.
+    """Move `hub_token`, with which bases and data are fetched, to the environment variable HF_TOKEN of this process.
 
     The Trainer pickles its arguments into every checkpoint, and W&B keeps the command line.
     """
@@ -221,20 +184,6 @@ def put_token_away(training_args: SFTConfig) -> None:
     os.environ["HF_TOKEN"] = token
     training_args.hub_token = None
     sys.argv = [argument.replace(token, "<HUB_TOKEN>") for argument in sys.argv]
-
-
-def push_trained(training_args: SFTConfig) -> str:
-    """Push a training that has just ended. Its only results are those on validation: the card says so."""
-    return push(
-        PushConfig(
-            run=training_args.output_dir,
-            hub_model_id=training_args.hub_model_id,
-            hub_private_repo=training_args.hub_private_repo,
-            hub_revision=training_args.hub_revision,
-            without_results=True,
-            overwrite=True,  # `prepare_training` has looked at what was there; by now it is this run's checkpoints
-        )
-    )
 
 
 def download_run(name: str, revision: str | None = None) -> Path:

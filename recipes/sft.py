@@ -32,7 +32,7 @@ from nli_sft.configs import (
     run_script,
 )
 from nli_sft.estimate import plan_memory
-from nli_sft.hub import prepare_training, push_trained, put_token_away
+from nli_sft.hub import put_token_away
 from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
 from nli_sft.models import count_parameters, load_model, load_tokenizer, locate_model
@@ -56,15 +56,13 @@ def main(data_args, prompt_args, batch_args, machine_args, tracking_args, traini
         return
     run = training_args.output_dir
     prompt = train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    if training_args.push_to_hub and PartialState().is_main_process:
-        say(f"Pushed, with the results on validation: {push_trained(training_args)}")
     if prompt_args.hypothesis_only_control:
         prompt_args = replace(
             prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
         )
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
         training_args.resume_from_checkpoint = AUTO if training_args.resume_from_checkpoint else None
-        training_args.report_to, training_args.push_to_hub = [], False  # the control is part of the run
+        training_args.report_to = []  # the control is part of the run
         say("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
         train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     say(f"To judge it on the test split:\n  accelerate launch -q recipes/eval.py --run {run}")
@@ -105,8 +103,6 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         )
         prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
         encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
-        if training_args.push_to_hub:
-            prepare_training(training_args, recipe, prompt)
         dropped, drawn = Counter(), {}
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
         trained = text_keys(pairs["train"])
@@ -173,7 +169,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         result = trainer.train(resume_from_checkpoint=checkpoint)
         resources.add_earlier("training", trainer.earlier_seconds)
         phase.count(pairs=round(len(rows["train"]) * trainer.state.epoch), tokens=trainer.trained_tokens)
-    trainer.save_model(_internal_call=True)  # or it would push too, before there are results for the card
+    trainer.save_model()
     with resources.phase("validation"):
         final = trainer.evaluate()
     used = resources.summary(run=training_args.output_dir, model=locate_model(model_args.model_name_or_path))

@@ -111,7 +111,6 @@ def test_a_recipe_builds_its_model(path):
             assert re.fullmatch(r"[0-9a-f]{40}", revision), "a moving revision is a moving result"
     assert training.eval_on_start
     assert training.metric_for_best_model == "eval_accuracy"
-    assert not training.push_to_hub
     load_prompt(prompt.prompt, prompt.label_words)
     if model.load_in_4bit:
         assert model.dtype == "bfloat16", "TRL's default would compute in float32"
