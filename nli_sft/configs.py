@@ -7,6 +7,7 @@ line have the same names and win over the file.
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ import yaml
 from trl import TrlParser
 
 from . import UserError
+from .keys import REFUSED, check_paths, check_training, field_values, idle_keys, refuse_idle_keys, refuse_keys
 from .labels import LABELS
 from .precision import choose_precision, default_device
 
@@ -250,15 +252,17 @@ class RecipeError(UserError):
     """A recipe or command line that cannot be meant; the message names the key and the mend."""
 
 
-def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple:
+def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None, positional: str | None = None) -> tuple:
     """Parse the command line, and the YAML file that `--config` names, into one instance of each type.
 
     Stricter than `TrlParser`, through which it goes: unknown and repeated keys, abbreviated flags, values of the wrong
-    type or outside a field's choices are errors in one sentence, with the nearest right name.
+    type or outside a field's choices are errors in one sentence, with the nearest right name. So is what `check_keys`
+    refuses.
 
     Args:
         types: dataclass types, without a field in common.
         argv: the arguments; those of the process by default.
+        positional: the key that takes arguments without a flag, wherever they stand; by default they are errors.
 
     Returns:
         One instance of each type, in order.
@@ -266,15 +270,15 @@ def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None) -> tu
     Raises:
         RecipeError: with that sentence.
     """
-    return _parse(types, sys.argv[1:] if argv is None else list(argv))
+    return _parse(types, sys.argv[1:] if argv is None else list(argv), positional)
 
 
-def run_script(main: Callable, types: Sequence[type]) -> None:
+def run_script(main: Callable, types: Sequence[type], positional: str | None = None) -> None:
     """Call a script's `main` with its parsed configs; what the user got wrong ends in a sentence, not a traceback."""
     # What libraries deprecate is for those who write code, not for those who run it.
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        main(*parse_recipe(types))
+        main(*parse_recipe(types, positional=positional))
     except UserError as error:
         sys.exit(f"error: {error}")
 
@@ -288,6 +292,8 @@ def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
             value = getattr(config, f.name)
             if f.init and f.name not in (*SECRETS, *SYNONYMS) and value != defaults.get(f.name, MISSING):
                 resolved[f.name] = value.value if isinstance(value, Enum) else value
+    for key in idle_keys(*field_values(configs)):
+        resolved.pop(key, None)
     if "precision" in resolved:  # says what TRL's two flags say
         resolved = {key: value for key, value in resolved.items() if key not in ("bf16", "fp16")}
     return resolved
@@ -346,7 +352,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse(types: Sequence[type], argv: list[str]) -> tuple:
+def _parse(types: Sequence[type], argv: list[str], positional: str | None) -> tuple:
     parser = _Parser(
         list(types),
         allow_abbrev=False,
@@ -357,6 +363,9 @@ def _parse(types: Sequence[type], argv: list[str]) -> tuple:
     actions = {option: action for action in parser._actions for option in action.option_strings}
     if "--use_cpu" in actions:  # TRL stops where there is no GPU unless it is told so
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    if "--report_to" in actions:  # which takes several, as no argument parser can know
+        actions["--report_to"].nargs = "+"
+    defaults = vars(parser.parse_args(_stand_ins(parser, [])))
     argv, config_path = _take_config_flag(argv)
     tokens = []
     if config_path is not None:
@@ -365,21 +374,66 @@ def _parse(types: Sequence[type], argv: list[str]) -> tuple:
             for key, value in recipe.items():
                 tokens += _as_flags(str(key), value, written.get(key, value), actions)
             # The file by itself first, so that what is wrong in it is told as such.
-            parser.parse_args([*tokens, *_stand_ins(parser, tokens)])
-        except RecipeError as error:
+            values = vars(parser.parse_args([*tokens, *_stand_ins(parser, tokens)]))
+            refuse_keys(values, defaults)
+        except UserError as error:
             raise RecipeError(f"{config_path}: {error}") from None
-    for token in argv:
-        if token.startswith("--"):
-            _check_known(token.split("=")[0], actions)
-    tokens += argv
+    changed = {token.split("=")[0] for token in argv if token.startswith("--")}
+    for flag in changed:
+        _check_known(flag, actions)
+    tokens += _place_strays(argv, actions, positional)
     if "--bf16" in actions:
         tokens += _precision_flags(parser.parse_args(tokens))
-    return _run(parser, tokens)
+    values = vars(parser.parse_args(tokens))
+    refuse_keys(values, defaults)
+    refuse_idle_keys(
+        values, defaults, changed={flag.removeprefix("--") for flag in changed} if config_path is not None else ()
+    )
+    check_paths(values)
+    configs = _run(parser, tokens)
+    for config in configs:
+        if hasattr(config, "metric_for_best_model"):
+            check_training(config)
+    return configs
+
+
+def _place_strays(argv: list[str], actions: dict[str, argparse.Action], positional: str | None) -> list[str]:
+    """Give the arguments that no flag takes to the positional key, or say how they are meant to be written."""
+    taken, strays, room = [], [], 0
+    for token in argv:
+        if token.startswith("--"):
+            nargs = actions[token.split("=")[0]].nargs
+            room = 0 if "=" in token or nargs == 0 else math.inf if nargs == "+" else 1
+        elif room:
+            room -= 1
+        else:
+            strays.append(token)
+            continue
+        taken.append(token)
+    if strays and positional is None:
+        raise RecipeError(_explain_stray(strays[0], actions))
+    if not strays:
+        return taken
+    flag = f"--{positional}"
+    place = taken.index(flag) + 1 if flag in taken else len(taken)
+    return [*taken[:place], *([] if flag in taken else [flag]), *strays, *taken[place:]]
+
+
+def _explain_stray(token: str, actions: dict[str, argparse.Action]) -> str:
+    if token.endswith((".yaml", ".yml")):
+        return f"{token} stands alone; give a recipe as --config {token}"
+    if token.startswith("-") or "=" in token:
+        return f"{token} is no flag; flags begin with two dashes: --{token.lstrip('-')}"
+    if "--run" in actions:
+        return f"{token} stands alone; give a run folder as --run {token}"
+    return f"{token} stands alone; write every argument as --key value"
 
 
 def _precision_flags(said: argparse.Namespace) -> list[str]:
     """The flags of the precision chosen. TRL's two say the same as ours; its own default is bf16 on every machine."""
     wanted = getattr(said, "precision", "auto")
+    if said.bf16 and said.fp16:
+        raise RecipeError("bf16 and fp16 are both true; keep one of them, or precision: auto")
     flag = "bf16" if said.bf16 else "fp16" if said.fp16 else "fp32" if said.bf16 is False else None
     if flag is not None:
         if wanted not in ("auto", flag):
@@ -440,9 +494,16 @@ def _as_flags(key: str, value: object, written: object, actions: dict[str, argpa
     Lists, and single values of a key that takes text, stay as they are `written`: yes, on, 1.0, 0123456.
     """
     flag = f"--{key}"
+    if isinstance(value, dict) and flag not in actions:
+        inside = f", such as {next(iter(value))}," if value else ""
+        raise RecipeError(f"{key} holds keys of its own, but a recipe is flat; write them{inside} without {key} above")
     _check_known(flag, actions)
     action = actions[flag]
     takes_list = action.nargs == "+"
+    if any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [])):
+        raise RecipeError(f"{key} takes a list of words, not of mappings or lists; put quotes around each")
+    if isinstance(value, dict) and not key.endswith("_kwargs") and key not in REFUSED:
+        raise RecipeError(f"{key} takes {'a list' if takes_list else 'one value'}, not keys of its own")
     if value is None:
         if action.default is None:
             return []

@@ -35,12 +35,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from . import UserError
 from .configs import AUTO, BATCH_TOKENS, BatchConfig
 from .launchers import launched_with
-from .models import locate_model
+from .models import adapter_config, locate_model
 from .precision import Precision
 from .prompts import Prompt, PromptEncoder
 from .trainer import PairSampler, SharedBatches, TrieCollator
@@ -411,7 +411,7 @@ def build_on_meta(model_args: ModelConfig, precision: Precision, trust_remote_co
                 model, modules_to_not_convert=get_keys_to_not_convert(model), quantization_config=quantisation
             )
             model.requires_grad_(False)
-        if (peft_config := get_peft_config(model_args)) is not None:
+        if (peft_config := adapter_config(model_args)) is not None:
             model = get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     if quantisation is not None and precision.name == "bf16":
         for name, parameter in model.named_parameters():  # as TRL does, see `NLITrainer`

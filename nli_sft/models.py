@@ -1,19 +1,23 @@
 """Tokenizer, base model, adapter: loading them, and counting what they hold."""
 
+import difflib
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, get_quantization_config
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from . import UserError
 from .demo import BASE_MODEL, is_demo
 
 logger = logging.getLogger(__name__)
+
+SAVED = "lora_modules_to_save"
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
 
 def locate_model(name: str) -> str:
     """What transformers loads: for `demo` the folder of the base that comes with this package, else the name."""
+    if not name:
+        raise UserError("model_name_or_path is missing; give it in the recipe or as --model_name_or_path")
     return str(BASE_MODEL) if is_demo(name) else name
 
 
@@ -98,6 +104,94 @@ def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrained
         device_map={"": PartialState().device} if quantization is not None else None,
     )
     return model
+
+
+def adapter_config(args: ModelConfig) -> PeftConfig | None:
+    """PEFT's config of a recipe, `None` without an adapter.
+
+    TRL makes a text of a list of one module, and PEFT takes a text for a pattern of the whole name, which a plain name
+    such as `q_proj` never matches. It is taken for the name that it is.
+    """
+    config = get_peft_config(args)
+    if config is not None and _is_plain_name(args.lora_target_modules):
+        config.target_modules = {args.lora_target_modules}
+    return config
+
+
+def _is_plain_name(modules: str | list[str] | None) -> bool:
+    return isinstance(modules, str) and bool(re.fullmatch(r"[\w.]+", modules))  # which all-linear is not
+
+
+def check_adapter(args: ModelConfig, trust_remote_code: bool = False) -> None:
+    """Hold the adapter of a recipe against the structure of its base, which the base's config alone gives.
+
+    Raises:
+        UserError: for a module or parameter that the base has not, with the nearest that it has; for the output
+            embedding as a target; for tied weights that would be trained apart; or with what PEFT cannot adapt.
+    """
+    if not args.use_peft:
+        return
+    try:
+        config = AutoConfig.from_pretrained(
+            locate_model(args.model_name_or_path), revision=args.model_revision, trust_remote_code=trust_remote_code
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
+    except Exception:  # whatever a base of another kind raises, loading it says what is wrong
+        return
+    check_modules(args, model)
+    try:
+        with torch.device("meta"):
+            get_peft_model(model, adapter_config(args), low_cpu_mem_usage=True)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"lora_target_modules: {' '.join(str(error).split())}") from error
+
+
+def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
+    """See that everything that the `lora_` keys name is in a model without an adapter, and may be trained there.
+
+    Raises:
+        UserError: as `check_adapter`.
+    """
+    modules = dict(model.named_modules())
+    layers = [name for name, module in modules.items() if name and not list(module.children())]
+    head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
+    targets = args.lora_target_modules or []
+    targets = [targets] if _is_plain_name(targets) else targets
+    if isinstance(targets, str):
+        is_pattern = targets.lower() != "all-linear"
+        matched = [name for name in modules if is_pattern and re.fullmatch(targets, name)]
+        if is_pattern and not matched:
+            raise UserError(f"lora_target_modules: the pattern {targets} matches the whole name of no module")
+    else:
+        matched = [name for target in targets for name in _find(target, modules, layers, "lora_target_modules")]
+    if head in matched:
+        raise UserError(
+            f"lora_target_modules: {head} cannot have an adapter, because TRL computes the loss from its weights; "
+            "leave it out"
+        )
+    for name in args.lora_target_parameters or []:
+        parameters = [name for name, _ in model.named_parameters()]
+        _find(name, parameters, parameters, "lora_target_parameters")
+    saved = [name for key in args.lora_modules_to_save or [] for name in _find(key, modules, layers, SAVED, ending="")]
+    if head in saved and model.config.get_text_config().tie_word_embeddings:
+        raise UserError(
+            f"{SAVED}: {head} shares its weights with the embedding (tie_word_embeddings), and would be trained apart "
+            "from it; leave it out"
+        )
+
+
+def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
+    """The names that end in a part of that name, as PEFT looks for them."""
+    found = [name for name in names if name == wanted or name.endswith(f"{ending}{wanted}")]
+    if not found:
+        last = sorted({name.rpartition(".")[2] for name in nearby})
+        near = difflib.get_close_matches(wanted.rpartition(".")[2], last, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(last)}"
+        raise UserError(f"{key}: no part of the model is called {wanted!r}; {hint}")
+    return found
 
 
 def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:

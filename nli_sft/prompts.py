@@ -348,6 +348,9 @@ class PromptEncoder:
                 f"{pairs[worst]['uid']}, has {len(rows[worst]['input_ids'])} tokens); raise max_length or set "
                 f"drop_too_long: true"
             )
+        if len(too_long) == len(rows) > 0:
+            shortest = min(map(len, rows["input_ids"]))
+            raise UserError(f"max_length {max_length} leaves no pair; the shortest has {shortest} tokens: raise it")
         if dropped is not None:
             dropped["too_long"] += len(too_long)
         return rows.select(sorted(set(range(len(rows))) - set(too_long))) if too_long else rows

@@ -21,6 +21,7 @@ from . import UserError, metrics, trie
 from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
 from .decoding import LabelScores, gather_scores, score_prompts
+from .keys import field_values, refuse_keys
 from .progress import TrainingBar
 from .prompts import PromptEncoder
 
@@ -55,6 +56,7 @@ class NLITrainer(ResumableTrainer):
         train_dataset: Dataset,
         **kwargs,
     ):
+        refuse_keys(*field_values((args, batch_args)))
         if batch_args.max_batch_tokens == AUTO:
             raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
         self.encoder = encoder
@@ -62,11 +64,6 @@ class NLITrainer(ResumableTrainer):
         self.max_row_tokens = trie.row_tokens(
             batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
         )
-        if self.max_row_tokens is not None and args.label_smoothing_factor > 0:
-            raise UserError(
-                "label_smoothing_factor: smoothing takes the logits of whole batches, which tries do without; set "
-                "batching: padded, or leave it out"
-            )
         if self.max_row_tokens is not None:
             kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
         self.group_by_premise = batch_args.group_by_premise

@@ -27,12 +27,12 @@ from rich import print
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
-from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.decoding import deciding, generate_labels, score_prompts
-from nli_sft.models import count_parameters, load_model, load_tokenizer
+from nli_sft.models import adapter_config, count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.report.figures import speeds
 from nli_sft.sources import load_pairs, subsample
@@ -212,7 +212,7 @@ def train_speed(args, training_args, model_args, encoder, rows, batch_args=None,
             "args": SFTConfig(**options | {"output_dir": folder}),
             "train_dataset": rows,
             "callbacks": [times],
-            "peft_config": get_peft_config(model_args),
+            "peft_config": adapter_config(model_args),
         }
         if batch_args is not None:
             trainer = NLITrainer(encoder=encoder, batch_args=batch_args, **arguments)

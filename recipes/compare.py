@@ -6,7 +6,6 @@ python recipes/compare.py entity/project --filters '{"group": "qwen3-0.6b-snli",
 """
 
 import json
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +88,4 @@ def find_runs(args, fetched, console):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.argv.insert(1, "--runs")  # so that a shell's outputs/* is all it takes
-    run_script(main, (CompareConfig,))
+    run_script(main, (CompareConfig,), positional="runs")  # so that a shell's outputs/* is all it takes

@@ -18,7 +18,7 @@ import numpy as np
 import transformers
 from accelerate import PartialState
 from rich import print
-from trl import ModelConfig, SFTConfig, get_peft_config
+from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
 from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
@@ -35,7 +35,14 @@ from nli_sft.estimate import plan_memory
 from nli_sft.hub import put_token_away
 from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
-from nli_sft.models import count_parameters, load_model, load_tokenizer, locate_model
+from nli_sft.models import (
+    adapter_config,
+    check_adapter,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    locate_model,
+)
 from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
@@ -95,6 +102,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     precision = choose_precision(machine_args.precision, training_args.device)
     model_args = precision.suit(model_args)
     check_launch(model_args, training_args, precision.name)
+    check_adapter(model_args, training_args.trust_remote_code)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
 
     with resources.phase("loading"):
@@ -126,7 +134,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             args=training_args,
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
-            peft_config=get_peft_config(model_args),
+            peft_config=adapter_config(model_args),
         )
     parameters = count_parameters(trainer.model)
     facts = {

@@ -31,7 +31,10 @@ def recipe(tmp_path):
 
 
 def test_flags_override_the_file_and_both_ways_of_config_work(recipe, tmp_path):
-    path = recipe(f"learning_rate: 2e-4\nlora_r: 8\noutput_dir: {tmp_path}\nlora_target_modules: [q_proj, v_proj]\n")
+    path = recipe(
+        f"learning_rate: 2e-4\noutput_dir: {tmp_path}\nuse_peft: true\nlora_r: 8\n"
+        "lora_target_modules: [q_proj, v_proj]\n"
+    )
     for arguments in ([f"--config={path}"], ["--config", str(path)]):
         _, _, _, training, model = parse_recipe(TYPES, [*arguments, "--lora_r", "4", "--eval_strategy=epoch"])
         assert training.learning_rate == 2e-4
@@ -61,6 +64,15 @@ def test_flags_override_the_file_and_both_ways_of_config_work(recipe, tmp_path):
             "load_best_model_at_end: true\neval_strategy: epoch\nsave_strategy: steps",
             "--load_best_model_at_end requires",
         ),
+        (
+            "model:\n  model_name_or_path: m",
+            "model holds keys of its own, but a recipe is flat; write them, such as mod",
+        ),
+        ("lora: {}", "lora holds keys of its own, but a recipe is flat; write them without lora above"),
+        ("output_dir: {a: b}", "output_dir takes one value, not keys of its own"),
+        ("lora_target_modules: {a: b}", "lora_target_modules takes a list, not keys of its own"),
+        ("train_mix:\n- scenes: 0.25", "train_mix takes a list of words, not of mappings or lists"),
+        ("label_words: [[a], b, c]", "label_words takes a list of words, not of mappings or lists"),
         ("- a list", "not YAML"),
         ("lora_r: [", "not YAML"),
     ],
@@ -80,7 +92,14 @@ def test_what_cannot_be_meant_is_said_with_its_key(recipe, text, message):
         (["--config"], "--config takes one recipe file, once"),
         (["--config=a.yaml", "--config=b.yaml"], "--config takes one recipe file, once"),
         (["--config=nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["--dataset_name", "x", "stray"], "stray"),
+        (["--dataset_name", "x", "stray"], "stray stands alone; write every argument as --key value"),
+        (
+            ["recipes/demo/lora.yaml"],
+            "recipes/demo/lora.yaml stands alone; give a recipe as --config recipes/demo/lora",
+        ),
+        (["--use_peft", "true", "lora.yml"], "lora.yml stands alone; give a recipe as --config lora.yml"),
+        (["learning_rate=1e-4"], "learning_rate=1e-4 is no flag; flags begin with two dashes: --learning_rate=1e-4"),
+        (["-lora_r", "4"], "-lora_r is no flag; flags begin with two dashes: --lora_r"),
     ],
 )
 def test_wrong_command_lines(arguments, message):
@@ -134,6 +153,28 @@ def test_max_batch_tokens_is_a_number_or_auto(recipe, text, value):
     assert resolved.get("max_batch_tokens", 8192) == value
     assert ("max_batch_tokens" in resolved) == (value != 8192), "only what differs from the defaults"
     assert from_recipe(BatchConfig, resolved) == configs[2]
+
+
+def test_arguments_without_a_flag_go_to_the_positional_key_wherever_they_stand():
+    @dataclass
+    class Compare:
+        runs: list[str]
+        html: str | None = None
+        verbose: bool = False
+
+    for arguments in (
+        ["a", "b", "--html", "page.html"],
+        ["--html", "page.html", "a", "b"],
+        ["--html=page.html", "a", "b"],
+        ["a", "--html", "page.html", "b"],
+        ["--html", "page.html", "--runs", "a", "b"],
+    ):
+        (args,) = parse_recipe((Compare,), arguments, positional="runs")
+        assert (args.runs, args.html) == (["a", "b"], "page.html"), arguments
+    with pytest.raises(RecipeError, match="runs is missing"):
+        parse_recipe((Compare,), ["--html", "page.html"], positional="runs")
+    with pytest.raises(RecipeError, match="outputs/x stands alone; give a run folder as --run outputs/x"):
+        parse_recipe((EvalConfig,), ["outputs/x"])
 
 
 def test_an_evaluation_needs_a_run():

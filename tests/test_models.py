@@ -6,12 +6,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import byte_level_tokenizer, tiny_llama
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CohereConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from trl import ModelConfig
 
 from nli_sft import UserError
-from nli_sft.models import count_parameters, load_model, load_run, load_tokenizer
+from nli_sft.models import adapter_config, check_adapter, count_parameters, load_model, load_run, load_tokenizer
 
 STUDY_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
 
@@ -146,3 +146,97 @@ def test_a_run_folder_gives_its_adapter_or_its_full_model(tmp_path):
     assert not torch.allclose(loaded(ids).logits, expected)
     with loaded.disable_adapter():
         torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    for name, tied in (("untied", False), ("tied", True)):
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            tie_word_embeddings=tied,
+        ).save_pretrained(folder / name)
+    return folder
+
+
+def adapted(base, **options):
+    return ModelConfig(model_name_or_path=str(base), use_peft=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (
+            "untied",
+            {"lora_target_modules": ["query"]},
+            "no part of the model is called 'query'; it has act_fn, down_p",
+        ),
+        ("untied", {"lora_target_modules": ["q_prj"]}, r"called 'q_prj'; did you mean q_proj\?"),
+        ("untied", {"lora_target_modules": ["q_proj", "w_proj"]}, r"'w_proj'; did you mean \w_proj\?"),
+        ("untied", {"lora_target_modules": ["mlp.up_prj"]}, r"'mlp.up_prj'; did you mean up_proj\?"),
+        (
+            "untied",
+            {"lora_target_modules": "(q|v)_proj"},
+            r"the pattern \(q\|v\)_proj matches the whole name of no mod",
+        ),
+        (
+            "untied",
+            {"lora_target_modules": ["norm"]},
+            "lora_target_modules: Target module LlamaRMSNorm.* not supported",
+        ),
+        ("untied", {"lora_target_modules": ["q_proj", "lm_head"]}, "lm_head cannot have an adapter, because TRL comp"),
+        ("untied", {"lora_target_modules": ".*head"}, "lm_head cannot have an adapter, because TRL computes"),
+        ("untied", {"lora_modules_to_save": ["lm_haed"]}, r"modules_to_save: .*'lm_haed'; did you mean lm_head\?"),
+        ("untied", {"lora_target_parameters": ["up.weigth"]}, r"target_parameters: .*; did you mean weight\?"),
+        (
+            "tied",
+            {"lora_modules_to_save": ["lm_head"]},
+            r"lm_head shares its weights with the embedding \(tie_word_emb",
+        ),
+    ],
+)
+def test_an_adapter_that_the_base_has_no_place_for(bases, base, options, message):
+    with pytest.raises(UserError, match=message):
+        check_adapter(adapted(bases / base, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_target_modules": ["all-linear"]},
+        {"lora_target_modules": ["q_proj", "mlp.up_proj"]},
+        {"lora_target_modules": r".*\.(q|v)_proj"},
+        {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+)
+def test_an_adapter_that_fits_passes_without_weights(bases, options):
+    check_adapter(adapted(bases / "untied", **options))
+
+
+def test_a_single_module_is_a_name_and_not_a_pattern(bases):
+    args = adapted(bases / "untied", lora_target_modules=["q_proj"])
+    assert args.lora_target_modules == "q_proj", "TRL takes it out of its list"
+    check_adapter(args)
+    base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(bases / "untied"))
+    model = get_peft_model(base, adapter_config(args))
+    assert any("q_proj.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_a_base_that_peft_knows_no_default_for(bases):
+    (bases / "unknown").mkdir()
+    CohereConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        bases / "unknown"
+    )
+    with pytest.raises(UserError, match="lora_target_modules: .*target_modules"):
+        check_adapter(adapted(bases / "unknown"))
+    check_adapter(adapted(bases / "unknown", lora_target_modules="all-linear"))
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="model_name_or_path is missing; give it in the recipe or as --model_name"):
+        load_tokenizer(None)

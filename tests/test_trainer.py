@@ -238,7 +238,7 @@ def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
 
 
 def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
-    with pytest.raises(UserError, match="label_smoothing_factor: .* set batching: padded, or leave it out"):
+    with pytest.raises(UserError, match="label_smoothing_factor: .* set batching: padded, or remove"):
         trainer(chatml, tmp_path, label_smoothing_factor=0.1)
     with pytest.warns(FutureWarning, match="label_smoothing_factor"):
         smoothed = trainer(chatml, tmp_path, batching="padded", label_smoothing_factor=0.3, max_steps=20)

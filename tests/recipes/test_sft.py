@@ -65,6 +65,8 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
     said = {
         ("--max_lenght", "10"): "unknown key 'max_lenght'; did you mean 'max_length'?",
         ("--max_length", "10"): "96 of 96 rows are longer than max_length 10",
+        ("--max_length", "10", "--drop_too_long", "true"): "max_length 10 leaves no pair; the shortest has",
+        ("--lora_target_modules", "q_prj"): "no part of the model is called 'q_prj'; did you mean q_proj?",
         ("--dataset_name", "./nowhere"): "./nowhere is not there; dataset_name takes a Hub id, a folder or a file",
         ("--prompt", "plane"): "prompt: 'plane' is neither built in",
         ("--model_name_or_path", "./nowhere"): "model_name_or_path ./nowhere: cannot load the tokenizer",
