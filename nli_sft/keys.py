@@ -201,8 +201,9 @@ def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) ->
     Raises:
         UserError: for a key of `REFUSED`, a number out of its range, or a key that tries cannot honour.
     """
+    is_training = "max_steps" in values  # recipes/push.py has keys of the same names
     for key, value in _said(values, defaults).items():
-        if key in REFUSED and value != _PLAIN.get(key, MISSING):
+        if is_training and key in REFUSED and value != _PLAIN.get(key, MISSING):
             raise UserError(f"remove {key}: {REFUSED[key]}")
         if key in _PADDED_ALONE and values.get("batching") == "trie":
             raise UserError(f"{key}: {_PADDED_ALONE[key]}; set batching: padded, or remove {key}")

@@ -17,6 +17,7 @@ from nli_sft.configs import (
     resolve_recipe,
 )
 from nli_sft.export import ExportConfig
+from nli_sft.hub import PushConfig
 from nli_sft.keys import RANGE_OF, REFUSED
 
 OURS = (TrainDataConfig, PromptConfig, BatchConfig, MachineConfig, TrackingConfig)
@@ -107,6 +108,11 @@ def test_a_key_that_cannot_do_anything_is_refused_with_its_reason(key, value):
 def test_pushing_during_a_training_is_refused_with_the_way_to_push():
     with pytest.raises(UserError, match="remove push_to_hub: a training pushes nothing; recipes/push.py pushes a run"):
         parse("--push_to_hub", "true")
+
+
+def test_pushing_has_its_own_keys():
+    (args,) = parse_recipe((PushConfig,), ["--run", "outputs/x", "--hub_model_id", "me/x", "--hub_private_repo=true"])
+    assert (args.hub_model_id, args.hub_private_repo) == ("me/x", True)
 
 
 def test_defaults_may_be_said_and_mean_nothing(tmp_path):

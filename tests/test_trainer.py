@@ -10,6 +10,7 @@ from trl import ModelConfig, SFTConfig
 from nli_sft import UserError
 from nli_sft.configs import BatchConfig
 from nli_sft.decoding import generate_labels
+from nli_sft.keys import METRICS, field_values, refuse_keys
 from nli_sft.models import load_model
 from nli_sft.prompts import PROMPTS, PromptEncoder
 from nli_sft.trainer import NLITrainer, PairSampler, SharedBatches, TrieCollator, split_rows
@@ -162,6 +163,8 @@ def test_full_fine_tuning_moves_everything(chatml, tmp_path):
 def test_evaluation_is_label_accuracy_and_the_loss_of_training(chatml, tmp_path, batching):
     run = trainer(chatml, tmp_path, batching=batching)
     metrics = run.evaluate()
+    reported = {key for key in metrics if key != "epoch" and not key.endswith(("runtime", "per_second"))}
+    assert reported == {f"eval_{key}" for key in METRICS}
     prompts, gold = split_rows(run.eval_dataset, run.encoder.answers)
     said = generate_labels(run.model, chatml, prompts, run.encoder.answers)
     assert metrics["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, said, gold)) / len(gold))
@@ -235,6 +238,37 @@ def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
         assert len(dealt) == max(len(batch), processes), "a pair is repeated only where there are fewer than processes"
     shares[0].set_epoch(1)
     assert pairs < 20 or list(BatchSampler(sampler, 12, drop_last=False)) != batches
+
+
+def test_keys_are_refused_however_the_config_was_made(chatml, tmp_path):
+    with pytest.raises(UserError, match="remove packing: "):
+        trainer(chatml, tmp_path, packing=True)
+    with pytest.raises(UserError, match="remove accelerator_config: "):
+        trainer(chatml, tmp_path, accelerator_config={"split_batches": True})
+    with pytest.raises(UserError, match="max_grad_norm is -1.0; it must be 0 or more"):
+        trainer(chatml, tmp_path, max_grad_norm=-1.0)
+    args = trainer(chatml, tmp_path).args
+    # The control of a run is trained with the same arguments.
+    refuse_keys(*field_values((args, BatchConfig())))
+
+
+def test_dynamic_fine_tuning_is_that_of_padded_batches(chatml, tmp_path):
+    both = [trainer(chatml, tmp_path, batching=batching, loss_type="dft") for batching in ("trie", "padded")]
+    plain = trainer(chatml, tmp_path)
+    for run in (*both, plain):
+        run.train()
+    assert logged(both[0], "loss") == pytest.approx(logged(both[1], "loss"), rel=2e-3)
+    assert logged(both[0], "loss") != pytest.approx(logged(plain, "loss"), rel=2e-3)
+
+
+def test_a_head_that_is_saved_whole_is_trained(chatml, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    for batching in ("trie", "padded"):
+        run = trainer(chatml, tmp_path, batching=batching, peft_config=config)
+        before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+        run.train()
+        moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert any("lm_head" in name for name in moved), batching
 
 
 def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
