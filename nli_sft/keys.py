@@ -33,7 +33,6 @@ _OWN_LOADER = "batches are dealt out so that they are the same on any number of 
 _LABEL_LOSS = "the loss is on the tokens of the label alone"
 _PUSH = "a training pushes nothing; recipes/push.py pushes a run with its results"
 _LAUNCHER = "accelerate launch --config_file accelerate_configs/... says how a training is spread"
-_TRACKING = "wandb_project names the project in every tracker, and trackio_space_id a Space"
 _LIGER = "TRL is removing it, and its own trainer already computes the loss without all logits"
 _SIGTERM = "SIGTERM saves a checkpoint in every training"
 
@@ -80,9 +79,6 @@ REFUSED = {
     "logging_nan_inf_filter": "a loss that is not a number ends the training",
     "enable_jit_checkpoint": _SIGTERM,
     "restore_callback_states_from_checkpoint": "a resumed training always restores what it needs",
-    "project": _TRACKING,
-    "trackio_bucket_id": _TRACKING,
-    "trackio_static_space_id": _TRACKING,
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
     "hub_private_repo": _PUSH,
@@ -188,7 +184,7 @@ RANGE_OF = {key: (words, test) for words, (test, keys) in _RANGES.items() for ke
 
 # Where something will be written.
 _FOLDERS = ("output_dir", "figures")
-_FILES = ("html", "md", "json", "csv", "svg")
+_FILES = ("html", "json", "svg")
 
 
 def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) -> None:

@@ -22,7 +22,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from transformers import Trainer
-from transformers.integrations import WandbCallback, get_available_reporting_integrations
+from transformers.integrations import WandbCallback
 
 from . import UserError
 from .labels import LABELS
@@ -51,17 +51,6 @@ USE_SECONDS = 30.0
 
 # What makes an adapter usable without the rest of its folder.
 ADAPTER_FILES = ("adapter_*", "*token*", "*.jinja", "prompt.json")
-
-
-def check_trackers(report_to: Sequence[str]) -> None:
-    """Raise a `UserError` where `report_to` names a tracker that transformers cannot use here."""
-    available = get_available_reporting_integrations()
-    for name in report_to:
-        if name not in available:
-            raise UserError(
-                f"report_to: {name} is not installed, or transformers has no tracker of that name. Install it, or set "
-                f"report_to to none or to one of {', '.join(sorted(available))}."
-            )
 
 
 def open_run(

@@ -48,12 +48,11 @@ from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
 from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run, write_trained_pairs
 from nli_sft.sources import describe_source, fingerprint, load_train_and_validation, text_keys
-from nli_sft.tracking import check_trackers, open_run
+from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
 
 def main(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
-    check_trackers(training_args.report_to)
     put_token_away(training_args)  # or trackers and checkpoints would keep it
     if training_args.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
         datasets.disable_progress_bars()

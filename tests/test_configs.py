@@ -211,7 +211,9 @@ def test_texts_of_a_list_stay_as_they_are_written(recipe):
 
 
 def test_a_commit_of_digits_stays_as_it_is_written(recipe):
-    configs = parse_recipe(TYPES, ["--config", str(recipe("model_revision: 0123456\nlora_target_modules: off"))])
+    configs = parse_recipe(
+        TYPES, ["--config", str(recipe("model_revision: 0123456\nuse_peft: true\nlora_target_modules: off"))]
+    )
     assert (configs[4].model_revision, configs[4].lora_target_modules) == ("0123456", "off")
 
 

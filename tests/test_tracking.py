@@ -18,11 +18,10 @@ from PIL import Image
 from tracked import At, settings, train
 
 import nli_sft
-from nli_sft import UserError
 from nli_sft.ledger import RunRecord
 from nli_sft.report import write_report
 from nli_sft.report.content import Report
-from nli_sft.tracking import MOST_ROWS, check_trackers, evaluation_tables, open_run
+from nli_sft.tracking import MOST_ROWS, evaluation_tables, open_run
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
 
@@ -340,11 +339,3 @@ def test_no_module_needs_wandb_to_be_imported():
             names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.split(".")[0] == "wandb"], path
-
-
-@pytest.mark.parametrize("name", ["trackio", "wandbb"])
-def test_a_tracker_that_is_not_there_is_named_with_those_that_are(name, monkeypatch):
-    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: False)
-    check_trackers(["wandb"])
-    with pytest.raises(UserError, match=f"^report_to: {name} is not installed, or .* one of .*wandb"):
-        check_trackers(["wandb", name])
