@@ -63,6 +63,13 @@ class DataConfig:
 class TrainDataConfig(DataConfig):
     """Where training pairs come from, and how many."""
 
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on, where it is not called train: train_r1, say."}
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to validate on, where it is not called validation or dev: validation_matched, say."},
+    )
     max_train_samples: int | None = field(
         default=None,
         metadata={"help": "Train on so many pairs, taken by premise, with the label shares of the whole."},

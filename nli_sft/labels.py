@@ -1,6 +1,8 @@
 """The three labels of natural language inference: their order, their names, and how they are read from data."""
 
 import math
+import re
+from collections.abc import Sequence
 
 from . import UserError
 
@@ -27,7 +29,7 @@ _TWO_WAY_SPELLINGS = {
 _UNLABELLED_SPELLINGS = {"", "-", "-1", "none", "nan"}
 
 
-def parse_label(value: object, spellings: list[str] | None = None, two_way: bool = False) -> int:
+def parse_label(value: object, spellings: Sequence[str] | None = None, two_way: bool = False) -> int:
     """Read a gold label as the id that SNLI gives it, or `UNLABELLED` where annotators did not agree on one.
 
     Args:
@@ -40,20 +42,44 @@ def parse_label(value: object, spellings: list[str] | None = None, two_way: bool
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return UNLABELLED
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = str(value).strip().lower()
+    text = _normal(value)
     if spellings is not None:
-        known = {spelling.strip().lower(): index for index, spelling in enumerate(spellings)}
+        known = {_normal(spelling): index for index, spelling in enumerate(spellings)}
     else:
         known = _TWO_WAY_SPELLINGS if two_way else _SPELLINGS
     if text in known:
         return known[text]
     if text in _UNLABELLED_SPELLINGS:
         return UNLABELLED
-    expected = spellings or (TWO_WAY_LABELS if two_way else (*LABELS, "0", "1", "2", "e", "n", "c"))
-    mend = "" if spellings else "; label_spellings names other words"
-    raise UserError(f"unknown label {value!r}; expected one of {', '.join(expected)}, or - or -1 for no label{mend}")
+    expected = map(str, spellings or (TWO_WAY_LABELS if two_way else (*LABELS, "0", "1", "2", "e", "n", "c")))
+    fix = "" if spellings else "; label_spellings names other words"
+    shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
+    raise UserError(f"unknown label {shown}; expected one of {', '.join(expected)}, or - or -1 for no label{fix}")
+
+
+def check_spellings(spellings: Sequence[str] | None) -> None:
+    """Raise `UserError` unless `label_spellings` has one spelling for each of three labels, or of two."""
+    if spellings is None:
+        return
+    if len(spellings) not in (len(LABELS), len(TWO_WAY_LABELS)):
+        raise UserError(
+            f"label_spellings has {len(spellings)} spellings; give one each for {', '.join(LABELS)}, in that order, "
+            f"or for {', '.join(TWO_WAY_LABELS)}"
+        )
+    normal = [_normal(spelling) for spelling in spellings]
+    repeated = next((one for one, text in zip(spellings, normal, strict=True) if normal.count(text) > 1), None)
+    if repeated is not None:
+        raise UserError(f"label_spellings has {str(repeated)!r} more than once; each label has a spelling of its own")
+
+
+def is_id(value: object) -> bool:
+    """Whether `value` is one of SNLI's ids 0, 1 and 2, as a number or as text."""
+    return not isinstance(value, bool) and _normal(value) in ("0", "1", "2")
+
+
+def _normal(value: object) -> str:
+    """How a label is compared: `1`, `1.0`, `"1"` and `"1.0"` are one, and so are `"No"` and `"no "`."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip().lower())
 
 
 def is_two_way_name(value: object) -> bool:

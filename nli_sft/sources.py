@@ -5,27 +5,26 @@ URL of one, or `demo`, which is built in and needs no network. Whatever it is, `
 columns, and says which file and row is wrong when one is.
 """
 
-import csv
-import gzip
 import hashlib
 import json
 import logging
 import math
 import re
+import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 from datasets import (
     ClassLabel,
     Dataset,
+    DatasetDict,
     DownloadConfig,
     DownloadManager,
     Features,
@@ -34,20 +33,20 @@ from datasets import (
     concatenate_datasets,
     get_dataset_split_names,
     load_dataset,
+    load_from_disk,
 )
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, metadata_load
 
 from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
 from .demo import DEMO, PAIRS, is_demo
-from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, is_two_way_name, parse_label
+from .files import FORMATS, is_data_file, label_names, read_columns, read_rows
+from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, check_spellings, is_id, is_two_way_name, parse_label
 
 logger = logging.getLogger(__name__)
 
 # Of what is drawn for validation, whatever the seed of a run: runs that differ in their seeds are judged on the same.
 VALIDATION_SEED = 42
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet", ".txt")
 
 # The names under which the usual NLI sets keep our columns (SNLI, MNLI, ANLI, SICK, HANS, Breaking NLI, ChaosNLI, and
 # the benchmarks made of them); the first one that a set has is taken. A dot stands before a column inside another.
@@ -57,6 +56,7 @@ COLUMN_NAMES = {
     "label": ("gold_label", "label", "majority_label", "entailment_label", "entailment_judgment"),
     "uid": ("uid", "pairID", "pair_ID", "id"),
 }
+ROLES = ("premise", "hypothesis", "label")
 # Columns that name a slice of pairs are kept where a source has them, under any of these names.
 SLICE_NAMES = {
     "hard": ("hard",),
@@ -68,7 +68,7 @@ SLICE_NAMES = {
 }
 # What single annotators said: how many gave each label, in the order of LABELS, or the labels that they gave.
 COUNT_NAMES = ("label_counts", "label_count")
-ANNOTATOR_NAMES = ("annotator_labels", "label1", "label2", "label3", "label4", "label5")
+ANNOTATOR_NAMES = ("annotator_labels", "label0", "label1", "label2", "label3", "label4", "label5")
 
 # All that a pair may carry beside uid, premise, hypothesis and label.
 EXTRA_COLUMNS = {
@@ -133,27 +133,28 @@ def load_pairs(
         UserError: naming file (or Hub id), row and column, for a row that cannot be used; or the columns that were
             looked for.
     """
+    check_spellings(label_spellings)
     path = fetch(source)
-    if path.exists():
-        files = _split_files(path, split)
-        column_names = _file_columns(files[0])
-        rows = ((f"{file.name} row {number}", row) for file in files for number, row in read_rows(file))
-        split_column = next((name for name in SPLIT_COLUMNS if name in column_names), None)
+    table = _open_table(source, path, config, split, revision)
+    files = [] if table is not None else _split_files(path, split)
+    there = read_columns(files[0]) if table is None else table.column_names
+    found = find_columns(source, there, columns)
+    extras = _find_extras(there)
+    wanted = _wanted(found, extras, there)
+    if table is None:
+        names = label_names(files[0], found["label"])
+        rows = _file_rows(files, found, wanted, label_spellings)
+        split_column = next((name for name in SPLIT_COLUMNS if name in there), None)
         if split_column is not None and split is not None:
             rows = _rows_of_split(rows, path, split_column, split)
-        names = None
-    elif _looks_like_path(source):
-        raise SourceMissing(
-            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({', '.join(SUFFIXES)}), also by "
-            f"its URL"
-        )
     else:
-        hub = _load_from_hub(source, config, split, revision)
-        rows = ((f"{source} row {number}", row) for number, row in enumerate(hub, start=1))
-        column_names = hub.column_names
-        names = _hub_label_names(hub, _find_columns(source, column_names, columns)["label"])
-    found = _find_columns(source, column_names, columns)
-    pairs, unlabelled = _check_rows(rows, found, names, label_spellings, f"{path.stem}-{split or 'all'}")
+        feature = table.features.get(found["label"])
+        names = feature.names if isinstance(feature, ClassLabel) else None
+        rows = _table_rows(source, table.select_columns(wanted))
+        rows = _name_labels(rows, found["label"], names, label_spellings)
+    two_way = any(map(is_two_way_name, names or ()))
+    uid_prefix = f"{path.stem}-{split or 'all'}"
+    pairs, unlabelled = _check_rows(source, rows, found, extras, label_spellings, two_way, uid_prefix)
     if not pairs["uid"]:
         raise UserError(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
     if unlabelled:
@@ -218,11 +219,10 @@ def has_split(source: str, split: str, config: str | None = None, revision: str 
     """Whether `source` names a split of that kind. A single file is one split, unless a column names several."""
     path = fetch(source)
     if path.is_file():
-        return any(name in SPLIT_COLUMNS for name in _file_columns(path))
-    if path.is_dir():
+        return any(name in SPLIT_COLUMNS for name in read_columns(path))
+    if path.is_dir() and not _is_table_folder(path):
         return any(_is_split_file(file, split) for file in _data_files(path))
-    names = get_dataset_split_names(source, config, revision=revision)
-    return any(name in names for name in SPLIT_NAMES[split])
+    return any(name in _table_splits(source, path, config, revision) for name in _names_of(split))
 
 
 def load_train_and_validation(
@@ -242,19 +242,20 @@ def load_train_and_validation(
     dropped = Counter() if dropped is None else dropped
     left_out: dict[str, Counter] = defaultdict(Counter)
     options = _options(args)
-    train = load_pairs(args.dataset_name, "train", dropped=left_out[args.dataset_name], **options)
-    if has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
-        validation = load_pairs(args.dataset_name, "validation", dropped=dropped, **options)
+    train = load_pairs(args.dataset_name, args.train_split or "train", dropped=left_out[args.dataset_name], **options)
+    if args.validation_split or has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
+        validation = load_pairs(args.dataset_name, args.validation_split or "validation", dropped=dropped, **options)
     else:
         train, validation = hold_out(train, args.validation_fraction, VALIDATION_SEED)
         logger.warning(
-            "%s has no validation split: %s pairs are held out from training, by premise",
+            "%s has no validation split: %s pairs are held out from training, by premise; validation_split names a "
+            "split that is called otherwise",
             args.dataset_name,
             f"{len(validation):,}",
         )
     if args.max_train_samples is not None:
         train = subsample(train, args.max_train_samples, seed)
-    train = train.add_column("source", [args.dataset_name] * len(train))
+    train = _with_source(train, args.dataset_name)
     if args.train_mix:
         train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"]), dropped=left_out)
     for reasons in left_out.values():
@@ -272,7 +273,35 @@ def load_train_and_validation(
             drawn[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
     if args.max_eval_samples is not None:
         validation = subsample(validation, args.max_eval_samples, VALIDATION_SEED)
+    _check_labels(args.dataset_name, train, validation)
     return {"train": train.remove_columns("source"), "validation": validation}
+
+
+def _check_labels(source: str, train: Dataset, validation: Dataset) -> None:
+    """Refuse to train on one label; warn of labels that neither training nor validation pairs have."""
+    names = train.features["label"].names
+    there = {names[label] for label in set(train["label"])}
+    if len(there) == 1:
+        raise UserError(
+            f"{source}: all {len(train):,} training pairs have the label {there.pop()}, so there is nothing to learn; "
+            f"are label_column and label_spellings right?"
+        )
+    for what, pairs in (("training", train), ("validation", validation)):
+        missing = [name for index, name in enumerate(names) if index not in set(pairs["label"])]
+        if missing:
+            logger.warning("%s: none of the %s pairs has the label %s", source, what, " or ".join(missing))
+
+
+def _with_source(pairs: Dataset, source: str) -> Dataset:
+    return _with_column(pairs, "source", [source] * len(pairs))
+
+
+def _with_column(pairs: Dataset, name: str, values: list[str]) -> Dataset:
+    """`pairs` with a column added or replaced; `Dataset.add_column` would show a bar, "Flattening the indices"."""
+    table = pairs.with_format("arrow")[:]
+    features = Features({**pairs.features, name: Value("string")})
+    columns = {column: table[column] for column in table.column_names} | {name: pa.array(values, pa.string())}
+    return Dataset(pa.table(columns).cast(features.arrow_schema))
 
 
 def describe_source(drawn: Mapping[str, object]) -> str:
@@ -316,9 +345,9 @@ def _load_validation(args: TrainDataConfig) -> Dataset:
     """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
     options = _options(args)
     try:
-        return load_pairs(args.dataset_name, "validation", **options)
+        return load_pairs(args.dataset_name, args.validation_split or "validation", **options)
     except SourceMissing:
-        train = load_pairs(args.dataset_name, "train", **options)
+        train = load_pairs(args.dataset_name, args.train_split or "train", **options)
         return hold_out(train, args.validation_fraction, VALIDATION_SEED)[1]
 
 
@@ -364,7 +393,7 @@ def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[Ev
 def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) -> EvaluationSet:
     # A file is judged whole, unless it is the one that the run was trained on.
     is_given_file = args.dataset_name == data.dataset_name or data.dataset_name in (args.sources or ())
-    whole = fetch(data.dataset_name).is_file() and is_given_file
+    whole = is_given_file and _is_whole(fetch(data.dataset_name))
     split = split or (None if whole else "test")
     dropped: Counter = Counter()
     pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
@@ -413,16 +442,19 @@ def mix(
                 f"train_mix: {entry} asks for {n:,} pairs, and {source} has {len(fresh):,}; with {len(pairs):,} pairs "
                 f"of the run's own it can have a weight of {math.floor(1000 * len(fresh) / len(pairs)) / 1000}"
             )
-        uids = [f"{Path(source).name}/{uid}" for uid in fresh["uid"]]
-        fresh = fresh.select_columns(columns[1:4]).add_column("uid", uids)
-        fresh = fresh.add_column("source", [source] * len(fresh)).select_columns(columns)
-        parts.append(subsample(fresh, n, seed))
+        fresh = _with_source(subsample(fresh, n, seed), source)
+        parts.append(
+            _with_column(fresh, "uid", [f"{Path(source).name}/{uid}" for uid in fresh["uid"]]).select_columns(columns)
+        )
     return concatenate_datasets(parts)
 
 
 def balance_labels(pairs: Dataset, seed: int) -> Dataset:
     """As many pairs of each label as the rarest has, taken premise by premise in seeded order."""
     counts = np.bincount(pairs["label"], minlength=pairs.features["label"].num_classes)
+    if counts.min() == 0:
+        missing = pairs.features["label"].names[counts.argmin()]
+        raise UserError(f"balance: no training pair has the label {missing}, so balancing by label leaves none at all")
     return _take(pairs, np.full_like(counts, counts.min()), seed)
 
 
@@ -501,27 +533,46 @@ def _premise_order(pairs: Dataset, seed: int) -> list[int]:
 
 def _looks_like_path(source: str) -> bool:
     # A Hub id is "name" or "owner/name", and never starts with a dot, a tilde or a slash.
-    return source.endswith(SUFFIXES) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    return is_data_file(Path(source)) or source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def _names_of(split: str | None) -> tuple[str | None, ...]:
+    """The names under which sources have a split."""
+    return next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a path is one table, without splits: a file, or the folder of a `Dataset` that was saved to disk."""
+    return path.is_file() or (path / "state.json").is_file()
+
+
+def _is_table_folder(path: Path) -> bool:
+    """Whether a folder is for the datasets library to read: saved to disk by it, or as `hf download` leaves it."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return True
+    card = path / "README.md"
+    if card.is_file() and (metadata_load(card) or {}).get("configs"):
+        return True
+    nested = card.is_file() or (path / "data").is_dir()
+    return nested and not _data_files(path) and any(map(is_data_file, path.glob("*/*")))
 
 
 def _data_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    files = sorted(file for file in folder.iterdir() if is_data_file(file))
     # SNLI and MNLI come with every split twice, as JSON lines and as text.
     stems = {file.name.partition(".jsonl")[0] for file in files if ".jsonl" in file.name}
     return [file for file in files if not (file.suffix == ".txt" and file.stem in stems)]
 
 
 def _is_split_file(file: Path, split: str) -> bool:
-    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    names = _names_of(split)
     stem = file.name.lower()
     return any(re.search(rf"(^|[^a-z]){re.escape(name.lower())}([^a-z]|$)", stem) for name in names)
 
 
 def _split_files(path: Path, split: str | None) -> list[Path]:
     if path.is_file():
-        if not path.name.endswith(SUFFIXES):
-            raise UserError(f"{path}: cannot read this kind of file; expected one of {', '.join(SUFFIXES)}")
-        in_column = any(name in SPLIT_COLUMNS for name in _file_columns(path))
+        in_column = any(name in SPLIT_COLUMNS for name in read_columns(path))
         if split not in (None, "train") and not in_column and not _is_split_file(path, split):
             raise SourceMissing(
                 f"{path} is a single file, so it has no {split} split; name another file for it, or a folder with "
@@ -533,8 +584,10 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
         raise UserError(f"{path} is a folder: say which split to take")
     chosen = [file for file in files if _is_split_file(file, split)]
     if not chosen:
-        there = ", ".join(file.name for file in files) or f"no {', '.join(SUFFIXES)} file"
-        raise SourceMissing(f"{path} has no file for split {split}; it has {there}")
+        there = ", ".join(file.name for file in files) or f"no file of {FORMATS}"
+        folders = [folder.name for folder in sorted(path.iterdir()) if any(map(is_data_file, folder.glob("*")))]
+        inside = f"; its folders {', '.join(folders)} have some: give one of them" if folders else ""
+        raise SourceMissing(f"{path} has no file for split {split}; it has {there}{inside}")
     if len(chosen) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in chosen):
         raise UserError(
             f"{path}: {' and '.join(f.name for f in chosen)} could each be split {split}; keep one, or name a file"
@@ -545,7 +598,7 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
 def _rows_of_split(
     rows: Iterator[tuple[str, dict]], path: Path, column: str, split: str
 ) -> Iterator[tuple[str, dict]]:
-    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
+    names = _names_of(split)
     there = set()
     found = False
     for where, row in rows:
@@ -557,121 +610,166 @@ def _rows_of_split(
         raise SourceMissing(f"{path} has no row of split {split}: its column {column} has {', '.join(sorted(there))}")
 
 
-def _csv_reader(file: Path, lines: Iterable[str]) -> csv.DictReader:
-    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text. Those of Kaushik et
-    # al. do, see `_unquoted`.
-    is_tsv = file.suffix in (".tsv", ".txt")
-    return csv.DictReader(
-        lines, delimiter="\t" if is_tsv else ",", quoting=csv.QUOTE_NONE if is_tsv else csv.QUOTE_MINIMAL
-    )
-
-
-def _unquoted(field: str) -> str:
-    """A field of a .tsv file without the quotes that a CSV writer put around it because there are quotes in it."""
-    inside = field[1:-1]
-    if '""' in inside and field[0] == field[-1] == '"' and '"' not in inside.replace('""', ""):
-        return inside.replace('""', '"')
-    return field
-
-
-def _file_columns(file: Path) -> list[str]:
-    """The columns of a file; of a .jsonl file, the keys of its first row."""
-    if file.suffix == ".parquet":
-        return pq.read_schema(file).names
-    if file.suffix in (".csv", ".tsv", ".txt"):
-        with _reading(file) as lines:
-            return list(_csv_reader(file, lines).fieldnames or [])
-    _, first = next(read_rows(file), (0, {}))
-    return list(first)
-
-
-def read_rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line or row number from 1, row). Numbers of text files are lines, so that an editor finds them."""
-    if file.suffix == ".parquet":
-        rows = (row for batch in pq.ParquetFile(file).iter_batches() for row in batch.to_pylist())
-        yield from enumerate(rows, start=1)
-        return
-    with _reading(file) as lines:
-        if file.suffix in (".csv", ".tsv", ".txt"):
-            reader = _csv_reader(file, lines)
-            is_tsv = file.suffix != ".csv"
-            for row in reader:
-                if None in row or None in row.values():
-                    raise UserError(
-                        f"{file.name} row {reader.line_num}: not the {len(reader.fieldnames)} fields of the heading; "
-                        f"is a separator or quote missing?"
-                    )
-                yield reader.line_num, {k: _unquoted(v) for k, v in row.items()} if is_tsv else row
-        else:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, _parse_json_line(file, number, line)
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[TextIO]:
-    """The lines of a text file, with what can be wrong with its bytes told in one sentence."""
-    opener = gzip.open if file.suffix == ".gz" else open
+def _open_table(
+    source: str, path: Path, config: str | None, split: str | None, revision: str | None
+) -> Dataset | None:
+    """The split of a Hub set or of a folder that the datasets library reads; `None` where a path holds plain files."""
+    if path.exists() and not (path.is_dir() and _is_table_folder(path)):
+        return None
+    if not path.exists() and _looks_like_path(source):
+        raise SourceMissing(
+            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({FORMATS}), also by its URL"
+        )
+    there = _table_splits(source, path, config, revision)
+    if _is_whole(path) and split in (None, "train"):
+        return load_from_disk(str(path))
+    chosen = next((name for name in _names_of(split) if name in there), None)
+    if chosen is None:
+        has = ", ".join(there) or "one table, without splits"
+        raise SourceMissing(
+            f"{source} has no split {split}; it has {has} (train_split and validation_split name those of a training, "
+            f"split that of an evaluation)"
+        )
+    if path.exists() and not _is_hub_folder(path):
+        return load_from_disk(str(path))[chosen]
     try:
-        with opener(file, "rt", encoding="utf-8", newline="") as lines:
-            yield lines
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file.name} is not UTF-8 text ({error}); save it as UTF-8") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{file.name} is not a whole gzip file ({error}); fetch it again") from error
+        return load_dataset(str(path) if path.exists() else source, config, split=chosen, revision=revision)
+    except Exception as error:  # of the Hub's client, of the file system, of the readers of each format
+        raise UserError(
+            f"{source}, split {split}: cannot be loaded ({_one_line(error.__cause__ or error)})"
+        ) from error
 
 
-def _parse_json_line(file: Path, number: int, line: str) -> dict:
+def _table_splits(source: str, path: Path, config: str | None, revision: str | None) -> list[str]:
+    """The splits of a Hub set, or of a folder that the datasets library reads."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file.name} row {number}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{file.name} row {number}: expected a JSON object, found {type(row).__name__}")
-    return row
-
-
-def _load_from_hub(source: str, config: str | None, split: str | None, revision: str | None) -> Dataset:
-    names = next((names for names in SPLIT_NAMES.values() if split in names), (split,))
-    try:
-        there = get_dataset_split_names(source, config, revision=revision)
+        if path.exists() and not _is_hub_folder(path):
+            saved = load_from_disk(str(path))
+            return list(saved) if isinstance(saved, DatasetDict) else []
+        return get_dataset_split_names(str(path) if path.exists() else source, config, revision=revision)
     except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
         if "scripts are no longer supported" in str(error):
             raise SourceMissing(
                 f"{source} is a loading script, which the datasets library no longer runs; try dataset_revision: "
                 f"refs/convert/parquet, where the Hub keeps tables of some such sets, or give the files themselves"
             ) from error
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            raise UserError(f"{source}: choose a configuration with dataset_config ({_one_line(error)})") from error
+        if path.exists():
+            raise UserError(
+                f"{source}: not a folder that the datasets library can read ({_one_line(error)})"
+            ) from error
         raise SourceMissing(
             f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {_one_line(error)})"
         ) from error
-    chosen = next((name for name in names if name in there), None)
-    if chosen is None:
-        raise SourceMissing(f"{source} has no split {split}; it has {', '.join(there)}")
-    return load_dataset(source, config, split=chosen, revision=revision)
 
 
-def _hub_label_names(hub: Dataset, column: str) -> list[str] | None:
-    """The names behind a Hub set's label ids: sets number their labels in different orders."""
-    feature = hub.features[column]
-    return feature.names if isinstance(feature, ClassLabel) else None
+def _is_hub_folder(path: Path) -> bool:
+    """Whether a folder that the datasets library reads is a repository, rather than saved to disk."""
+    return not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 
-def _find_columns(source: str, there: list[str], columns: dict[str, str] | None) -> dict[str, str]:
-    found = {}
-    for role, usual in COLUMN_NAMES.items():
-        named = (columns or {}).get(role)
-        # Of a column inside another only the outer one is told by the heading; rows are checked for the inner one.
-        column = named or next((name for name in usual if name.partition(".")[0] in there), None)
-        looked_for = named or ", ".join(usual)
-        if role != "uid" and (column is None or column.partition(".")[0] not in there):
-            raise UserError(
-                f"{source}: no {role} column (looked for {looked_for}); it has {', '.join(there)}; "
-                f"name it with {role}_column"
-            )
-        if column is not None and column.partition(".")[0] in there:
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _file_rows(
+    files: list[Path], found: dict[str, str], wanted: Sequence[str], spellings: list[str] | None
+) -> Iterator[tuple[str, dict]]:
+    for file in files:
+        rows = ((f"{file.name} row {number}", row) for number, row in read_rows(file, wanted))
+        yield from _name_labels(rows, found["label"], label_names(file, found["label"]), spellings)
+
+
+def _table_rows(source: str, table: Dataset) -> Iterator[tuple[str, dict]]:
+    rows = (row for batch in table.with_format("arrow").iter(1000) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{source} row {number}", row
+
+
+def _name_labels(
+    rows: Iterator[tuple[str, dict]], column: str, names: list[str] | None, spellings: list[str] | None
+) -> Iterator[tuple[str, dict]]:
+    """Rows with the names of their label ids: sets number their labels in different orders.
+
+    Spellings that are none of the names are those of the ids.
+    """
+    if names is None or (spellings and not {*map(str.lower, names)} & {str(one).lower() for one in spellings}):
+        yield from rows
+        return
+    for where, row in rows:
+        label = row[column]
+        yield where, row | {column: names[label]} if isinstance(label, int) and 0 <= label < len(names) else row
+
+
+def find_columns(
+    source: object, there: Sequence[str], named: Mapping[str, str] | None = None, roles: Sequence[str] = ROLES
+) -> dict[str, str]:
+    """Where the columns are: {role: column}, for those of `roles` and the uid that a set has.
+
+    Args:
+        source: what a message calls the set.
+        there: its columns, a repeated name as often as it is there.
+        named: what the user calls the columns of roles.
+        roles: what must be there.
+
+    Raises:
+        UserError: naming every column that is missing, with what was looked for and what is there; or a repeated one.
+    """
+    found, missing = {}, {}
+    for role in (*roles, "uid"):
+        looked_for = (named[role],) if role in (named or {}) else COLUMN_NAMES[role]
+        column = next(filter(None, (_match(name, there) for name in looked_for)), None)
+        if column is not None:
             found[role] = column
+        elif role != "uid" or role in (named or {}):
+            missing[role] = looked_for
+    if missing:
+        raise UserError(
+            f"{source}: "
+            + ", ".join(f"no {role} column (looked for {', '.join(names)})" for role, names in missing.items())
+            + f"; it has {', '.join(map(str, there))}; name "
+            + ("it" if len(missing) == 1 else "them")
+            + f" with {' and '.join(f'{role}_column' for role in missing)}"
+        )
+    for role, column in found.items():
+        if there.count(column) > 1:
+            raise UserError(
+                f"{source}: the heading has {column} {there.count(column)} times; rename those that are not the {role}"
+            )
     return found
+
+
+def _match(name: str, there: Sequence[str]) -> str | None:
+    """The column called `name`, as it is written there: capitals, spaces and underscores make no other name.
+
+    Of a column inside another, `example.premise`, only the outer one is told by the heading; rows are checked for the
+    inner one.
+    """
+    if name in there:
+        return name
+    outer, dot, inner = name.partition(".")
+    if dot and outer in there:
+        return name
+    return next((column for column in there if _plain(column) == _plain(name)), None)
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\W_]", "", column.casefold())
+
+
+def _find_extras(there: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """For each optional column, the names under which it may be in a row, as they are written there."""
+    usual = SLICE_NAMES | {"label_counts": COUNT_NAMES, "annotators": ANNOTATOR_NAMES}
+    return {role: tuple(_match(name, there) or name for name in names) for role, names in usual.items()}
+
+
+def _wanted(found: Mapping[str, str], extras: Mapping[str, Sequence[str]], there: Sequence[str]) -> list[str]:
+    """The columns to read."""
+    wanted = {name.partition(".")[0] if name not in there else name for name in found.values()}
+    wanted.update(name for names in extras.values() for name in names)
+    return [name for name in there if name in wanted or name in SPLIT_COLUMNS]
 
 
 def _value(row: dict, column: str | None) -> object:
@@ -682,90 +780,177 @@ def _value(row: dict, column: str | None) -> object:
     return row[outer].get(inner) if inner and isinstance(row.get(outer), dict) else None
 
 
+class _Labels:
+    """Reads the labels of a set, and remembers what a mistake shows in.
+
+    Attributes:
+        two_way: whether the set has two labels; known from its first label that only such sets have.
+        ids: those of SNLI's ids that were read as such. has_names: whether names were read too.
+    """
+
+    def __init__(self, spellings: list[str] | None, two_way: bool):
+        self.spellings = spellings
+        self.two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else two_way
+        self.ids: set[int] = set()
+        self.has_names = False
+        self._read: dict[tuple[type, object], int] = {}
+
+    def read(self, value: object) -> int:
+        key = (type(value), value if isinstance(value, (str, int)) else repr(value))
+        if key not in self._read:
+            if not self.two_way and not self.spellings and is_two_way_name(value):
+                self.two_way = True
+                self._read.clear()
+            label = self._read[key] = parse_label(value, self.spellings, self.two_way)
+            if self.spellings is None and label != UNLABELLED:
+                if is_id(value):
+                    self.ids.add(label)
+                else:
+                    self.has_names = True
+        return self._read[key]
+
+    def read_annotator(self, value: object) -> int | None:
+        """A label as the gold labels are written, or as a name; `None` where it is neither."""
+        with suppress(UserError):
+            return parse_label(value, self.spellings, self.two_way)
+        with suppress(UserError):
+            return None if is_id(value) else parse_label(value)
+        return None
+
+    def check_ids(self, source: str) -> None:
+        """Say how ids without names are read, where that is SNLI's way; stop where it cannot be known.
+
+        Raises:
+            UserError: for a set with other ids than all of SNLI's.
+        """
+        if not self.ids:
+            return
+        if not self.has_names and len(self.ids) < len(LABELS):
+            raise UserError(
+                f"{source}: the labels are {' and '.join(map(str, sorted(self.ids)))} alone, and what they mean "
+                f"is not known: give label_spellings, what stands for {', '.join(LABELS)}, in that order, such as "
+                f"0 1 2 for SNLI's ids, or what stands for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
+            )
+        logger.warning(
+            "%s: the labels 0, 1, 2 are read as SNLI's: %s; label_spellings says so, or otherwise",
+            source,
+            ", ".join(LABELS),
+        )
+
+
 def _check_rows(
+    source: str,
     rows: Iterator[tuple[str, dict]],
     columns: dict[str, str],
-    names: list[str] | None,
+    extra_columns: dict[str, tuple[str, ...]],
     spellings: list[str] | None,
+    two_way: bool,
     uid_prefix: str,
 ) -> tuple[dict[str, list], int]:
     """Check every row; return lists by column (label as a name) and the number of rows without a label."""
     pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
     extras: dict[str, list] = {}
+    labels = _Labels(spellings, two_way)
+    unfit: dict[str, list] = defaultdict(list)
     seen: Counter = Counter()
     unlabelled = 0
-    two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else any(map(is_two_way_name, names or ()))
     for index, (where, row) in enumerate(rows):
-        label = _value(row, columns["label"])
-        if names is not None and isinstance(label, int) and label >= 0:
-            label = names[label]
-        two_way = two_way or is_two_way_name(label)
         try:
-            label_id = parse_label(label, spellings, two_way)
+            label = labels.read(_value(row, columns["label"]))
         except UserError as error:
             raise UserError(f"{where}, column {columns['label']}: {error}") from None
-        if label_id == UNLABELLED:
+        if label == UNLABELLED:
             unlabelled += 1
             continue
         for role in ("premise", "hypothesis"):
-            text = _value(row, columns[role])
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(
-                    f"{where}, column {columns[role]}: the {role} is {'missing' if text is None else repr(text)}; "
-                    f"expected text"
-                )
-            pairs[role].append(text.strip())
-        uid = str(_value(row, columns.get("uid")) or f"{uid_prefix}-{index + 1}")
+            pairs[role].append(check_text(_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}"))
+        uid = _value(row, columns.get("uid"))
+        uid = _encodable(uid) if uid not in (None, "") else f"{uid_prefix}-{index + 1}"
         seen[uid] += 1
         # Predictions of two models are joined by uid, so a repeated one is told apart by its count.
         pairs["uid"].append(uid if seen[uid] == 1 else f"{uid}#{seen[uid]}")
-        pairs["label"].append((TWO_WAY_LABELS if two_way else LABELS)[label_id])
-        extra = _slice_values(row)
-        if not two_way:
-            extra |= _annotators(where, row, label_id)
-        for name, value in extra.items():
-            if value is not None:
-                extras.setdefault(name, [None] * (len(pairs["uid"]) - 1))
+        pairs["label"].append((TWO_WAY_LABELS if labels.two_way else LABELS)[label])
+        extra = _slice_values(row, extra_columns)
+        if not labels.two_way:
+            extra |= _annotators(row, extra_columns, labels, label, unfit)
+        for name in extra:
+            extras.setdefault(name, [None] * (len(pairs["uid"]) - 1))
         for name, values in extras.items():
             values.append(extra.get(name))
-    if two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
+    if labels.two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
         raise UserError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
+    labels.check_ids(source)
+    if unfit:
+        what = ", ".join(f"{len(values):,} in {name} (such as {values[0]!r:.60})" for name, values in unfit.items())
+        logger.warning("%s: not counted, as they are no annotators' labels: %s", source, what)
     return pairs | extras, unlabelled
 
 
-def _slice_values(row: dict) -> dict[str, str | bool | None]:
-    values = {
-        name: next((row[n] for n in names if row.get(n) is not None), None) for name, names in SLICE_NAMES.items()
-    }
+def check_text(text: object, what: str) -> str:
+    """A premise or hypothesis without the white space around it.
+
+    Raises:
+        UserError: beginning with `what`, if it is no text, has nothing in it, or has half a character in it.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{what} is {'missing' if text is None else reprlib.repr(text)}; expected text")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{what} holds {text[error.start : error.end]!a}, half of a character (a lone surrogate), which "
+                f"cannot be encoded; remove it"
+            ) from None
+    return text.strip()
+
+
+def _encodable(value: object) -> str:
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+def _slice_values(row: dict, columns: dict[str, tuple[str, ...]]) -> dict[str, str | bool]:
+    values = {name: next((row[n] for n in columns[name] if row.get(n) is not None), None) for name in SLICE_NAMES}
     return {
-        name: str(value).strip().lower() in ("1", "true", "yes") if name == "hard" else str(value)
+        name: str(value).strip().lower() in ("1", "1.0", "true", "yes") if name == "hard" else _encodable(value)
         for name, value in values.items()
-        if value not in (None, "")
+        if value not in (None, "") and value == value  # which NaN is not
     }
 
 
-def _annotators(where: str, row: dict, label: int) -> dict[str, object]:
-    """`label_counts` and `agreement` of a row on which more than one annotator gave a label; nothing of others."""
-    name = next((name for name in COUNT_NAMES if row.get(name) is not None), None)
-    if name is not None:
-        counts = row[name]
-        if len(counts) != len(LABELS) or not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise UserError(f"{where}, column {name}: {counts!r} is not one count a label ({', '.join(LABELS)})")
-        counts = list(counts)
-    else:
+def _annotators(
+    row: dict, columns: dict[str, tuple[str, ...]], labels: _Labels, label: int, unfit: dict[str, list]
+) -> dict[str, object]:
+    """`label_counts` and `agreement` of a row on which more than one annotator gave a label; nothing of others.
+
+    Args:
+        unfit: {column: values}, to which goes what is neither counts nor labels.
+    """
+    counts = None
+    for name in columns["label_counts"]:
+        if row.get(name) not in (None, ""):
+            if _is_counts(row[name]):
+                counts = counts or list(row[name])
+            else:
+                unfit[name].append(row[name])
+    if counts is None:
         counts = [0] * len(LABELS)
-        for name in ANNOTATOR_NAMES:
+        for name in columns["annotators"]:
             given = row.get(name)
-            for value in given if isinstance(given, list) else [given]:
-                try:
-                    said = parse_label(value)
-                except UserError as error:
-                    raise UserError(f"{where}, column {name}: {error}") from None
-                if said != UNLABELLED:
+            for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
+                said = labels.read_annotator(value)
+                if said is None:
+                    unfit[name].append(value)
+                elif said != UNLABELLED:
                     counts[said] += 1
     if sum(counts) < 2:
         return {}
     return {"label_counts": counts, "agreement": agreement(counts[label] / sum(counts))}
+
+
+def _is_counts(value: object) -> bool:
+    is_list = isinstance(value, list) and len(value) == len(LABELS)
+    return is_list and all(type(count) is int and 0 <= count < 2**31 for count in value)
 
 
 def agreement(share: float) -> str:

@@ -20,9 +20,10 @@ from datasets import Dataset
 from . import UserError
 from .configs import DataConfig, EvalConfig, read_yaml
 from .evaluation import Checks
+from .files import SUFFIXES
 from .labels import LABELS
 from .runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
-from .sources import SUFFIXES, EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
+from .sources import EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
 
 
 @dataclass
@@ -202,7 +203,8 @@ def _subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
     edit_of = pairs["edit_of"]
     originals = pairs.select([index for index, uid in enumerate(edit_of) if uid is None])
     kept = set(subsample(originals, max(1, n * len(originals) // len(pairs)), seed)["uid"])
-    return pairs.filter(lambda pair: (pair["edit_of"] or pair["uid"]) in kept)
+    of = zip(edit_of, pairs["uid"], strict=True)
+    return pairs.select([index for index, (original, uid) in enumerate(of) if (original or uid) in kept])
 
 
 def _check_keys(where: object, content: dict, known: list[str]) -> None:
