@@ -1,99 +1,186 @@
-"""Judge pairs from the command line, one JSON object a pair.
+"""Predict the labels of pairs from the command line, one JSON object a pair.
 
 python -m nli_sft predict --model me/snli --premise "A man sleeps." --hypothesis "A person is awake."
-python -m nli_sft predict --model outputs/qwen3-0.6b-lora pairs.tsv > judged.jsonl
+python -m nli_sft predict --model outputs/qwen3-0.6b-lora pairs.tsv --output predictions.jsonl
+head pairs.jsonl | python -m nli_sft predict --model outputs/qwen3-0.6b-lora - | jq .prediction
 """
 
 import argparse
+import base64
 import json
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TextIO
 
 from . import UserError
+from .labels import LABELS
 
 # Pairs judged at a time: enough that those that share a premise meet, few enough to hold.
 CHUNK = 4096
 
+PROBABILITIES = tuple(f"p_{label}" for label in LABELS)
+
+# What a program that writes to a closed pipe ends with.
+SIGPIPE_STATUS = 141
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; what the user got wrong ends in a sentence."""
+    args, stdout = _parser().parse_args(argv), sys.stdout
     try:
-        predict(_parser().parse_args(argv))
+        with redirect_stdout(sys.stderr):  # libraries print notes, and what is printed is to be JSON lines
+            predict(args, stdout)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # the reader had enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for the flush at the end of the process
+        sys.exit(SIGPIPE_STATUS)
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Print each pair with `prediction` and the probability of each label, `p_entailment` and so on."""
+def predict(args: argparse.Namespace, stdout: TextIO) -> None:
+    """Write each pair with `prediction` and the probability of each label, `p_entailment` and so on."""
     if (args.premise is None) != (args.hypothesis is None) or (args.premise is None) == (args.file is None):
-        raise UserError("predict: give --premise and --hypothesis, or a file of pairs")
+        raise UserError("predict: give --premise and --hypothesis, or a file of pairs (- for standard input)")
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size takes a number of pairs from 1, not {args.batch_size}")
+    _check_output(args)
     # Heavy imports only now, so that --help is quick.
     from .classifier import NLIClassifier
 
-    rows = _rows(args)
-    first = next(rows, None)
-    if first is None:
-        raise UserError(f"{args.file}: no pair in it")
-    classifier = NLIClassifier.from_pretrained(args.model, revision=args.revision, device=args.device)
-    chunk = [first, *islice(rows, CHUNK - 1)]
-    while chunk:
-        judgements = classifier([premise for premise, _, _ in chunk], [hypothesis for _, hypothesis, _ in chunk])
-        for (_, _, row), judgement in zip(chunk, judgements, strict=True):
-            said = {f"p_{label}": round(p, 6) for label, p in judgement.probabilities.items()}
-            print(json.dumps(row | {"prediction": judgement.label} | said, ensure_ascii=False))  # noqa: T201
-        chunk = list(islice(rows, CHUNK))
-
-
-def _rows(args: argparse.Namespace) -> Iterator[tuple[str, str, dict]]:
-    """(premise, hypothesis, row) of the pair on the command line, or of each in the file."""
-    if args.file is None:
-        yield args.premise, args.hypothesis, {"premise": args.premise, "hypothesis": args.hypothesis}
-        return
-    from . import sources
-
-    path = Path(args.file)
-    if not path.is_file() or not path.name.endswith(sources.SUFFIXES):
-        raise UserError(f"{path}: expected a file of pairs ({', '.join(sources.SUFFIXES)})")
-    columns = None
-    for number, row in sources.read_rows(path):
-        if columns is None:
-            columns = [
-                _column(path, row, role, named)
-                for role, named in (("premise", args.premise_column), ("hypothesis", args.hypothesis_column))
-            ]
-        texts = [row.get(column) for column in columns]
-        for column, text in zip(columns, texts, strict=True):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"{path.name} row {number}: {column} is {text!r}; expected text")
-        yield texts[0].strip(), texts[1].strip(), row
-
-
-def _column(path: Path, row: dict, role: str, named: str | None) -> str:
-    from .sources import COLUMN_NAMES
-
-    looked_for = (named,) if named else COLUMN_NAMES[role]
-    found = next((name for name in looked_for if name in row), None)
-    if found is None:
-        raise UserError(
-            f"{path}: no {role} column (looked for {', '.join(looked_for)}); it has {', '.join(row)}; "
-            f"name it with --{role}_column"
+    with _file(args.file) as file:
+        for _ in _pairs(file, args):  # once before anything is loaded: the last row may be the bad one
+            pass
+        classifier = NLIClassifier.from_pretrained(
+            args.model, revision=args.revision, device=args.device, dtype=args.dtype, batch_size=args.batch_size
         )
-    return found
+        with _lines(args.output, stdout) as lines:
+            pairs = _pairs(file, args)
+            while chunk := list(islice(pairs, CHUNK)):
+                _write_predictions(classifier, chunk, lines)
+
+
+def _write_predictions(classifier, chunk: list[tuple[str, str, dict]], lines: TextIO) -> None:
+    judgements = classifier([premise for premise, _, _ in chunk], [hypothesis for _, hypothesis, _ in chunk])
+    for (_, _, row), judgement in zip(chunk, judgements, strict=True):
+        said = {f"p_{label}": round(p, 6) for label, p in judgement.probabilities.items()}
+        row = _as_json(row) | {"prediction": judgement.label} | said
+        lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    lines.flush()
+
+
+def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, str, dict]]:
+    """(premise, hypothesis, row) of the pair on the command line, or of each in the file, all checked."""
+    from . import sources
+    from .files import read_columns, read_rows
+
+    roles = ("premise", "hypothesis")
+    if file is None:
+        texts = {role: sources.check_text(getattr(args, role), f"--{role}: the {role}") for role in roles}
+        yield texts["premise"], texts["hypothesis"], texts
+        return
+    there = read_columns(file)
+    repeated = next((name for name in there if name and there.count(name) > 1), None)
+    if repeated is not None:
+        raise UserError(f"{file.name}: the heading has {repeated} {there.count(repeated)} times; rename all but one")
+    named = {role: getattr(args, f"{role}_column") for role in roles if getattr(args, f"{role}_column") is not None}
+    columns = sources.find_columns(file.name, there, named, roles)
+    for number, row in read_rows(file):
+        where = f"{file.name} row {number}"
+        clash = [name for name in ("prediction", *PROBABILITIES) if name in row]
+        if clash:
+            raise UserError(f"{where}: the columns {', '.join(clash)} are what predict writes; rename or remove them")
+        texts = [
+            sources.check_text(
+                sources.column_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}"
+            )
+            for role in roles
+        ]
+        yield *texts, row
+
+
+@contextmanager
+def _file(name: str | None) -> Iterator[Path | None]:
+    """The file of pairs; standard input becomes one, as it is read twice."""
+    from .files import FORMATS, guess_suffix, is_data_file
+
+    if name != "-":
+        path = None if name is None else Path(name).expanduser()
+        if path is not None and not (path.is_file() and is_data_file(path)):
+            raise UserError(f"{path}: expected a file of pairs: {FORMATS}")
+        yield path
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "stdin"
+        with path.open("wb") as copy:
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+        yield path.rename(path.with_suffix(guess_suffix(path)))
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    if args.output is None:
+        return
+    folder = args.output.expanduser().absolute().parent
+    if args.output.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".json", ".gz"):
+        raise UserError(f"--output {args.output}: predictions are JSON lines; call the file .jsonl")
+    if args.output.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {args.output}: cannot be written; give a file in a folder that is there")
+    if args.file and args.output.exists() and args.output.samefile(args.file):
+        raise UserError(f"--output {args.output} is the file of pairs; give another one")
+
+
+@contextmanager
+def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
+    """Where to write. A file gets its name when it is whole; until then it ends in .partial."""
+    # In a JSON text, what replaces half a character is the very escape that it would have.
+    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    if output is None:
+        stdout.reconfigure(**encoding)
+        yield stdout
+        return
+    partial = output.expanduser().with_name(f"{output.name}.partial")
+    with partial.open("w", **encoding) as lines:
+        yield lines
+    partial.replace(output.expanduser())
+
+
+def _as_json(value: object) -> object:
+    """A value as JSON has it: dates in ISO form, bytes in base64, `null` for NaN, others as text."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(one) for one in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else None  # NaN is not less either
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode("ascii")
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nli_sft", description="Judge premise-hypothesis pairs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nli_sft", description="Predict the labels of premise-hypothesis pairs."
+    )
     commands = parser.add_subparsers(required=True, metavar="predict")
     command = commands.add_parser("predict", help="print label and probabilities of each pair as JSON lines")
-    command.add_argument("file", nargs="?", help="pairs: .tsv, .csv, .jsonl or .parquet; labels are not needed")
+    command.add_argument("file", nargs="?", help="pairs: .tsv, .csv, .jsonl, .parquet, …; - for standard input")
     command.add_argument("--model", required=True, help="run folder, exported model, or Hub id")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")
     command.add_argument("--premise")
     command.add_argument("--hypothesis")
     command.add_argument("--premise_column", help="column of the premise, if unusual")
     command.add_argument("--hypothesis_column", help="column of the hypothesis, if unusual")
+    command.add_argument("--output", type=Path, help="write to this .jsonl file, not to standard output")
+    command.add_argument("--batch_size", type=int, default=64, help="pairs a forward pass; 64 by default")
+    dtypes = ("float32", "bfloat16", "float16", "auto")
+    command.add_argument("--dtype", choices=dtypes, help="to compute in; by default what suits the device")
     command.add_argument("--device", help="such as cpu or cuda:1; an accelerator by default")
     return parser
 

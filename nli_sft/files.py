@@ -42,6 +42,17 @@ def is_data_file(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
+def guess_suffix(file: Path) -> str:
+    """What a data file without a name would be called, such as .csv, from how it begins."""
+    if _head(file).startswith(PARQUET):
+        return ".parquet"
+    with _reading(file) as lines:
+        first = next((line for line in lines if line.strip()), "")
+    if first.lstrip().startswith(("{", "[")):
+        return ".json"
+    return ".tsv" if first.count("\t") > first.count(",") else ".csv"
+
+
 def read_columns(file: Path) -> list[str]:
     """The columns of a file, a repeated name as often as it is there; of JSON, the keys of its first row.
 
@@ -200,7 +211,7 @@ def _separated_rows(file: Path) -> Iterator[tuple[int, dict]]:
         try:
             for fields in reader:
                 if fields and fields != [""]:
-                    yield reader.line_num, _named_fields(file, reader, heading, fields, before + 1)
+                    yield before + 1, _named_fields(file, reader, heading, fields, before + 1)
                 before = reader.line_num
         except csv.Error as error:
             raise UserError(

@@ -772,7 +772,7 @@ def _wanted(found: Mapping[str, str], extras: Mapping[str, Sequence[str]], there
     return [name for name in there if name in wanted or name in SPLIT_COLUMNS]
 
 
-def _value(row: dict, column: str | None) -> object:
+def column_value(row: dict, column: str | None) -> object:
     """The value of a column, or of one inside another, `example.premise`; `None` where a row has none."""
     if column in row:
         return row[column]
@@ -856,15 +856,17 @@ def _check_rows(
     unlabelled = 0
     for index, (where, row) in enumerate(rows):
         try:
-            label = labels.read(_value(row, columns["label"]))
+            label = labels.read(column_value(row, columns["label"]))
         except UserError as error:
             raise UserError(f"{where}, column {columns['label']}: {error}") from None
         if label == UNLABELLED:
             unlabelled += 1
             continue
         for role in ("premise", "hypothesis"):
-            pairs[role].append(check_text(_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}"))
-        uid = _value(row, columns.get("uid"))
+            pairs[role].append(
+                check_text(column_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}")
+            )
+        uid = column_value(row, columns.get("uid"))
         uid = _encodable(uid) if uid not in (None, "") else f"{uid_prefix}-{index + 1}"
         seen[uid] += 1
         # Predictions of two models are joined by uid, so a repeated one is told apart by its count.

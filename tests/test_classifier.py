@@ -1,11 +1,18 @@
+import datetime
 import json
+import os
+import subprocess
+import sys
 import threading
+from decimal import Decimal
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SCENES, TOKENIZERS, few_pairs
+from tiny import SCENES, TOKENIZERS, few_pairs, write_jsonl
 from tiny_run import make_base, make_run
 
 from nli_sft import UserError
@@ -200,6 +207,90 @@ def test_the_command_line_judges_files_without_labels(run, tmp_path, classifier,
     assert [row["prediction"] for row in printed] == [j.label for j in classifier(*texts(few_pairs()))]
 
 
+def predict(run, *arguments):
+    main(["predict", "--model", str(run), *map(str, arguments)])
+
+
+def test_what_a_file_has_beside_its_pairs_passes_through(run, tmp_path, capsys):
+    row = {
+        "premise": "A man sleeps.",
+        "hypothesis": "A café.",
+        "day": datetime.date(2026, 11, 28),
+        "time": datetime.datetime(2026, 11, 28, 4, 5),
+        "long": datetime.timedelta(days=1),
+        "price": Decimal("1.50"),
+        "image": {"bytes": b"\xff\x00", "path": None},
+        "score": float("nan"),
+        "scores": [1.5, float("inf")],
+        "label": None,
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "pairs.parquet")
+    predict(run, tmp_path / "pairs.parquet", "--batch_size", 1, "--dtype", "float32")
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert printed["prediction"] in LABELS
+    assert {name: printed[name] for name in row} == row | {
+        "day": "2026-11-28",
+        "time": "2026-11-28T04:05:00",
+        "long": "1 day, 0:00:00",
+        "price": "1.50",
+        "image": {"bytes": "/wA=", "path": None},
+        "score": None,
+        "scores": [1.5, None],
+    }
+
+
+def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, capsys, monkeypatch):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"premise": "A.", "hypothesis": "B.", "note": "half \ud83d"}] * 3)
+    output = tmp_path / "predictions.jsonl"
+    predict(run, pairs, "--output", output)
+    assert capsys.readouterr().out == ""
+    rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [row["note"] for row in rows] == ["half \ud83d"] * 3
+    output.unlink()
+    monkeypatch.setattr(NLIClassifier, "__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(run, pairs, "--output", output)
+    assert not output.exists()
+
+
+def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
+    row = {"Sentence1": "A man sleeps.", "sentence2": "A café.", "long": "x" * 200_000}
+    (tmp_path / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 4)
+    command = f"set -o pipefail; cat pairs.jsonl | {sys.executable} -m nli_sft predict --model {run} --device cpu -"
+    shell = {"cwd": tmp_path, "capture_output": True, "encoding": "utf-8", "executable": "/bin/bash", "shell": True}
+    whole = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, **shell)
+    assert whole.returncode == 0, whole.stderr
+    assert [json.loads(line)["sentence2"] for line in whole.stdout.splitlines()] == ["A café."] * 4
+    cut = subprocess.run(f"{command} | head -c 10", **shell)
+    assert cut.returncode == 141
+    assert "Error" not in cut.stderr
+    assert "Traceback" not in cut.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["taken.csv"], "taken.csv row 2: the columns prediction, p_neutral are what predict writes"),
+        (["twice.csv"], "twice.csv: the heading has note 2 times; rename all but one"),
+        (["late.csv"], "late.csv row 3, column hypothesis: the hypothesis is ' '; expected text"),
+        (["late.csv", "--batch_size", "0"], "--batch_size takes a number of pairs from 1, not 0"),
+        (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; call the file .jsonl"),
+        (["same.jsonl", "--output", "./same.jsonl"], "same.jsonl is the file of pairs"),
+        (["late.csv", "--output", "no/such.jsonl"], "--output no/such.jsonl: cannot be written"),
+        (["--premise", " ", "--hypothesis", "A."], "--premise: the premise is ' '; expected text"),
+    ],
+)
+def test_a_bad_command_line_ends_before_the_model_is_loaded(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken.csv").write_text("premise,hypothesis,prediction,p_neutral\nA.,B.,neutral,1\n")
+    (tmp_path / "twice.csv").write_text("premise,hypothesis,note,note\nA.,B.,1,2\n")
+    (tmp_path / "late.csv").write_text("premise,hypothesis\nA.,B.\nA., \n")
+    (tmp_path / "same.jsonl").write_text('{"premise": "A.", "hypothesis": "B."}\n')
+    with pytest.raises(SystemExit) as exit:
+        predict("no/such/model", *arguments)
+    assert message in str(exit.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -207,8 +298,8 @@ def test_the_command_line_judges_files_without_labels(run, tmp_path, classifier,
         (["--premise", "A dog."], "give --premise and --hypothesis, or a file of pairs"),
         (["nowhere.tsv"], "nowhere.tsv: expected a file of pairs"),
         (["odd.tsv"], "odd.tsv: no premise column (looked for premise, sentence1"),
-        (["empty.jsonl"], "empty.jsonl: no pair in it"),
-        (["blank.jsonl"], "blank.jsonl row 1: hypothesis is ''; expected text"),
+        (["empty.jsonl"], "empty.jsonl is empty"),
+        (["blank.jsonl"], "blank.jsonl row 1, column hypothesis: the hypothesis is ''; expected text"),
     ],
 )
 def test_bad_command_lines_end_in_a_sentence(run, tmp_path, monkeypatch, arguments, message):

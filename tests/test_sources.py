@@ -1,6 +1,9 @@
 import csv
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from loopback_hub import LoopbackHub
+from published_sets import card, three_pairs
 from tiny import few_pairs, write_jsonl
 
 from nli_sft import files, sources
@@ -269,6 +274,212 @@ def test_named_columns_and_spellings(tmp_path):
     columns = {"premise": "text", "hypothesis": "claim", "label": "verdict"}
     pairs = load_pairs(str(path), columns=columns, label_spellings=["yes", "?", "no"])
     assert list(pairs["label"]) == [0, 2, 1]
+
+
+def labelled(path, labels, **columns):
+    rows = [{"premise": f"Premise {k}.", "hypothesis": "A.", "label": label} for k, label in enumerate(labels)]
+    return str(
+        write_jsonl(path, [row | {name: values[k] for name, values in columns.items()} for k, row in enumerate(rows)])
+    )
+
+
+@pytest.mark.parametrize("labels", [[0, 1], ["1", "0", "1"], [0.0, 1.0, -1], ["2.0", "0.0"], [1, 1]])
+def test_ids_that_are_not_all_of_snlis_mean_nothing_by_themselves(tmp_path, labels):
+    path = labelled(tmp_path / "paws.jsonl", labels)
+    with pytest.raises(ValueError, match=r"paws.jsonl: the labels are .* alone, .* not known: give label_spellings"):
+        load_pairs(path)
+    assert load_pairs(path, label_spellings=["0", "1", "2"]).features["label"].names == list(LABELS)
+
+
+def test_two_spellings_make_a_two_way_set(tmp_path):
+    pairs = load_pairs(labelled(tmp_path / "paws.jsonl", [0, 1.0, "0"]), label_spellings=["1", "0"])
+    assert pairs.features["label"].names == ["entailment", "non-entailment"]
+    assert list(pairs["label"]) == [1, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, -1], ["2.0", "1.0", "0.0"], ["entailment", 1, 1]])
+def test_how_ids_are_read_is_told(tmp_path, caplog, labels):
+    load_pairs(labelled(tmp_path / "ids.jsonl", labels))
+    assert "the labels 0, 1, 2 are read as SNLI's: entailment, neutral, contradiction" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("spellings", "message"),
+    [
+        (["0", "0", "2"], "label_spellings has '0' more than once"),
+        ([0, 0.0, 2], "label_spellings has '0' more than once"),
+        (["yes", "Yes ", "no"], "label_spellings has 'yes' more than once"),
+        (
+            ["a", "b", "c", "d"],
+            "label_spellings has 4 spellings; give one each for entailment, neutral, contradiction",
+        ),
+        (["yes"], "label_spellings has 1 spellings"),
+        (["yes", "maybe", "no"], "row 1, column label: unknown label 'entailment'; expected one of yes, maybe, no"),
+    ],
+)
+def test_spellings_that_cannot_be_meant(tmp_path, spellings, message):
+    with pytest.raises(ValueError, match=message):
+        load_pairs(labelled(tmp_path / "one.jsonl", ["entailment"]), label_spellings=spellings)
+
+
+def test_bools_are_labels_only_where_they_are_spelled(tmp_path):
+    path = labelled(tmp_path / "bools.jsonl", [1, True, False])
+    with pytest.raises(ValueError, match="row 2, column label: unknown label True"):
+        load_pairs(path)
+    spelled = labelled(tmp_path / "spelled.jsonl", [True, False])
+    assert list(load_pairs(spelled, label_spellings=["true", "false"])["label"]) == [0, 1]
+
+
+def test_ids_of_parquet_files_go_by_the_names_in_each(tmp_path):
+    hub_set(["entailment", "contradiction", "neutral"], [0, 1, 2, -1]).to_parquet(
+        tmp_path / "train-00000-of-00002.parquet"
+    )
+    hub_set(["neutral", "entailment", "contradiction"], [0, 1, 2]).to_parquet(
+        tmp_path / "train-00001-of-00002.parquet"
+    )
+    assert list(load_pairs(str(tmp_path), "train")["label"]) == [0, 2, 1, 1, 0, 2]
+    one = str(tmp_path / "train-00000-of-00002.parquet")
+    assert list(load_pairs(one, label_spellings=["0", "2", "1"])["label"]) == [0, 2, 1], "spelled as ids"
+    assert list(load_pairs(one, label_spellings=["contradiction", "neutral", "entailment"])["label"]) == [2, 0, 1]
+
+
+def test_a_label_of_all_pairs_ends_training_and_a_missing_one_is_told(tmp_path, caplog):
+    write_jsonl(tmp_path / "dev.jsonl", numbered(3, text="Held"))
+    write_jsonl(tmp_path / "train.jsonl", numbered(30))
+    args = TrainDataConfig(dataset_name=str(tmp_path))
+    with pytest.raises(ValueError, match="all 30 training pairs have the label neutral, so there is nothing to learn"):
+        load_train_and_validation(args, seed=0)
+    write_jsonl(tmp_path / "train.jsonl", numbered(30) + numbered(30, "entailment"))
+    load_train_and_validation(args, seed=0)
+    assert "none of the training pairs has the label contradiction" in caplog.text
+    assert "none of the validation pairs has the label entailment or contradiction" in caplog.text
+    with pytest.raises(ValueError, match="balance: no training pair has the label contradiction"):
+        load_train_and_validation(replace(args, balance="label"), seed=0)
+
+
+def test_headings_with_capitals_and_spaces(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("Pair ID, Sentence 1 ,SENTENCE2,Gold Label,Genre\n0,A.,B.,neutral,slate\n")
+    pair = {"uid": "0", "premise": "A.", "hypothesis": "B.", "label": 1, "genre": "slate"}
+    assert load_pairs(str(path)).to_list() == [pair]
+    assert load_pairs(str(path), columns={"premise": "sentence2"})["premise"][0] == "B."
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path):
+    (tmp_path / "own.csv").write_text("text,claim,verdict\nA.,B.,neutral\n")
+    message = (
+        r"no premise column \(looked for premise, .*\), no hypothesis column \(.*\), no label column \(looked for "
+        r"lab\); it has text, claim, verdict; name them with premise_column and hypothesis_column and label_column$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_pairs(str(tmp_path / "own.csv"), columns={"label": "lab"})
+    named = {"premise": "text", "hypothesis": "claim", "label": "verdict", "uid": "nr"}
+    with pytest.raises(ValueError, match=r"own.csv: no uid column \(looked for nr\)"):
+        load_pairs(str(tmp_path / "own.csv"), columns=named)
+
+
+def test_a_heading_may_repeat_what_is_not_read(tmp_path):
+    (tmp_path / "own.csv").write_text("premise,hypothesis,label,note,note\nA.,B.,neutral,x,y\n")
+    assert len(load_pairs(str(tmp_path / "own.csv"))) == 1
+    (tmp_path / "own.csv").write_text("premise,hypothesis,label,label\nA.,B.,neutral,x\n")
+    with pytest.raises(ValueError, match="own.csv: the heading has label 2 times"):
+        load_pairs(str(tmp_path / "own.csv"))
+
+
+def test_optional_columns_are_used_where_they_fit(tmp_path, caplog):
+    rows = [
+        {"label1": "entailment", "label2": "unknown", "label3": "neutral", "label4": ["x"], "label_count": 5},
+        {"annotator_labels": ["yes", "no", "neutral", "unrelated"], "subset": {"a": 1}, "genre": float("nan")},
+        {"label_counts": [3, 0, 0], "label1": "sports", "rule": "half \ud83d"},
+        {"label1": 0, "label2": 1, "label_count": [1, 2]},
+        {"label_count": [True, 1, 5]},
+    ]
+    path = labelled(
+        tmp_path / "own.jsonl", ["yes"] * 5, **{k: [row.get(k) for row in rows] for row in rows for k in row}
+    )
+    pairs = load_pairs(path, label_spellings=["yes", "maybe", "no"])
+    assert list(pairs["label_counts"]) == [[1, 1, 0], [1, 1, 1], [3, 0, 0], None, None]
+    assert list(pairs["rule"]) == [None, None, "half \\ud83d", None, None]
+    assert "genre" not in pairs.column_names
+    (told,) = caplog.messages
+    assert "3 in label_count (such as 5), 2 in label2 (such as 'unknown')" in told
+    assert "1 in annotator_labels (such as 'unrelated')" in told
+
+
+def test_an_id_of_0_is_kept(tmp_path):
+    path = labelled(tmp_path / "own.jsonl", ["neutral"] * 3, id=[0, None, "half \ud83d"])
+    assert list(load_pairs(path)["uid"]) == ["0", "own-all-2", "half \\ud83d"]
+
+
+@pytest.fixture
+def datasets_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_folders_that_were_saved_to_disk(tmp_path):
+    splits = {"train": hub_set(["c", "n", "e"], [0, 1, 2]), "validation_m": hub_set(["c", "n", "e"], [2])}
+    DatasetDict(splits).save_to_disk(tmp_path / "both")
+    splits["train"].save_to_disk(tmp_path / "one")
+    for folder in ("both", "one"):
+        assert list(load_pairs(str(tmp_path / folder), "train")["label"]) == [2, 1, 0]
+        assert not has_split(str(tmp_path / folder), "validation")
+    args = TrainDataConfig(dataset_name=str(tmp_path / "both"), validation_split="validation_m")
+    assert len(load_train_and_validation(args, seed=0)["validation"]) == 1
+    with pytest.raises(sources.SourceMissing, match="both has no split test; it has train, validation_m"):
+        load_pairs(str(tmp_path / "both"), "test")
+    with pytest.raises(sources.SourceMissing, match="one has no split test; it has one table, without splits"):
+        load_pairs(str(tmp_path / "one"), "test")
+    evaluation = EvalConfig(run="run", dataset_name=str(tmp_path / "one"))
+    assert len(load_evaluation_sets(evaluation, trained_on=args)[0].pairs) == 3
+
+
+@pytest.mark.parametrize("has_card", [True, False])
+def test_folders_of_hf_download(tmp_path, datasets_cache, has_card):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    hub_set(["c", "n", "e"], [0, 1, 2]).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    hub_set(["c", "n", "e"], [2]).to_parquet(folder / "data" / "validation-00000-of-00001.parquet")
+    names = ("train", "validation")
+    if has_card:
+        names = ("train_r1", "dev_r1")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train_r1\n    path: data/train-*\n"
+            "  - split: dev_r1\n    path: data/validation-*\n---\n"
+        )
+        with pytest.raises(
+            sources.SourceMissing, match="has no split train; it has train_r1, dev_r1 .train_split and"
+        ):
+            load_train_and_validation(TrainDataConfig(dataset_name=str(folder)), seed=0)
+    args = TrainDataConfig(dataset_name=str(folder), train_split=names[0], validation_split=names[1])
+    pairs = load_train_and_validation(args, seed=0)
+    assert list(pairs["train"]["label"]) == [2, 1, 0]
+    assert list(pairs["validation"]["label"]) == [0]
+
+
+def test_a_folder_of_folders_says_which_have_files(tmp_path):
+    for name in ("R1", "R2"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", ROWS)
+    with pytest.raises(sources.SourceMissing, match="no file for split train; .* its folders R1, R2 have some"):
+        load_pairs(str(tmp_path), "train")
+
+
+def test_splits_of_other_names_on_the_hub(tmp_path):
+    script = (
+        "from nli_sft.configs import TrainDataConfig as C\n"
+        "from nli_sft.sources import load_train_and_validation as load\n"
+        "try: load(C(dataset_name='me/rounds'), seed=0)\nexcept ValueError as error: print(error)\n"
+        "pairs = load(C(dataset_name='me/rounds', train_split='train_r1', validation_split='dev_r1'), seed=0)\n"
+        "print(list(pairs['train']['label']), list(pairs['validation']['label']))"
+    )
+    files = {f"data/{split}-00000-of-00001.parquet": three_pairs() for split in ("train_r1", "dev_r1")}
+    with LoopbackHub() as hub:
+        hub.add("me/rounds", {"README.md": card("default", "data", ["train_r1", "dev_r1"]), **files}, "dataset")
+        environment = os.environ | hub.environment(tmp_path, token=None)
+        result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    message, labels = result.stdout.splitlines()
+    assert message.startswith("me/rounds has no split train; it has train_r1, dev_r1 (train_split and")
+    assert labels == "[0, 1, 2] [0, 1, 2]"
 
 
 def test_repeated_uids_are_told_apart(tmp_path):
