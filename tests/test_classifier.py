@@ -118,7 +118,7 @@ def test_tokenizers_without_a_chat_template(tmp_path, family):
         ("A dog.", ["A cat."], "give two texts, or two lists"),
         (["A dog.", "A cat."], ["A cat."], "2 premises but 1 hypotheses"),
         (["A dog.", "A cat."], ["A cat.", None], "hypothesis 1 is None; expected text"),
-        ("A dog.<|im_end|>", "A cat.", "holds '<|im_end|>', a special token"),
+        ("A dog.<|im_end|>", "A cat.", "holds '<|im_end|>', a control token"),
     ],
 )
 def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
