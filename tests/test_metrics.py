@@ -98,6 +98,11 @@ def test_what_does_not_fit_is_refused(arguments, message):
         compute(*arguments)
 
 
+def test_every_metric_goes_through_the_module(monkeypatch):
+    monkeypatch.setattr("nli_sft.metrics.metrics.NLIMetrics._compute", lambda self, **given: given)
+    assert compute([0], [1])["references"] == [0]
+
+
 def test_evaluate_loads_it_from_its_folder_and_offline(tmp_path):
     metric = evaluate.load(str(METRICS_PATH), cache_dir=str(tmp_path))
     by_library = metric.compute(

@@ -1,9 +1,10 @@
 """What a set of label predictions adds up to: accuracy, per label, confusion, calibration.
 
-`compute` is a plain function. `evaluate.load(str(METRICS_PATH))` gives the same figures as a module of the `evaluate`
-library, from this folder and without a network.
+`compute` gives every metric of training, evaluation and the report. It runs the `evaluate` module of this folder,
+which `evaluate.load(str(METRICS_PATH))` loads elsewhere, without a network too.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,13 +52,29 @@ def compute(
     Raises:
         ValueError: if there are no pairs, or lengths or shapes do not match.
     """
+    from .metrics import NLIMetrics  # `evaluate` is needed when there is something to compute, not to import this
+
+    if len(gold) != len(predicted):
+        raise ValueError(f"{len(gold)} gold labels but {len(predicted)} predictions")
+    if not len(gold):
+        raise ValueError("no pairs to compute metrics on")
+    module = NLIMetrics(keep_in_memory=True, cache_dir=tempfile.gettempdir())  # a home folder may be read-only
+    return module.compute(
+        predictions=predicted, references=gold, probabilities=probabilities, mass=mass, label_names=label_names
+    )
+
+
+def compute_arrays(
+    gold: Sequence[int],
+    predicted: Sequence[int],
+    probabilities: Sequence[Sequence[float]] | np.ndarray | None,
+    mass: Sequence[float] | np.ndarray | None,
+    label_names: Sequence[str],
+) -> dict[str, object]:
+    """What the module computes, with the arguments and the result of `compute`."""
     gold, predicted = np.asarray(gold), np.asarray(predicted)
     names = list(label_names)
     is_two_way = len(names) != len(LABELS)
-    if not len(gold):
-        raise ValueError("no pairs to compute metrics on")
-    if gold.shape != predicted.shape:
-        raise ValueError(f"{len(gold)} gold labels but {len(predicted)} predictions")
     if is_two_way:
         predicted = np.array([to_two_way(label) for label in predicted])
 

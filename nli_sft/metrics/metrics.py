@@ -1,11 +1,11 @@
-"""`nli_sft.metrics.compute` as a module of the `evaluate` library, which finds it by the name of its folder."""
+"""The metrics as a module of the `evaluate` library, which finds it by the name of its folder."""
 
 # One import a line: `evaluate` scans this file for packages to check, and reads a line as one name.
 import datasets
 import evaluate
 
 from nli_sft.labels import LABELS
-from nli_sft.metrics import compute
+from nli_sft.metrics import compute_arrays
 
 DESCRIPTION = """
 How well labels of natural language inference are predicted: accuracy with Wilson's 95 % interval, macro-F1,
@@ -28,7 +28,7 @@ Example:
 
 
 class NLIMetrics(evaluate.Metric):
-    """Accuracy, calibration and the rest, computed by `nli_sft.metrics.compute`."""
+    """Accuracy, calibration and the rest, of predicted labels."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -42,4 +42,4 @@ class NLIMetrics(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, probabilities=None, mass=None, label_names=LABELS):
-        return compute(references, predictions, probabilities, mass, label_names)
+        return compute_arrays(references, predictions, probabilities, mass, label_names)
