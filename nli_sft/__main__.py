@@ -125,12 +125,13 @@ def _file(name: str | None) -> Iterator[Path | None]:
 def _check_output(args: argparse.Namespace) -> None:
     if args.output is None:
         return
-    folder = args.output.expanduser().absolute().parent
+    args.output = args.output.expanduser()
+    folder = args.output.absolute().parent
     if args.output.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".json", ".gz"):
         raise UserError(f"--output {args.output}: predictions are JSON lines; call the file .jsonl")
     if args.output.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"--output {args.output}: cannot be written; give a file in a folder that is there")
-    if args.file and args.output.exists() and args.output.samefile(args.file):
+    if args.file and args.output.resolve() == Path(args.file).expanduser().resolve():
         raise UserError(f"--output {args.output} is the file of pairs; give another one")
 
 
@@ -143,10 +144,10 @@ def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
         stdout.reconfigure(**encoding)
         yield stdout
         return
-    partial = output.expanduser().with_name(f"{output.name}.partial")
+    partial = output.with_name(f"{output.name}.partial")
     with partial.open("w", **encoding) as lines:
         yield lines
-    partial.replace(output.expanduser())
+    partial.replace(output)
 
 
 def _as_json(value: object) -> object:

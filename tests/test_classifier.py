@@ -276,6 +276,7 @@ def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
         (["late.csv", "--batch_size", "0"], "--batch_size takes a number of pairs from 1, not 0"),
         (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; call the file .jsonl"),
         (["same.jsonl", "--output", "./same.jsonl"], "same.jsonl is the file of pairs"),
+        (["gone.csv", "--output", "same.jsonl"], "gone.csv: expected a file of pairs"),
         (["late.csv", "--output", "no/such.jsonl"], "--output no/such.jsonl: cannot be written"),
         (["--premise", " ", "--hypothesis", "A."], "--premise: the premise is ' '; expected text"),
     ],
