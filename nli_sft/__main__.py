@@ -170,7 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m nli_sft", description="Predict the labels of premise-hypothesis pairs."
     )
     commands = parser.add_subparsers(required=True, metavar="predict")
-    command = commands.add_parser("predict", help="print label and probabilities of each pair as JSON lines")
+    command = commands.add_parser(
+        "predict", allow_abbrev=False, help="print label and probabilities of each pair as JSON lines"
+    )
     command.add_argument("file", nargs="?", help="pairs: .tsv, .csv, .jsonl, .parquet, …; - for standard input")
     command.add_argument("--model", required=True, help="run folder, exported model, or Hub id")
     command.add_argument("--revision", help="branch, tag or commit on the Hub")

@@ -100,6 +100,8 @@ def find_flaw(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size:,} bytes, not the {size:,} that were written"
+    if not any(checkpoint.glob("rng_state*")):
+        return "it was written with save_only_model, without the optimizer"
     return None
 
 

@@ -104,7 +104,7 @@ class NLIClassifier:
         """
         folder = find_run(name, revision)
         recipe, _, _ = read_run(folder)
-        device = torch.device(device) if device is not None else pick_device()
+        device = pick_device(device)
         model_args = replace(from_recipe(ModelConfig, recipe), dtype=dtype or pick_dtype(recipe.get("dtype"), device))
         classifier = cls(
             load_tuned(folder, model_args, device),
@@ -266,8 +266,17 @@ def _load(
         raise UserError(f"{name}: cannot load the model ({str(error).splitlines()[0]})") from error
 
 
-def pick_device() -> torch.device:
-    """An accelerator where there is one."""
+def pick_device(wanted: str | torch.device | None = None) -> torch.device:
+    """The device that is asked for; by default an accelerator where there is one.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if wanted is not None:
+        try:
+            return torch.empty(0, device=wanted).device
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"device: {wanted} is not there; give cpu, or one such as cuda:0") from error
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 

@@ -182,6 +182,8 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
 }
 RANGE_OF = {key: (words, test) for words, (test, keys) in _RANGES.items() for key in keys}
 
+_CHOICES = {"bnb_4bit_quant_storage": ("uint8", "bfloat16", "float16", "float32", "float64", "int8")}
+
 # Where something will be written.
 _FOLDERS = ("output_dir", "figures")
 _FILES = ("html", "json", "svg")
@@ -205,6 +207,8 @@ def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) ->
             raise UserError(f"{key}: {_PADDED_ALONE[key]}; set batching: padded, or remove {key}")
         if key in RANGE_OF:
             _check_range(key, value)
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UserError(f"{key} is {value}; it must be one of {', '.join(_CHOICES[key])}")
         if key.endswith("_kwargs") and isinstance(value, str):
             _check_json(key, value)
 

@@ -221,7 +221,7 @@ def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool 
 def _from_pretrained(auto_class: type, name: str, **arguments):
     try:
         return auto_class.from_pretrained(locate_model(name), **arguments)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         # transformers explains at length; the first line says what was not found, or what is missing.
         what = "tokenizer" if auto_class is AutoTokenizer else "model"
         raise UserError(f"model_name_or_path {name}: cannot load the {what} ({str(error).splitlines()[0]})") from error

@@ -15,7 +15,6 @@ A GGUF file does not carry the restriction to the label words: give it to llama.
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich import print
 from trl import ModelConfig
 
@@ -32,7 +31,7 @@ def main(args):
     if output.exists():
         raise UserError(f"output_dir {output} is there already; remove it, or name another")
     recipe, _, _ = read_run(args.run)
-    device = torch.device(args.device) if args.device else pick_device()
+    device = pick_device(args.device)
     model_args = from_recipe(ModelConfig, recipe)
     dtype = args.dtype or model_args.dtype
     data = from_recipe(DataConfig, recipe)

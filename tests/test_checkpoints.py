@@ -468,3 +468,10 @@ def test_a_step_that_loss_scaling_passes_over_is_no_fault(trainer, tmp_path):
     json.dumps(run.state.log_history, allow_nan=False)
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
     assert (tmp_path / "checkpoint-12" / "scaler.pt").is_file()
+
+
+def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(trainer, tmp_path):
+    run = trainer(tmp_path, max_steps=3, save_only_model=True, load_best_model_at_end=True)
+    run.train()
+    assert find_flaw(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
+    assert find_checkpoint("auto", tmp_path) is None

@@ -17,7 +17,7 @@ from tiny_run import make_base, make_run
 
 from nli_sft import UserError
 from nli_sft.__main__ import main
-from nli_sft.classifier import Judgement, NLIClassifier, pick_dtype
+from nli_sft.classifier import Judgement, NLIClassifier, pick_device, pick_dtype
 from nli_sft.labels import LABELS
 
 
@@ -311,3 +311,9 @@ def test_bad_command_lines_end_in_a_sentence(run, tmp_path, monkeypatch, argumen
     with pytest.raises(SystemExit) as exit:
         main(["predict", "--model", str(run), *arguments])
     assert message in str(exit.value)
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:977", "cpu:x"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(UserError, match=f"^device: {device} is not there; give cpu, or one such as cuda:0"):
+        pick_device(device)

@@ -168,6 +168,11 @@ def test_numbers_out_of_range(key, value):
         parse(f"--{key}={value}", *batching)
 
 
+def test_the_type_of_quantised_storage():
+    with pytest.raises(UserError, match="bnb_4bit_quant_storage is bf16; it must be one of uint8, bfloat16"):
+        parse("--use_peft", "--load_in_4bit", "--bnb_4bit_quant_storage=bf16")
+
+
 @pytest.mark.parametrize(("key", "value"), [("lora_r", 0), ("lora_alpha", -1), ("lora_dropout", 1), ("lora_r", -8)])
 def test_numbers_of_an_adapter(key, value):
     with pytest.raises(UserError, match=rf"^{key} is {value}.*; it must be "):
