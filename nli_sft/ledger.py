@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit, logit
 from scipy.stats import binomtest, t, ttest_ind
 
 from . import UserError
@@ -41,6 +42,9 @@ REPLICATED = {"seed", "data_seed", "train_fingerprint", "git_commit", "git_dirty
 
 # Keys in which the points of one learning curve may differ besides: what follows from the number of training pairs.
 SIZED = re.compile(r"max_train_samples|train_pairs|pairs_of_\w+|dropped_\w+")
+
+# With fewer seeds a side, no method is called better than another.
+FEWEST_SEEDS = 3
 
 # Runs are ranked together only where these are the same.
 JUDGED_ON = ("validation_fingerprint", "prompt_fingerprint")
@@ -253,7 +257,11 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
     values = [estimate.value for estimate in estimates]
     n, mean = len(values), float(np.mean(values))
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
-    return Estimate(mean, mean - half, mean + half, n)
+    if half == 0 or not 0 < mean < 1:
+        return Estimate(mean, mean, mean, n)
+    # On the logit scale, where no interval reaches 0 or 1 (delta method).
+    low, high = expit(logit(mean) + np.array([-half, half]) / (mean * (1 - mean)))
+    return Estimate(mean, float(low), float(high), n)
 
 
 @dataclass(frozen=True)
@@ -310,7 +318,7 @@ class PairedTest:
         evaluation: such as `snli-test`.
         first, second: names of two runs, or of a base.
         comparison: of `first`, as before, with `second`, as after.
-        p_value: of McNemar's test, corrected with those of all pairs of runs on this evaluation (Holm, 1979).
+        p_value: that of the comparison, corrected with those of all pairs of runs on this evaluation (Holm, 1979).
         tests: how many those are.
     """
 
@@ -485,29 +493,45 @@ def _common_name(runs: Sequence[RunRecord]) -> str:
 
 
 def between_replicates(ranking: Ranking) -> list[str]:
-    """A sentence for the best set of replicates against each other: Welch's interval of the difference of their means.
+    """A sentence for the best set of replicates against each other one, from Welch's tests of their means.
 
-    It takes the runs as the sample: what it claims is about the method, not about one checkpoint of it.
+    It takes the runs as the sample: what it claims is about the method, not about one checkpoint of it. The best is
+    known only afterwards, so each test is corrected for all pairs of sets (Holm, 1979), not only for those told.
     """
-    sentences = []
-    first, *others = sorted(
-        ranking.replicates, key=lambda group: -np.mean([run.validation.value for run in group.runs])
-    ) or [None]
-    for second in others:
-        values = [[run.validation.value for run in group.runs] for group in (first, second)]
-        difference = float(np.mean(values[0]) - np.mean(values[1]))
-        if np.ptp(values[0]) == np.ptp(values[1]) == 0:  # no spread, no interval
-            continue
-        interval = ttest_ind(*values, equal_var=False).confidence_interval(0.95)
-        figures = (
-            f"{np.mean(values[0]):.1%} against {np.mean(values[1]):.1%} on validation, {points(difference)} points "
-            f"(95% interval over seeds {points(interval.low)} to {points(interval.high)})"
+    methods = [
+        (group.name, [run.validation.value for run in group.runs])
+        for group in sorted(
+            ranking.replicates, key=lambda group: -np.mean([run.validation.value for run in group.runs])
         )
-        if interval.low > 0:
-            sentences.append(f"{first.name} is better than {second.name}: {figures}.")
-        else:
-            sentences.append(f"No difference between {first.name} and {second.name} can be claimed: {figures}.")
-    return sentences
+    ]
+    pairs = list(itertools.combinations(methods, 2))
+    p_values = holm(np.array([_welch(one, other) for (_, one), (_, other) in pairs])) if pairs else []
+    # `combinations` pairs the first, which is the best, with each other one before all else.
+    told = zip(pairs[: len(methods) - 1], p_values, strict=False)
+    return [_between(*one, *other, float(p)) for (one, other), p in told]
+
+
+def _welch(one: Sequence[float], other: Sequence[float]) -> float:
+    """Welch's p-value; 1 where there are too few seeds, or no spread, to test by."""
+    if min(len(one), len(other)) < FEWEST_SEEDS or np.ptp(one) == np.ptp(other) == 0:
+        return 1.0
+    return float(ttest_ind(one, other, equal_var=False).pvalue)
+
+
+def _between(first: str, one: Sequence[float], second: str, other: Sequence[float], p_value: float) -> str:
+    difference = float(np.mean(one) - np.mean(other))
+    figures = f"{np.mean(one):.1%} against {np.mean(other):.1%} on validation, {points(difference)} points"
+    if min(len(one), len(other)) < FEWEST_SEEDS:
+        seeds = f"{len(one)} and {len(other)} seeds"
+        return (
+            f"Too few seeds to compare {first} with {second}: {figures}, from {seeds}; it takes {FEWEST_SEEDS} each."
+        )
+    if np.ptp(one) == np.ptp(other) == 0:
+        return f"No difference between {first} and {second} can be claimed: {figures}, and the seeds show no spread."
+    tested = f"p = {p_value:.3f} over seeds, corrected for all pairs of methods"
+    if p_value < LEVEL:
+        return f"{first} is better than {second}: {figures} ({tested})."
+    return f"No difference between {first} and {second} can be claimed: {figures} ({tested})."
 
 
 def paired_tests(ranking: Ranking) -> list[PairedTest]:

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from .comparison import FEWEST_PREMISES, bootstrap_interval, mcnemar, points
+from .comparison import FEWEST_PREMISES, bootstrap_interval, change_p_value, points
 from .labels import LABELS, TWO_WAY_LABELS
 
 # Smaller slices are left out: their figures say little, and each one makes the correction harder on the others.
@@ -64,7 +64,7 @@ class Slice:
         pairs: how many.
         before, after: accuracy in the slice; change: their difference; interval: its 95 % bootstrap interval.
         rest_change, rest_after: the same figures of all other pairs.
-        p_change: of McNemar's exact test within the slice; p_contrast: that the slice changed as the rest did;
+        p_change: that the slice did not change, by premise; p_contrast: that it changed as the rest did;
             p_after: that it is as accurate after tuning as the rest. All three corrected together with those of all
             slices (Holm, 1979).
     """
@@ -212,7 +212,7 @@ def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np
             }
         )
         p_values += [
-            mcnemar(int((change[inside] > 0).sum()), int((change[inside] < 0).sum())),
+            change_p_value(change[inside], groups),
             contrast_p_value(change, inside, premises),
             contrast_p_value(right_after.astype(int), inside, premises),
         ]

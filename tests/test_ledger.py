@@ -1,6 +1,7 @@
 import io
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import wandb_server
 from own_wandb import own_wandb  # noqa: F401, a fixture
 from past_runs import as_wandb_run, write_past_run
 from rich.console import Console
+from scipy.special import expit, logit
 from scipy.stats import ttest_1samp
 
 from nli_sft import UserError
@@ -111,9 +113,10 @@ def test_runs_stand_by_validation_accuracy_and_only_what_differs_is_told(six):
 def test_seeds_are_replicates_with_mean_and_interval(six):
     full, lora = rank(six)[0].replicates
     assert (full.name, lora.name) == ("full (3 seeds)", "lora (3 seeds)")
-    expected = ttest_1samp([0.80, 0.81, 0.79], 0).confidence_interval()
+    half = ttest_1samp([0.80, 0.81, 0.79], 0).confidence_interval().high - 0.8
+    expected = expit(logit(0.8) + np.array([-half, half]) / (0.8 * 0.2))
     assert full.validation.value == pytest.approx(0.8)
-    assert (full.validation.low, full.validation.high) == pytest.approx((expected.low, expected.high))
+    assert (full.validation.low, full.validation.high) == pytest.approx(tuple(expected))
     values = [run.judged["snli-test"].accuracy().value for run in full.runs]
     assert full.accuracy("snli-test").value == pytest.approx(np.mean(values))
     (claim,) = between_replicates(rank(six)[0])
@@ -121,11 +124,39 @@ def test_seeds_are_replicates_with_mean_and_interval(six):
 
 
 def test_replicates_that_overlap_make_no_claim(tmp_path):
-    runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.70), (2, 0.60))]
-    runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.69), (2, 0.62))]
+    runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.70), (2, 0.60), (3, 0.65))]
+    runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.69), (2, 0.62), (3, 0.66))]
     (claim,) = between_replicates(rank(load_runs(runs))[0])
-    assert claim.startswith("No difference between b (2 seeds) and a (2 seeds) can be claimed")
+    assert claim.startswith("No difference between b (3 seeds) and a (3 seeds) can be claimed")
     assert "better" not in claim
+
+
+def test_two_seeds_a_side_are_too_few_for_a_claim(tmp_path):
+    runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.900), (2, 0.901))]
+    runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.5), (2, 0.501), (3, 0.502))]
+    (claim,) = between_replicates(rank(load_runs(runs))[0])
+    assert claim.startswith("Too few seeds to compare a (2 seeds) with b (3 seeds)")
+
+
+def test_the_interval_over_seeds_stays_within_0_and_100_percent(tmp_path):
+    runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.999), (2, 0.95), (3, 0.99))]
+    (group,) = rank(load_runs(runs))[0].replicates
+    assert 0 < group.validation.low < group.validation.value < group.validation.high < 1
+
+
+@pytest.mark.slow
+def test_of_six_equal_methods_a_winner_is_claimed_in_5_percent_at_most():
+    rng = np.random.default_rng(0)
+    claimed = 0
+    for values in rng.normal(0.85, 0.01, (1_000, 6, 3)):
+        groups = [
+            SimpleNamespace(
+                name=str(method), runs=[SimpleNamespace(validation=SimpleNamespace(value=v)) for v in seeds]
+            )
+            for method, seeds in enumerate(values)
+        ]
+        claimed += any("is better than" in claim for claim in between_replicates(SimpleNamespace(replicates=groups)))
+    assert claimed / 1_000 <= 0.05
 
 
 def test_seeds_on_other_machines_are_replicates_too(tmp_path):

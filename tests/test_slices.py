@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nli_sft.comparison import change_p_value, mcnemar
 from nli_sft.slices import FEWEST_PAIRS, Slice, contrast_p_value, describe, explain, holm, slice_changes, words
 
 
@@ -97,6 +98,16 @@ def test_the_contrast_keeps_its_level_when_pairs_of_a_premise_are_alike():
         values = np.repeat(rng.integers(-1, 2, 100), 4)
         false_alarms += contrast_p_value(values, inside, groups) < 0.05
     assert 0.02 < false_alarms / 400 < 0.09
+
+
+@pytest.mark.slow
+def test_a_change_keeps_its_level_when_pairs_of_a_premise_are_alike():
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(100), 4)
+    drawn = [np.repeat(rng.choice([-1, 0, 1], 100, p=[0.2, 0.6, 0.2]), 4) for _ in range(2_000)]
+    by_pair = np.mean([mcnemar((change > 0).sum(), (change < 0).sum()) < 0.05 for change in drawn])
+    assert by_pair > 0.15, "a test that takes these pairs as independent claims too much"
+    assert np.mean([change_p_value(change, groups) < 0.05 for change in drawn]) <= 0.06
 
 
 def test_the_contrast_sees_a_difference():

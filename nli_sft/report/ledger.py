@@ -136,7 +136,7 @@ def _replicates(ranking: Ranking) -> Sheet:
         [group.name, _estimate(group.validation), *(_estimate(group.accuracy(key)) for key in ranking.judged)]
         for group in ranking.replicates
     ]
-    note = "Mean over seeds with Student's 95% interval: it holds what another seed may give, not other pairs."
+    note = "Mean over seeds with Student's 95% interval (logit scale): it holds what another seed may give, not other pairs."
     return Sheet("Seeds as replicates", ["runs", "validation", *ranking.judged], rows, note)
 
 
@@ -153,7 +153,7 @@ def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Shee
     rows = [[row, *(cells.get((row, column), NONE) for column in names)] for row in names]
     note = (
         "Points by which the row is above the column on the pairs that both judged. In brackets: no claim, the 95% "
-        "interval (bootstrap by premise) or McNemar's test, corrected for all pairs of runs, allows none."
+        "interval (bootstrap by premise) or the test by premise, corrected for all pairs of runs, allows none."
     )
     return Sheet(f"Differences on {key}", ["", *names], rows, note)
 
