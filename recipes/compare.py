@@ -6,6 +6,7 @@ python recipes/compare.py entity/project --filters '{"group": "qwen3-0.6b-snli",
 """
 
 import json
+import re
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ def find_runs(args, fetched, console):
                 found.append(name)
             else:
                 console.print(f"{name} is left out: it holds no finished run", markup=False)
-        elif not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "~")):
+        elif not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             found += fetch_runs(name, fetched, filters)
         elif not Path(name).exists():
             raise UserError(f"{name} is not there; runs takes run folders or entity/project of W&B")

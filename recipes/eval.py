@@ -10,7 +10,7 @@ import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsan
 from pathlib import Path
 
 from accelerate import PartialState
-from rich import print
+from rich.console import Console
 from transformers import TrainingArguments
 from trl import ModelConfig
 
@@ -97,13 +97,13 @@ def main(args):
                 f"{Evaluation(folder).name}; its answers to them say nothing of new pairs."
             )
         if suite is None:  # its sets are told together, below
-            print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())
+            Console().print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())
     if suite is not None:
         write_suite(args.run, suite, sets, missing)
     path, report = write_report(args.run), Report(args.run)
     if suite is not None:
         for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
-            print(sheet.rich())
+            Console().print(sheet.rich())
     print(f"The report: {path}")
     tracker = open_run(
         args.run,

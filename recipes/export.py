@@ -15,7 +15,6 @@ A GGUF file does not carry the restriction to the label words: give it to llama.
 from dataclasses import replace
 from pathlib import Path
 
-from rich import print
 from trl import ModelConfig
 
 from nli_sft import UserError

@@ -6,8 +6,6 @@ python recipes/push.py --run outputs/qwen3-0.6b-lora --hub_model_id me/qwen3-0.6
 The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
 """
 
-from rich import print
-
 from nli_sft.configs import run_script
 from nli_sft.hub import PushConfig, push
 

@@ -17,7 +17,7 @@ import datasets
 import numpy as np
 import transformers
 from accelerate import PartialState
-from rich import print
+from rich.console import Console
 from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
@@ -154,7 +154,8 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "git": git_state(),
     }
     say("\nOne training example; the loss is on the marked tokens alone:\n")
-    say(encoder.marked_example(pairs["train"][0]))
+    if PartialState().is_main_process:
+        Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
     say(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
     for source, told in drawn.items():
         say(f"  {source}: {describe_source(told)}")
@@ -198,7 +199,10 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()
-        say(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%}. Saved in {training_args.output_dir}.")
+        best = trainer.state.best_global_step
+        of = f"the best checkpoint, of step {best}" if best else f"the last step, {trainer.state.global_step}"
+        say(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%} ({of}).")
+        say(f"Saved in {training_args.output_dir}.")
     return prompt
 
 

@@ -136,7 +136,7 @@ def _replicates(ranking: Ranking) -> Sheet:
         [group.name, _estimate(group.validation), *(_estimate(group.accuracy(key)) for key in ranking.judged)]
         for group in ranking.replicates
     ]
-    note = "Mean over seeds with Student's 95% interval (logit scale): it holds what another seed may give, not other pairs."
+    note = "Mean over seeds with Student's 95% interval (logit scale): what another seed may give, not other pairs."
     return Sheet("Seeds as replicates", ["runs", "validation", *ranking.judged], rows, note)
 
 
