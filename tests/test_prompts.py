@@ -237,7 +237,8 @@ SYSTEM = Prompt("mine", "{premise} {hypothesis}", system="Be brief & kind.")
         (
             CHATML.replace("%}<|im_start|>{{", "if m['role'] != 'system' %}<|im_start|>{{", 1),
             SYSTEM,
-            "leaves out or changes the system text .Be brief & kind.*chat_template_path: .*, or move it to the user text",
+            "leaves out or changes the system text .Be brief & kind.*chat_template_path: .*, or move it to the user "
+            "text",
         ),
         (
             CHATML.replace("in messages", "in messages[-1:]"),
