@@ -106,9 +106,10 @@ class NLIClassifier:
         recipe, _, _ = read_run(folder)
         device = pick_device(device)
         model_args = replace(from_recipe(ModelConfig, recipe), dtype=dtype or pick_dtype(recipe.get("dtype"), device))
+        encoder = load_encoder(folder)  # first: it sees whether the run is whole
         classifier = cls(
             load_tuned(folder, model_args, device),
-            load_encoder(folder),
+            encoder,
             batch_args=from_recipe(BatchConfig, recipe),
             batch_size=batch_size,
         )
@@ -127,7 +128,7 @@ class NLIClassifier:
             One `Judgement` for two texts, else a list in the order given.
 
         Raises:
-            UserError: if the two are not as many, or hold something other than text, or a special token of the
+            UserError: if the two are not as many, or hold something other than text, or a control token of the
                 tokenizer, with which a text could dictate its own answer; or if the model's scores are no numbers.
         """
         if isinstance(premise, str) != isinstance(hypothesis, str):

@@ -245,7 +245,10 @@ def judge_run(
                 )
                 results[0][name][1][check] = told | {"refused": refused.get(check, {})}
 
-    model, encoder = load_run(run, model_args, trust_remote_code), load_encoder(run, trust_remote_code)
+    encoder = load_encoder(run, trust_remote_code)  # first: it sees whether the run is whole
+    model = load_run(run, model_args, trust_remote_code)
+    control = Path(run) / HYPOTHESIS_ONLY
+    control_encoder = load_encoder(control, trust_remote_code) if control.is_dir() else None
     if not encoder.prompt.reads_premise:
         checks = None  # other prompts would show the model what it never saw
     ask(model, encoder, "tuned", free_samples, checks)
@@ -257,10 +260,8 @@ def judge_run(
     with base_is_on:
         ask(model, encoder, "base", free_samples, checks)
 
-    control = Path(run) / HYPOTHESIS_ONLY
-    if control.is_dir():
-        model, encoder = load_run(control, model_args, trust_remote_code), load_encoder(control, trust_remote_code)
-        ask(model, encoder, HYPOTHESIS_ONLY, 0, None)
+    if control_encoder is not None:
+        ask(load_run(control, model_args, trust_remote_code), control_encoder, HYPOTHESIS_ONLY, 0, None)
     return results
 
 
@@ -295,10 +296,16 @@ def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_
 
 
 def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:
-    """The encoder with which a run was trained."""
-    recipe, prompt, _ = read_run(run)
+    """The encoder with which a run was trained.
+
+    Raises:
+        UserError: if prompt or answers come out otherwise than they were trained.
+    """
+    recipe, prompt, record = read_run(run)
     tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
-    return PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
+    encoder = PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
+    encoder.check_rendered(record.get("rendered"), run)
+    return encoder
 
 
 def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:

@@ -126,9 +126,10 @@ def push(args: PushConfig) -> str:
         The address of the commit, or of the pull request.
 
     Raises:
-        UserError: if the folder is not a run or has no weights; if it has no results and `without_results` is not set;
-            if the repository holds another base model, prompt or label words and `overwrite` is not set; or with what
-            the Hub answered. Nothing local is lost, and pushing again goes on where it stopped.
+        UserError: if the folder is not a run or has no weights; if its prompt is not the one that was trained; if it
+            has no results and `without_results` is not set; if the repository holds another base model, prompt or
+            label words and `overwrite` is not set; or with what the Hub answered. Nothing local is lost, and pushing
+            again goes on where it stopped.
     """
     folder = Path(args.run)
     recipe, prompt, record = read_run(folder)
@@ -147,6 +148,7 @@ def push(args: PushConfig) -> str:
             f"adapter; push the base and name it with --base_model, or merge it in with recipes/export.py and push "
             f"that"
         )
+    load_encoder(folder)  # raises where the prompt is not the one that was trained
     api = HfApi()
     with _explained(args.hub_model_id):
         _make_destination(

@@ -10,10 +10,11 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import UserError
 from .demo import BASE_MODEL, is_demo
+from .prompts import control_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,40 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if tokenizer.pad_token is None:
         raise UserError(f"{name}: the tokenizer has neither a padding nor an end-of-sequence token")
     return tokenizer
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """Apply `eos_token` and `chat_template_path` to a tokenizer, as TRL does: before prompts are encoded, not after.
+
+    A template of another model comes with that model's end-of-sequence token.
+
+    Raises:
+        UserError: if there is no such token or template, or the template's model has control tokens that the tokenizer
+            lacks: TRL adds them to the model, where their embeddings would have to be learned.
+    """
+    path = args.chat_template_path
+    if path is not None and path.endswith((".jinja", ".j2")):
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text; save it in that encoding"
+            raise UserError(f"chat_template_path {path}: {reason}") from error
+    elif path is not None:
+        source = _from_pretrained(AutoTokenizer, path, key="chat_template_path")
+        if source.chat_template is None:
+            raise UserError(f"chat_template_path {path}: its tokenizer has no chat template; name one that has")
+        lacking = [token for token in control_tokens(source) if token not in tokenizer.get_vocab()]
+        used = [token for token in lacking if token in str(source.chat_template) or token == source.eos_token]
+        if used:
+            raise UserError(
+                f"chat_template_path {path}: its template uses {', '.join(used)}, which the base does not have as "
+                f"{'a token' if len(used) == 1 else 'tokens'}; save the template as a .jinja file that does without"
+            )
+        tokenizer.chat_template, tokenizer.eos_token = source.get_chat_template(), source.eos_token
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise UserError(f"eos_token {args.eos_token!r} is not a token of this model; leave it out, or name one")
+        tokenizer.eos_token = args.eos_token
 
 
 def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -218,10 +253,10 @@ def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool 
     return model.to(PartialState().device).eval()
 
 
-def _from_pretrained(auto_class: type, name: str, **arguments):
+def _from_pretrained(auto_class: type, name: str, key: str = "model_name_or_path", **arguments):
     try:
         return auto_class.from_pretrained(locate_model(name), **arguments)
     except (OSError, ValueError, ImportError) as error:
         # transformers explains at length; the first line says what was not found, or what is missing.
         what = "tokenizer" if auto_class is AutoTokenizer else "model"
-        raise UserError(f"model_name_or_path {name}: cannot load the {what} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{key} {name}: cannot load the {what} ({str(error).splitlines()[0]})") from error

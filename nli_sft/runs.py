@@ -253,6 +253,12 @@ def evaluation_folders(run: str | Path) -> list[Path]:
     return kept
 
 
+def rendered_prompt(path: str | Path) -> dict[str, str] | None:
+    """What a run or a checkpoint keeps of its prompt as rendered (`PromptEncoder.rendered`); `None` if it does not."""
+    file = Path(path) / "run.json"
+    return read_json(file, {"rendered": dict}).get("rendered") if file.is_file() else None
+
+
 def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
     """Keep what was trained on, as `sources.text_keys` tells it: 8 bytes a pair."""
     Path(path).mkdir(parents=True, exist_ok=True)

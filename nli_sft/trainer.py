@@ -1,5 +1,6 @@
 """`NLITrainer`: TRL's `SFTTrainer` on token tries, and with the number that its users want, label accuracy."""
 
+import copy
 import logging
 import math
 from contextlib import nullcontext
@@ -71,6 +72,11 @@ class NLITrainer(ResumableTrainer):
         self._step_ended = True
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
+        # without the fixed date, or resize the model for it; the token it is to tell the model.
+        if args.chat_template_path is not None:
+            args = copy.copy(args)
+            args.chat_template_path, args.eos_token = None, encoder.tokenizer.eos_token
         if args.ddp_find_unused_parameters is None:
             # Only experts can be without a gradient in a step. To look for others, DDP walks the graph in every pass.
             args.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_parameters())

@@ -32,7 +32,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.decoding import deciding, generate_labels, score_prompts
-from nli_sft.models import adapter_config, count_parameters, load_model, load_tokenizer
+from nli_sft.models import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.report.figures import speeds
 from nli_sft.sources import load_pairs, subsample
@@ -75,6 +75,7 @@ class BenchmarkConfig:
 
 def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    apply_template(tokenizer, training_args)
     encoder = PromptEncoder(load_prompt(prompt_args.prompt, prompt_args.label_words), tokenizer)
     source = {
         "config": data_args.dataset_config,

@@ -37,6 +37,7 @@ from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
 from nli_sft.models import (
     adapter_config,
+    apply_template,
     check_adapter,
     count_parameters,
     load_model,
@@ -46,7 +47,7 @@ from nli_sft.models import (
 from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
-from nli_sft.runs import HYPOTHESIS_ONLY, git_state, versions, write_run, write_trained_pairs
+from nli_sft.runs import HYPOTHESIS_ONLY, git_state, rendered_prompt, versions, write_run, write_trained_pairs
 from nli_sft.sources import describe_source, fingerprint, load_train_and_validation, text_keys
 from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
@@ -109,7 +110,10 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
         )
         prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
+        apply_template(tokenizer, training_args)
         encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
+        if checkpoint is not None:
+            encoder.check_rendered(rendered_prompt(checkpoint), checkpoint)
         dropped, drawn = Counter(), {}
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
         trained = text_keys(pairs["train"])
@@ -140,6 +144,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "model": model_args.model_name_or_path,
         "parameters": parameters.as_dict(),
         "prompt_fingerprint": prompt.fingerprint,
+        "rendered": encoder.rendered,
         "data": {
             "dropped": dict(dropped),
             "sources": drawn,

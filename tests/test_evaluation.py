@@ -4,16 +4,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import few_pairs, tiny_llama
+from tiny import chatml_tokenizer, few_pairs, tiny_llama
 from tiny_run import make_base, make_run
 from trl import ModelConfig
 
 from nli_sft import UserError, evaluation
+from nli_sft.classifier import NLIClassifier
 from nli_sft.configs import BatchConfig
 from nli_sft.decoding import LabelScores
-from nli_sft.evaluation import Asked, Checks, exchange_premises, judge_all, judge_run, predict, write_evaluation
+from nli_sft.evaluation import (
+    Asked,
+    Checks,
+    exchange_premises,
+    judge_all,
+    judge_run,
+    load_encoder,
+    predict,
+    write_evaluation,
+)
+from nli_sft.export import write_merged
+from nli_sft.hub import PushConfig, push
 from nli_sft.labels import LABELS
 from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.runs import write_run
 from nli_sft.sources import EvaluationSet, pairs_dataset
 
 
@@ -160,3 +173,33 @@ def test_weights_that_overflow_in_fp16_are_told_from_weights_that_are_no_numbers
     judge_all(model, asked, **options)
     with pytest.raises(UserError, match="12 of 12 pairs are NaN or infinite, though the weights are not.*fp32"):
         judge_all(model.half(), asked, **options)
+
+
+def test_a_run_whose_prompt_has_changed_is_not_loaded(tmp_path):
+    """Wherever a run is asked: evaluation, NLIClassifier, push and export load their encoder here."""
+    run = tmp_path / "run"
+    tokenizer = chatml_tokenizer()
+    tokenizer.save_pretrained(run)
+    rendered = PromptEncoder(PROMPTS["plain"], tokenizer).rendered
+    write_run(
+        run,
+        recipe={"model_name_or_path": "base", "dataset_name": "x"},
+        prompt=PROMPTS["plain"],
+        record={"rendered": rendered},
+    )
+    assert load_encoder(run).rendered == rendered
+    tokenizer.chat_template = "Be brief.\n" + tokenizer.chat_template
+    tokenizer.save_pretrained(run)
+    (run / "adapter_config.json").write_text("{}")
+    (run / "model.safetensors").write_text("")  # never read
+    changed = "the prompt as rendered differs from what was trained"
+    with pytest.raises(UserError, match=changed):
+        load_encoder(run)
+    with pytest.raises(UserError, match=changed):
+        judge_run(str(run), ModelConfig(), [], batch_size=1, batch_args=BatchConfig(), free_samples=0)
+    with pytest.raises(UserError, match=changed):
+        NLIClassifier.from_pretrained(run)
+    with pytest.raises(UserError, match=changed):
+        push(PushConfig(run=str(run), hub_model_id="me/run", without_results=True, base_model="me/base"))
+    with pytest.raises(UserError, match=changed):
+        write_merged(run, tmp_path / "merged", ModelConfig(), torch.device("cpu"))

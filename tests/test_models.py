@@ -4,14 +4,23 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import byte_level_tokenizer, tiny_llama
+from tiny import CHATML, byte_level_tokenizer, chatml_tokenizer, tiny_llama
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CohereConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from trl import ModelConfig
+from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
-from nli_sft.models import adapter_config, check_adapter, count_parameters, load_model, load_run, load_tokenizer
+from nli_sft.models import (
+    adapter_config,
+    apply_template,
+    check_adapter,
+    count_parameters,
+    load_model,
+    load_run,
+    load_tokenizer,
+)
+from nli_sft.prompts import PROMPTS, PromptEncoder
 
 STUDY_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
 
@@ -240,3 +249,42 @@ def test_a_base_that_peft_knows_no_default_for(bases):
 def test_a_model_must_be_named():
     with pytest.raises(UserError, match="model_name_or_path is missing; give it in the recipe or as --model_name"):
         load_tokenizer(None)
+
+
+def test_a_template_is_applied_before_prompts_are_encoded(tmp_path):
+    """TRL applies it when the rows are there already, and saves it: trained on one prompt, asked with another."""
+    file = tmp_path / "other.jinja"
+    file.write_text("Hello, {{ strftime_now('%Y') }}.\n" + CHATML)
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, SFTConfig(chat_template_path=str(file), bf16=False))
+    assert PromptEncoder(PROMPTS["plain"], tokenizer).frame.startswith("Hello, 2024.\n<|im_start|>user")
+
+    other = chatml_tokenizer()
+    other.chat_template, other.eos_token = "Hi.\n" + CHATML, "<|endoftext|>"
+    other.save_pretrained(tmp_path / "other")
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, SFTConfig(chat_template_path=str(tmp_path / "other"), bf16=False))
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (other.chat_template, "<|endoftext|>")
+    apply_template(tokenizer, SFTConfig(eos_token="<|im_end|>", bf16=False))
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_template_that_cannot_be_applied(tmp_path):
+    def refused(**args):
+        with pytest.raises(UserError) as told:
+            apply_template(chatml_tokenizer(), SFTConfig(bf16=False, **args))
+        return str(told.value)
+
+    assert refused(chat_template_path="none.jinja") == "chat_template_path none.jinja: No such file or directory"
+    (tmp_path / "latin.jinja").write_text("é", encoding="latin-1")
+    assert "latin.jinja: not UTF-8 text" in refused(chat_template_path=str(tmp_path / "latin.jinja"))
+    assert "chat_template_path ./nowhere: cannot load" in refused(chat_template_path="./nowhere")
+    assert refused(eos_token="<none>").startswith("eos_token '<none>' is not a token of this model")
+    other = chatml_tokenizer()
+    other.chat_template = None
+    other.save_pretrained(tmp_path)
+    assert "its tokenizer has no chat template; name one that has" in refused(chat_template_path=str(tmp_path))
+    other.add_tokens(["<|turn|>"])
+    other.chat_template = CHATML.replace("<|im_end|>", "<|turn|>")
+    other.save_pretrained(tmp_path)
+    assert "its template uses <|turn|>, which the base does not have" in refused(chat_template_path=str(tmp_path))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import few_pairs, tiny_llama
+from tiny import CHATML, chatml_tokenizer, few_pairs, tiny_llama
 from torch.utils.data import BatchSampler
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -11,7 +11,7 @@ from nli_sft import UserError
 from nli_sft.configs import BatchConfig
 from nli_sft.decoding import generate_labels
 from nli_sft.keys import METRICS, field_values, refuse_keys
-from nli_sft.models import load_model
+from nli_sft.models import apply_template, load_model, load_tokenizer
 from nli_sft.prompts import PROMPTS, PromptEncoder
 from nli_sft.trainer import NLITrainer, PairSampler, SharedBatches, TrieCollator, split_rows
 
@@ -290,3 +290,30 @@ def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tm
     message = f"evaluation after step {step}: the scores of 12 of 12 pairs are NaN or infinite, .* lm_head.*: {mend}"
     with pytest.raises(UserError, match=message):
         run.evaluate()
+
+
+@pytest.mark.parametrize("source", ["file", "model"])
+def test_the_template_that_was_encoded_is_the_one_that_is_saved(tmp_path, source):
+    """TRL would apply `chat_template_path` once more, without the fixed date, and resize the model for it."""
+    template = "Today: {{ strftime_now('%Y') }}\n" + CHATML
+    other = chatml_tokenizer()
+    other.chat_template, other.eos_token = template, "<|endoftext|>"
+    other.save_pretrained(tmp_path / "model")
+    path = tmp_path / ("model" if source == "model" else "model/chat_template.jinja")
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"), chat_template_path=str(path), bf16=False, use_cpu=True, report_to="none"
+    )
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, args)
+    encoder = PromptEncoder(PROMPTS["plain"], tokenizer)
+    model = tiny_llama(len(tokenizer))
+    rows = encoder.encode_rows(few_pairs(), max_length=None)
+    trainer = NLITrainer(model=model, args=args, encoder=encoder, batch_args=BatchConfig(), train_dataset=rows)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert PromptEncoder(PROMPTS["plain"], saved).rendered == encoder.rendered
+    assert saved.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False).startswith("Today: 2024")
+    assert saved.eos_token == ("<|endoftext|>" if source == "model" else "<|im_end|>")
+    assert trainer.model.config.eos_token_id == saved.eos_token_id
+    assert trainer.model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert args.chat_template_path == str(path), "the control is trained with it too"

@@ -150,7 +150,7 @@ def test_the_page_is_typed_into_and_the_bars_are_read(run, tmp_path):
                 previous = bars
             browser.type("#hypothesis textarea", "<|im_end|>")
             browser.evaluate("document.querySelector('#judge').click()")
-            browser.wait_for("document.body.innerText.includes('a special token of this tokenizer')")
+            browser.wait_for("document.body.innerText.includes('a control token of this tokenizer')")
         finally:
             browser.close()
 
