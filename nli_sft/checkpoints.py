@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -292,6 +293,10 @@ class ResumableTrainer(SFTTrainer):
         self._loss_is_finite &= scaled or math.isfinite(norm)
         return norm
 
+    def first_bad_step(self) -> int | None:
+        """The step whose loss or gradient was not finite, where that is only known later; asked before each log."""
+        return None
+
     def _any_process(self, *flags: bool) -> list[bool]:
         """Whether a flag is set on any process, for each flag."""
         if self.accelerator.num_processes == 1:
@@ -364,15 +369,22 @@ class _Watch(TrainerCallback):
         if self._stopping:
             self._trainer._agreed_to_stop.set()
         if broken:
-            last = find_checkpoint(AUTO, args.output_dir)
-            raise UserError(
-                f"the loss or its gradient is not a number at step {state.global_step + 1}, so training was stopped; "
-                + (f"{Path(last).name} is the last good checkpoint. " if last else "there is no checkpoint yet. ")
-                + "Go on with resume_from_checkpoint: auto and a lower learning_rate"
-                + (", or with precision: fp32" if args.fp16 else "")
-            )
+            self._refuse(state.global_step + 1, args)
+
+    def _refuse(self, step: int, args) -> NoReturn:
+        last = find_checkpoint(AUTO, args.output_dir)
+        raise UserError(
+            f"the loss or its gradient is not a number at step {step}, so training was stopped; "
+            + (f"{Path(last).name} is the last good checkpoint. " if last else "there is no checkpoint yet. ")
+            + "Go on with resume_from_checkpoint: auto and a lower learning_rate"
+            + (", or with precision: fp32" if args.fp16 else "")
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
+        if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
+            bad = self._trainer.first_bad_step()
+            if bad is not None:
+                self._refuse(bad, args)
         # At the end of an epoch there may be an evaluation to come, which belongs into the checkpoint.
         if self._stopping and not float(state.epoch).is_integer():
             control.should_save = True

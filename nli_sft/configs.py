@@ -138,6 +138,13 @@ class BatchConfig:
             "is what the estimate says fits in the memory that is free."
         },
     )
+    cuda_graph: str = field(
+        default="auto",
+        metadata={
+            "help": "Replay the training step as CUDA graphs: auto where the step can be recorded, true to insist.",
+            "choices": ["auto", "true", "false"],
+        },
+    )
     group_by_premise: bool = field(
         default=False, metadata={"help": "Put pairs with the same premise into the same batch, where tries share it."}
     )

@@ -18,11 +18,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
-from . import UserError, metrics, trie
+from . import UserError, graph, metrics, trie
 from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
 from .decoding import LabelScores, gather_scores, score_prompts
 from .keys import field_values, refuse_keys
+from .prefetch import prefetch
 from .progress import TrainingBar
 from .prompts import PromptEncoder
 
@@ -68,8 +69,10 @@ class NLITrainer(ResumableTrainer):
         if self.max_row_tokens is not None:
             kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
         self.group_by_premise = batch_args.group_by_premise
+        self.cuda_graph = batch_args.cuda_graph
         self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
         self._step_ended = True
+        self._graphs: graph.StepGraphs | None = None
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
@@ -83,22 +86,100 @@ class NLITrainer(ResumableTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
         )
+        if self.max_row_tokens is not None:
+            self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labelled tokens of the whole step
+        # Sums over the labelled tokens since the last log: see `graph.label_loss`.
+        self._figures = torch.zeros(3, dtype=torch.float64, device=args.device)
+        self._tokens = 0  # that separate sequences would have fed on this process since then
+        self._use_graphs = self._choose_graphs(batch_args.cuda_graph)
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingBar)
         if args.torch_compile and self.max_row_tokens is not None:
             # Layer by layer, before the Trainer does it as a whole: a compiled model does not see the hooks of a trie,
-            # and layers that are alike are compiled once. Tries have many shapes, hence `dynamic`.
+            # and layers that are alike are compiled once. Tries have many shapes, hence `dynamic`, unless
+            # they are padded to few.
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             for layer in self.model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=True, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+                    layer.compile(
+                        dynamic=not self._use_graphs,
+                        backend=args.torch_compile_backend,
+                        mode=args.torch_compile_mode,
+                    )
         if not args.bf16 and not self.is_deepspeed_enabled:
             # TRL casts the adapter on a quantised base to bf16, whatever the precision. Loss scaling cannot unscale
             # gradients in 16 bits, and in fp32 nothing is to be lost.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+
+    def _choose_graphs(self, wanted: str) -> bool:
+        """Whether to run the step by CUDA graph; says why not if the device could.
+
+        Raises:
+            UserError: if it was asked for and cannot be.
+        """
+        if wanted == "false":
+            return False
+        reason = self._why_no_graphs()
+        if reason is None:
+            self.data_collator.row_length = self.max_row_tokens
+            self.args.logging_nan_inf_filter = False  # it waits for the device at every step
+            self._checkpoint_without_random_state()
+        elif wanted == "true":
+            raise UserError(f"cuda_graph: true cannot be had here: {reason}")
+        elif self.args.device.type == "cuda":
+            logger.warning("Training without CUDA graphs: %s", reason)
+        return reason is None
+
+    def _why_no_graphs(self) -> str | None:
+        args = self.args
+        if args.device.type != "cuda":
+            return f"the device is {args.device.type}, not a CUDA GPU"
+        if self.max_row_tokens is None:
+            return "batches are padded; they need batching: trie"
+        if args.world_size > 1 or self.accelerator.distributed_type != DistributedType.NO:
+            return "several processes exchange gradients in the middle of a step"
+        if args.fp16:
+            return "the loss scaling of fp16 decides about each step outside of the device"
+        if args.gradient_checkpointing and self._has_dropout():
+            return (
+                "gradient checkpointing has to restore the state of random numbers for dropout; set lora_dropout: 0 "
+                "or gradient_checkpointing: false"
+            )
+        if args.activation_offloading:
+            return "activation_offloading waits for copies within a step"
+        return None
+
+    def _has_dropout(self) -> bool:
+        modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
+        return modules or (getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0
+
+    def _checkpoint_without_random_state(self) -> None:
+        # Without dropout nothing is random, and reading the state of random numbers cannot be recorded.
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if self.args.gradient_checkpointing and hasattr(self.args, name):
+                setattr(
+                    self.args,
+                    name,
+                    (getattr(self.args, name) or {"use_reentrant": False}) | {"preserve_rng_state": False},
+                )
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._close_graphs()
+
+    def _close_graphs(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # The number of labelled tokens stays on the CPU: to copy it to the device would be to wait for it.
+        return super().get_batch_samples(epoch_iterator, num_batches, "cpu" if self._use_graphs else device)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches whose pairs are the same for any number of processes, each process its share (`SharedBatches`).
@@ -141,27 +222,73 @@ class NLITrainer(ResumableTrainer):
             UserError: where a single row does not fit, or where other processes wait for this one in every pass.
         """
         if self._step_ended:
-            counts = {name: len(kept) for name, kept in self._metrics["train"].items()}
-            self._step_inputs, self._before_step = [], (self._total_train_tokens, counts)
+            self._step_inputs, self._before_step = [], (self._tokens, self._figures.clone())
         self._step_inputs.append(inputs)
         self._step_ended = self.accelerator.sync_gradients
         todo = [inputs]
         while True:
             try:
                 for batch in todo:
-                    loss = self._pass_parts(model, batch, num_items_in_batch)
+                    loss = self._run_batch(model, batch, num_items_in_batch)
                 return loss
+            except graph.CaptureError as error:
+                self._give_up_graphs(error)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
                 self._use_smaller_parts(error)
             # Not in the except clause: there the traceback holds on to what the failed pass had computed.
             model.zero_grad()
+            if self._graphs is not None:
+                self._graphs.forget()
             clear_device_cache(garbage_collection=True)
-            self._total_train_tokens, counts = self._before_step
-            for name, kept in self._metrics["train"].items():
-                del kept[counts.get(name, 0) :]
+            self._tokens, figures = self._before_step
+            self._figures.copy_(figures)
             todo = self._step_inputs
+
+    def _run_batch(self, model, inputs, num_items_in_batch):
+        if not self._use_graphs:
+            return self._pass_parts(model, inputs, num_items_in_batch)
+        if self._graphs is None:
+            self._graphs = graph.StepGraphs(
+                self._loss_of_pass,
+                self._figures,
+                list(self.model.parameters()),
+                getattr(self.optimizer, "optimizer", self.optimizer),
+                self.args.max_grad_norm,
+            )
+        if not self.model.training:  # after an evaluation
+            self.model.train()
+        self._graphs.start_batch(num_items_in_batch)
+        for part in self._parts(inputs):
+            self._tokens += part["tokens"]
+            tensors = {name: part[name] for name in graph.PASS_TENSORS}
+            shape = graph.pass_shape(tensors, self.max_row_tokens)
+            self._graphs.run_pass(graph.pad_pass(tensors, shape), shape)
+        return self._graphs.loss
+
+    def _loss_of_pass(self, part, labelled):
+        # Casts are cached as long as a graph is recorded and no longer.
+        with self.autocast_smart_context_manager(cache_enabled=False):
+            return self._trie_loss(self.model, part, labelled)
+
+    def _give_up_graphs(self, error: graph.CaptureError) -> None:
+        if self.cuda_graph == "true":
+            raise UserError(f"cuda_graph: true cannot be had here: {error}") from error
+        logger.warning("Training without CUDA graphs: the step cannot be recorded (%s)", error)
+        self._close_graphs()
+        self._use_graphs = False
+
+    def _clip_grad_norm(self, model):
+        return super()._clip_grad_norm(model) if self._graphs is None else self._graphs.grad_norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return super()._get_grad_norm(model, grad_norm) if self._graphs is None else self._graphs.grad_norm
+
+    def first_bad_step(self) -> int | None:
+        if self._graphs is None:
+            return super().first_bad_step()
+        return self._graphs.first_bad_step(self.state.global_step)
 
     def _use_smaller_parts(self, error: RuntimeError) -> None:
         parts = [part["input_ids"] for batch in self._step_inputs for part in self._parts(batch)]
@@ -202,17 +329,41 @@ class NLITrainer(ResumableTrainer):
         """TRL's loss, on a part of a trie where the batch is one."""
         if "exit" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tokens = inputs["tokens"]
-        if self.accelerator.num_processes > 1:
-            tokens = sum(gather_object([tokens]))
-        tokens += self._total_train_tokens
-        read = {name: inputs[name] for name in ("input_ids", "position_ids", "shift_labels")}
-        with trie.training_pass(self.model, inputs):
-            loss = super().compute_loss(model, read, return_outputs, num_items_in_batch)
-        # TRL has counted the positions of the trie. The logs count what separate sequences would feed.
-        self._total_train_tokens = tokens
-        self._metrics["train"]["num_tokens"] = [tokens]
+        self._tokens += inputs["tokens"]
+        loss, figures = self._trie_loss(model, inputs, num_items_in_batch)
+        self._figures += figures
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
         return loss
+
+    def _trie_loss(self, model, part, labelled):
+        """See `graph.label_loss`."""
+        with trie.exact_logits(self.model, part["predict"]):
+            logits = model(**trie.model_inputs(self.model, part), use_cache=False).logits[0]
+        return graph.label_loss(logits, part["shift_labels"][0], labelled, self.args.loss_type)
+
+    def _collect_figures(self) -> None:
+        """Pass what tries have counted on to TRL's metrics. Every process must take part."""
+        if self.max_row_tokens is None:
+            return
+        counts = torch.cat([self._figures, self._figures.new_tensor([self._tokens])])
+        entropy, right, labelled, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._figures.zero_()
+        self._tokens = 0
+        self._total_train_tokens += int(tokens)
+        if labelled:
+            kept = self._metrics["train"]
+            kept["entropy"].append(entropy / labelled)
+            kept["mean_token_accuracy"].append(right / labelled)
+            kept["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._collect_figures()
+        super().log(logs, start_time)
+
+    def _progress(self) -> dict[str, object]:
+        self._collect_figures()
+        return super()._progress()
 
     def evaluation_loop(
         self,
@@ -337,6 +488,10 @@ class EpochLoader(DataLoader):
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 
+    def __iter__(self):
+        batches = super().__iter__()  # workers are ahead by themselves
+        return prefetch(batches) if self.pin_memory and self.num_workers == 0 else batches
+
 
 class TrieCollator:
     """Packs a batch of rows into a trie. Runs in the loader's workers.
@@ -345,6 +500,9 @@ class TrieCollator:
         answers: the token ids of the answers.
         max_row_tokens: the longest row of a trie; a longer pair makes the rows of its batch as long as itself.
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
+
+    Attributes:
+        row_length: set to pad the parts to the few shapes of `graph.pass_shape`.
 
     Returns:
         A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
@@ -358,6 +516,7 @@ class TrieCollator:
         self.answers = answers
         self.max_row_tokens = max_row_tokens
         self.max_batch_tokens = max_batch_tokens
+        self.row_length: int | None = None
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | list]:
         prompts, gold = split_rows(rows, self.answers)
@@ -376,6 +535,8 @@ class TrieCollator:
             )
         ]
         labels = torch.cat([part["shift_labels"] for part in parts], dim=1)
+        if self.row_length is not None:
+            parts = [part | graph.pad_pass(part, graph.pass_shape(part, self.row_length)) for part in parts]
         # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
         return {"parts": parts, "labels": labels, "shift_labels": labels}
 

@@ -1,0 +1,298 @@
+"""The training step as CUDA graphs: recorded once for each shape of a pass, then replayed by a single call.
+
+A step of a small model is thousands of kernels that run for a few microseconds each. Launching them from Python takes
+longer than running them, so the device waits. A CUDA graph holds the launches, and replaying it costs one
+(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). Two kinds are recorded here:
+
+    a pass    forward and backward of some rows of a trie; adds to the gradients. One graph for each shape.
+    the update    clipping, the optimizer's step, and zeroing the gradients. One graph.
+
+A step is some passes and one update, so accumulation of gradients and batches in parts need nothing more. A graph
+reads and writes fixed addresses: rows are padded to one of a few shapes and copied to where the graph reads them, and
+what changes from step to step (learning rate, number of labelled tokens) is a tensor. The first pass of a shape and
+the first update run without a graph: they compile, choose kernels and make the optimizer's state. The second is
+recorded. All graphs share one memory pool, since they never run at the same time.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+from .trie import IGNORE_INDEX
+
+# A shape of a pass: rows, their length, and the labelled nodes among them.
+Shape = tuple[int, int, int]
+
+
+logger = logging.getLogger(__name__)
+
+PASS_TENSORS = ("input_ids", "position_ids", "exit", "predict", "shift_labels")
+
+
+def round_up(count: int) -> int:
+    """Round a count up to one of a few: all up to 8, then eight steps between a power of two and the next."""
+    step = 1 << max(0, (count - 1).bit_length() - 4)
+    return -(-count // step) * step
+
+
+def pass_shape(part: Mapping[str, Tensor], row_length: int) -> Shape:
+    """The shape to which a pass is padded.
+
+    Args:
+        part: `input_ids` of (rows, length) and `predict` of (P,).
+        row_length: the length of most rows. Longer ones are padded to a multiple of 128 of their own.
+    """
+    rows, length = part["input_ids"].shape
+    if length > row_length:
+        row_length = -(-length // 128) * 128
+    return round_up(rows), row_length, max(64, 1 << (len(part["predict"]) - 1).bit_length())
+
+
+def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
+    """Pad a pass with nodes that see only themselves and labelled nodes that carry no label.
+
+    Args:
+        part: `input_ids`, `position_ids` and `exit` of (rows, length), `predict` of (P,) and `shift_labels` of (1, P),
+            as `trainer.TrieCollator` makes them.
+        shape: at least as large in every dimension.
+
+    Returns:
+        The same tensors in that shape, on the device of `part`. The loss and its gradients are those of `part`.
+    """
+    rows, length, labelled = shape
+    own_rows, own_length = part["input_ids"].shape
+    if (own_rows, own_length, len(part["predict"])) == shape:
+        return {name: part[name] for name in PASS_TENSORS}
+    padded = {
+        "input_ids": torch.zeros(rows, length, dtype=torch.int64),
+        "position_ids": torch.zeros(rows, length, dtype=torch.int64),
+        "exit": torch.arange(1, length + 1).repeat(rows, 1),
+    }
+    for name, values in padded.items():
+        values[:own_rows, :own_length] = part[name]
+    predict = torch.zeros(labelled, dtype=torch.int64)
+    own = part["predict"]
+    predict[: len(own)] = own // own_length * length + own % own_length
+    labels = torch.full((1, labelled), IGNORE_INDEX)
+    labels[:, : len(own)] = part["shift_labels"]
+    return {**padded, "predict": predict, "shift_labels": labels}
+
+
+def record(function: Callable[[], None], pool: object) -> Callable[[], None]:
+    """Record what a function launches on the current CUDA device and return the call that replays it.
+
+    Args:
+        function: reads and writes tensors that outlive the graph, and never waits for the device.
+        pool: from `torch.cuda.graph_pool_handle()`.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+class CaptureError(Exception):
+    """A step that cannot be recorded; the message says why."""
+
+
+class StepGraphs:
+    """Runs the passes and updates of a training, by graph where one has been recorded.
+
+    Args:
+        loss_and_figures: from the tensors of a pass and the number of labelled tokens in the step, a loss to be
+            differentiated and a 1-D tensor of figures to be summed over passes. It must not wait for the device.
+        figures: a float64 tensor to which those figures are added.
+        parameters: those to be trained.
+        optimizer: its `step` is replaced until `close`, and also clips and zeroes the gradients. It is recorded if it
+            is fused (`torch.optim.AdamW(fused=True)`), and otherwise called as it is.
+        max_grad_norm: gradients are clipped to this norm; not at all by 0 or less.
+
+    Attributes:
+        loss: (), the sum of the losses of the passes since `start_batch`.
+        grad_norm: (), the norm of the last update's gradients before clipping.
+        first_bad_update: (), the number of the first update whose loss or gradient was not finite, from 0; -1 if
+            there was none. Neither it nor any after it has changed a parameter.
+    """
+
+    def __init__(
+        self,
+        loss_and_figures: Callable[[Mapping[str, Tensor], Tensor], tuple[Tensor, Tensor]],
+        figures: Tensor,
+        parameters: list[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+    ):
+        self.loss_and_figures = loss_and_figures
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.optimizer = optimizer
+        self.max_grad_norm = max_grad_norm
+        device = self.parameters[0].device
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.loss = torch.zeros((), device=device)
+        self.figures = figures
+        self.labelled = torch.ones((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.first_bad_update = torch.full((), -1, dtype=torch.int64, device=device)
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
+        self._skip = torch.zeros((), device=device)
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+        self._inputs: dict[Shape, dict[str, Tensor]] = {}
+        self._passes: dict[Shape, Callable[[], None]] = {}
+        self._recorded_update: Callable[[], None] | None = None
+        self._step = optimizer.step
+        self._fused = self._may_record_update = bool(optimizer.defaults.get("fused"))
+        self._updated = False
+        if self._fused:
+            optimizer.found_inf = self._skip  # how GradScaler tells a fused optimizer to change nothing
+        optimizer.step = self.update
+
+    def start_batch(self, labelled: int | Tensor) -> None:
+        """Begin a batch, of which a step has one or, with gradient accumulation, several: set `loss` to 0.
+
+        Args:
+            labelled: the number of labelled tokens in the step, on the CPU.
+        """
+        self.loss.zero_()
+        self.labelled.fill_(max(1.0, float(labelled)))
+
+    def run_pass(self, part: Mapping[str, Tensor], shape: Shape) -> None:
+        """Add the gradients, loss and figures of a pass.
+
+        Args:
+            part: from `pad_pass`, best in pinned memory.
+            shape: the one it was padded to.
+
+        Raises:
+            CaptureError: if the pass cannot be recorded. Nothing has been added then.
+        """
+        inputs = self._inputs.get(shape)
+        if inputs is None:
+            inputs = {name: torch.empty_like(values, device=self.loss.device) for name, values in part.items()}
+        for name, values in part.items():
+            inputs[name].copy_(values, non_blocking=True)
+        if shape not in self._inputs:
+            self._with_gradients(lambda: self._pass(inputs))
+            self._inputs[shape] = inputs
+            return
+        if shape not in self._passes:
+            self._passes[shape] = self._record(lambda: self._pass(inputs))
+        self._passes[shape]()
+
+    def update(self, closure: None = None) -> None:
+        """Clip the gradients, change the parameters, and zero the gradients. Stands in for the optimizer's `step`."""
+        if not (self._may_record_update and self._updated):
+            self._with_gradients(self._update)
+            self._updated = True
+            return
+        groups = self.optimizer.param_groups
+        for rate, group in zip(self._rates, groups, strict=True):
+            rate.fill_(group["lr"])
+        if self._recorded_update is None:
+            before = [(group["lr"], group["capturable"]) for group in groups]
+            for rate, group in zip(self._rates, groups, strict=True):
+                group.update(lr=rate, capturable=True)  # read by the graph, whatever the scheduler sets later
+            try:
+                self._recorded_update = self._record(self._update)
+            except CaptureError as error:
+                logger.warning("The optimizer runs without a CUDA graph: it cannot be recorded (%s)", error)
+                self._may_record_update = False
+                self._recorded_update = lambda: self._with_gradients(self._update)
+            finally:
+                for group, (lr, capturable) in zip(groups, before, strict=True):
+                    group.update(lr=lr, capturable=capturable)
+        self._recorded_update()
+
+    def first_bad_step(self, steps_done: int) -> int | None:
+        """The number of the first step whose loss or gradient was not finite, or `None`. Waits for the device.
+
+        Args:
+            steps_done: the number of the last step, from 1.
+        """
+        bad, updates = int(self.first_bad_update), int(self._updates)
+        return None if bad < 0 else steps_done - updates + bad + 1
+
+    def forget(self) -> None:
+        """Drop the graphs with their memory, and the gradients of a step that is to be done again."""
+        self._inputs.clear()
+        self._passes.clear()
+        self._recorded_update = None
+        torch._foreach_zero_(self.gradients)
+        self.loss.zero_()
+
+    def close(self) -> None:
+        """Drop the graphs and give the optimizer its own `step` back."""
+        self.forget()
+        self.optimizer.step = self._step
+        if self._fused:
+            del self.optimizer.found_inf
+
+    def _pass(self, inputs: Mapping[str, Tensor]) -> None:
+        loss, figures = self.loss_and_figures(inputs, self.labelled)
+        loss.backward()
+        self.loss += loss.detach()
+        self.figures += figures
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        norm = torch.nn.utils.get_total_norm(self.gradients, foreach=True)
+        self.grad_norm.copy_(norm)
+        if self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm, foreach=True)
+        bad = ~(norm.isfinite() & self.loss.isfinite()) & (self.first_bad_update < 0)
+        self.first_bad_update.copy_(torch.where(bad, self._updates, self.first_bad_update))
+        self._skip.copy_(self.first_bad_update >= 0)
+        self._updates += 1
+        if not self._fused and self._skip.item():
+            return
+        self._step()
+        torch._foreach_zero_(self.gradients)
+
+    def _with_gradients(self, function: Callable[[], None]) -> None:
+        # Elsewhere parameters have no gradient, for the Trainer to find nothing to clip or to zero.
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        try:
+            function()
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
+        try:
+            return record(lambda: self._with_gradients(function), self.pool)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            raise CaptureError(str(error).strip().splitlines()[0]) from error
+
+
+def label_loss(
+    logits: Tensor, labels: Tensor, labelled: Tensor | float, loss_type: str = "nll"
+) -> tuple[Tensor, Tensor]:
+    """The loss of TRL's `SFTTrainer` on the logits of labelled nodes, without waiting for the device.
+
+    Args:
+        logits: (P, vocabulary).
+        labels: (P,), -100 where there is none.
+        labelled: the number of labelled tokens in the step, by which the sum is divided.
+        loss_type: `nll`, or `dft` (https://arxiv.org/abs/2508.05629), as in `SFTConfig`.
+
+    Returns:
+        The loss, and (3,) float64 sums over the labelled nodes: entropy in nats, how often the label has the largest
+        logit, and how many there are.
+    """
+    known = labels != IGNORE_INDEX
+    log_probs = logits.float().log_softmax(-1)
+    chosen = log_probs.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(~known, 0.0)
+    weighted = chosen * chosen.detach().exp() if loss_type == "dft" else chosen
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+        right = log_probs.argmax(-1) == labels
+        figures = torch.stack(
+            [entropy.masked_fill(~known, 0.0).sum().double(), right.sum().double(), known.sum().double()]
+        )
+    return -weighted.sum() / labelled, figures

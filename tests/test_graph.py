@@ -1,0 +1,207 @@
+import itertools
+import threading
+import time
+
+import pytest
+import torch
+from test_trainer import LORA, logged, trainer
+from tiny import few_pairs, tiny_llama
+from trl import SFTConfig
+
+from nli_sft import UserError, graph
+from nli_sft.prefetch import prefetch
+from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.trainer import NLITrainer, TrieCollator
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Graphs on a CPU: all but the recording itself. Returns the functions that were recorded."""
+    functions = []
+
+    def record(function, pool):
+        functions.append(function)
+        return function
+
+    monkeypatch.setattr(graph, "record", record)
+    monkeypatch.setattr(NLITrainer, "_why_no_graphs", lambda self: None)
+    return functions
+
+
+def fields(**options):
+    return {"optim": "adamw_torch_fused", "max_steps": 6, "logging_steps": 2, **options}
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "batch_options", "options"),
+    [
+        (LORA, {}, {}),
+        (None, {"max_batch_tokens": 128}, {}),
+        (None, {}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        (None, {}, {"max_grad_norm": 0.0}),
+        (None, {}, {"optim": "adamw_torch"}),
+        (None, {}, {"loss_type": "dft"}),
+    ],
+    ids=["lora", "in parts", "accumulated", "not clipped", "update not recorded", "dft"],
+)
+def test_graphs_train_as_the_trainer_does_without(
+    chatml, tmp_path, monkeypatch, recorded, peft_config, batch_options, options
+):
+    """Same losses, gradient norms, metrics and token counts, and the same weights at the end."""
+    graphs = trainer(chatml, tmp_path, peft_config=peft_config, batch_options=batch_options, **fields(**options))
+    graphs.train()
+    assert len(recorded) > 1
+    plain = trainer(
+        chatml,
+        tmp_path,
+        peft_config=peft_config,
+        batch_options={**batch_options, "cuda_graph": "false"},
+        **fields(**options),
+    )
+    plain.train()
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens", "learning_rate"):
+        assert logged(graphs, key) == pytest.approx(logged(plain, key), rel=1e-3), key
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(graphs.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
+    assert torch.optim.AdamW.step is type(graphs.optimizer.optimizer).step
+    assert graphs.optimizer.optimizer.step.__func__ is plain.optimizer.optimizer.step.__func__  # given back
+
+
+def test_a_training_by_graph_is_resumed_to_the_same_weights(chatml, tmp_path, recorded):
+    options = fields(save_strategy="steps", save_steps=3)
+    whole = trainer(chatml, tmp_path / "whole", **options)
+    whole.train()
+    again = trainer(chatml, tmp_path / "whole", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name, parameter in whole.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter), name
+
+
+def test_a_loss_that_is_no_number_is_noticed_at_the_next_log_and_changes_nothing(chatml, tmp_path, recorded):
+    run = trainer(chatml, tmp_path, **fields(max_steps=8, logging_steps=4, learning_rate=1e-3))
+    weights = []
+    compute = run._trie_loss
+
+    def sometimes_nan(model, part, labelled):
+        weights.append({name: value.clone() for name, value in model.named_parameters()})
+        loss, figures = compute(model, part, labelled)
+        return (loss * float("nan") if run.state.global_step == 5 else loss), figures
+
+    run._trie_loss = sometimes_nan
+    with pytest.raises(UserError, match="not a number at step 6, .* there is no checkpoint yet"):
+        run.train()
+    assert run.state.global_step == 8
+    for name, value in run.model.named_parameters():
+        assert torch.equal(value, weights[5][name])  # as before step 6
+
+
+def test_a_pass_that_cannot_be_recorded_is_trained_without_graphs(chatml, tmp_path, monkeypatch, recorded, caplog):
+    def refuse(function, pool):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graph, "record", refuse)
+    run = trainer(chatml, tmp_path, **fields())
+    run.train()
+    assert "without CUDA graphs: the step cannot be recorded (operation not permitted when stream" in caplog.text
+    plain = trainer(chatml, tmp_path, batch_options={"cuda_graph": "false"}, **fields())
+    plain.train()
+    assert logged(run, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)
+    insisting = trainer(chatml, tmp_path, batch_options={"cuda_graph": "true"}, **fields())
+    with pytest.raises(UserError, match="cuda_graph: true cannot be had here: operation not permitted"):
+        insisting.train()
+
+
+def test_out_of_memory_drops_the_graphs_and_repeats_the_step_in_smaller_parts(chatml, tmp_path, recorded, caplog):
+    options = fields(per_device_train_batch_size=16, max_steps=4)
+    run = trainer(chatml, tmp_path, **options)
+    compute = run._trie_loss
+    sizes = []
+
+    def limited(model, part, labelled):
+        if run.state.global_step >= 2 and part["input_ids"].numel() > 300:
+            raise RuntimeError("CUDA out of memory.")
+        sizes.append(part["input_ids"].numel())
+        return compute(model, part, labelled)
+
+    run._trie_loss = limited
+    run.train()
+    assert "Out of memory at step" in caplog.text
+    assert max(sizes[:2]) > 300
+    plain = trainer(chatml, tmp_path, batch_options={"cuda_graph": "false"}, **options)
+    plain.train()
+    assert logged(run, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-3)
+    assert logged(run, "num_tokens") == logged(plain, "num_tokens")
+
+
+def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    rows = list(encoder.encode_rows(few_pairs(3), max_length=None))
+    (part,) = TrieCollator(encoder.answers, 160, 10**6)(rows)["parts"]
+    own = {name: part[name] for name in graph.PASS_TENSORS}
+    shape = graph.pass_shape(own, 256)
+    padded = graph.pad_pass(own, shape)
+    assert shape[1] == 256
+    assert padded["input_ids"].shape == shape[:2]
+    assert len(padded["predict"]) == shape[2] > len(part["predict"])
+    assert graph.pass_shape(padded, 256) == shape
+    assert graph.pad_pass(padded, shape)["exit"] is padded["exit"]  # padded once, and not again
+    model = tiny_llama(len(chatml))
+    run = NLITrainer.__new__(NLITrainer)
+    run.model, run.args = model, SFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none")
+    results = []
+    for tensors in (own, padded):
+        model.zero_grad()
+        loss, figures = run._trie_loss(model, tensors, 36.0)
+        loss.backward()
+        results.append((loss, figures, [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-6)
+
+
+def test_shapes_are_few():
+    rounded = [graph.round_up(count) for count in range(1, 65)]
+    assert rounded[:8] == list(range(1, 9))
+    assert all(count <= up <= count * 9 / 8 + 1 for count, up in zip(range(1, 65), rounded, strict=True))
+    assert len(set(rounded)) == 8 + 8 * 3
+    rows = {"input_ids": torch.zeros(3, 300), "predict": torch.zeros(70)}
+    assert graph.pass_shape(rows, 256) == (3, 384, 128)  # a pair longer than most rows
+    assert graph.pass_shape(rows, 512) == (3, 512, 128)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true"])
+def test_a_cpu_trains_without_graphs_unless_they_are_insisted_on(chatml, tmp_path, caplog, wanted):
+    if wanted == "true":
+        with pytest.raises(UserError, match="cuda_graph: true cannot be had here: the device is cpu"):
+            trainer(chatml, tmp_path, batch_options={"cuda_graph": wanted})
+    else:
+        assert not trainer(chatml, tmp_path, batch_options={"cuda_graph": wanted})._use_graphs
+        assert "graph" not in caplog.text
+
+
+def test_items_are_made_ahead_and_errors_come_in_their_place():
+    made = []
+
+    def items():
+        for number in range(10):
+            made.append(number)
+            yield number
+        raise ValueError("the end of it")
+
+    ahead = prefetch(items(), ahead=3)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 10
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 4 <= len(made) <= 5
+    assert list(zip(range(9), ahead, strict=False))[-1] == (8, 9)
+    with pytest.raises(ValueError, match="the end of it"):
+        next(ahead)
+
+
+def test_a_consumer_that_stops_early_ends_the_thread():
+    before = threading.active_count()
+    ahead = prefetch(itertools.count(), ahead=1)
+    next(ahead)
+    ahead.close()
+    assert threading.active_count() == before
