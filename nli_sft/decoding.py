@@ -11,16 +11,20 @@ Two ways that must agree, and one control:
 
 import logging
 import re
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import UserError, trie
+from . import UserError, graph, trie
+from .prefetch import prefetch
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +173,7 @@ def score_prompts(
     max_row_tokens: int | None,
     progress: str | None = None,
     gold: list[int] | None = None,
+    graphs: graph.ScoringGraphs | None = None,
 ) -> LabelScores:
     """Score any number of prompts and return the scores in the order given.
 
@@ -179,54 +184,111 @@ def score_prompts(
         max_row_tokens: the longest row of a trie, or `None` for padded batches.
         progress: the text before a progress bar; no bar without it.
         gold: the right labels, for the accuracy so far on that bar.
+        graphs: from `scoring_graphs`; kept by the caller, they serve again while the model runs in the same way.
     """
     if max_row_tokens is None:
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    else:
-        order = sorted(range(len(prompts)), key=prompts.__getitem__)  # prompts that share a premise stand together
-    scored = []  # left on the device: to fetch them is to wait for them, and the next batch can be packed meanwhile
-    done = right = 0
+    else:  # prompts that share a premise stand together
+        order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index], np.int32).tobytes())
+    scored: list[torch.Tensor] = []  # left on the device: to fetch them is to wait for them
+    done = 0
     # leave=None: a bar within another one is gone when it is done.
     with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None, leave=None) as bar:
+        accuracy = _AccuracySoFar(bar, answers, None if gold is None else [gold[index] for index in order])
         while done < len(order):
-            batch = order[done : done + batch_size]
-            chosen = [prompts[index] for index in batch]
+            size = min(batch_size, len(order) - done)
+            batches = [order[start : start + size] for start in range(done, len(order), size)]
             try:
-                if max_row_tokens is None:
-                    scored.append(score_padded(model, chosen, answers, pad_token_id))
-                else:
-                    scored.append(score_trie(model, chosen, answers, max_row_tokens))
+                for batch, scores in _score_batches(
+                    model, prompts, batches, answers, pad_token_id, max_row_tokens, graphs
+                ):
+                    scored.append(scores)
+                    done += len(batch)
+                    bar.update(len(batch))
+                    accuracy.show(scored)
             except RuntimeError as error:
-                if len(batch) == 1 or not should_reduce_batch_size(error):
+                if size == 1 or not should_reduce_batch_size(error):
                     raise
-                batch_size = len(batch) // 2
-                torch.cuda.empty_cache()
+                batch_size, graphs = size // 2, None
                 logger.info("out of memory: scoring goes on with %d prompts a batch", batch_size)
-                continue
-            done += len(batch)
-            if gold is not None:
-                said = LabelScores.from_token_log_probs(scored[-1].cpu(), answers).choice.tolist()
-                right += sum(label == gold[index] for label, index in zip(said, batch, strict=True))
-                bar.set_postfix(accuracy=f"{right / done:.1%}", refresh=False)
-            bar.update(len(batch))
+            if (
+                batch_size < size
+            ):  # not in the except clause: there the traceback holds on to what the pass had computed
+                clear_device_cache(garbage_collection=True)
     log_probs = torch.zeros(len(prompts), len(answers), max(map(len, answers)))
     if scored:
         log_probs[order] = torch.cat(scored).cpu()
     return LabelScores.from_token_log_probs(log_probs, answers)
 
 
-@torch.no_grad()  # not inference mode: FSDP2 and ZeRO-3 keep tensors that they make here, and train on with them
-def score_trie(
-    model: PreTrainedModel, prompts: list[list[int]], answers: Answers, max_row_tokens: int
-) -> torch.Tensor:
-    """What `score_padded` returns, but on the model's device: one pass over a trie of all prompts and answers."""
-    # A pair longer than a row gets rows of its own length, in this batch alone.
+class _AccuracySoFar:
+    """The accuracy on a progress bar, brought up to date once a second: to know it is to wait for the device."""
+
+    def __init__(self, bar: tqdm, answers: Answers, gold: list[int] | None):
+        self.bar, self.answers, self.gold = bar, answers, gold
+        self.counted = self.done = self.right = 0
+        self.shown = time.monotonic()
+
+    def show(self, scored: list[torch.Tensor]) -> None:
+        if self.gold is None or self.bar.disable or time.monotonic() < self.shown + 1:
+            return
+        log_probs = torch.cat([scores.cpu() for scores in scored[self.counted :]])
+        said = LabelScores.from_token_log_probs(log_probs, self.answers).choice.tolist()
+        self.right += sum(map(int.__eq__, said, self.gold[self.done :]))
+        self.counted, self.done = len(scored), self.done + len(said)
+        self.bar.set_postfix(accuracy=f"{self.right / self.done:.1%}", refresh=False)
+        self.shown = time.monotonic()
+
+
+def _score_batches(model, prompts, batches, answers, pad_token_id, max_row_tokens, graphs):
+    """Yield each batch of indices with its scores, tries being packed ahead in a thread."""
+    if max_row_tokens is None:
+        for batch in batches:
+            yield batch, score_padded(model, [prompts[index] for index in batch], answers, pad_token_id)
+        return
+    on_cuda = model.device.type == "cuda"
+
+    def pack() -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+        for batch in batches:
+            packed = pack_scoring([prompts[index] for index in batch], answers, max_row_tokens)
+            packed = packed if graphs is None else graphs.pad(packed)
+            # From other memory a copy to the device waits for all work before it.
+            yield batch, {name: values.pin_memory() if on_cuda else values for name, values in packed.items()}
+
+    for batch, packed in prefetch(pack()) if on_cuda else pack():
+        if graphs is None:
+            yield batch, score_packed(model, {n: v.to(model.device, non_blocking=True) for n, v in packed.items()})
+        else:
+            yield batch, graphs(packed)[: len(batch)]
+
+
+def scoring_graphs(model: PreTrainedModel, pairs: int, max_row_tokens: int | None) -> graph.ScoringGraphs | None:
+    """Graphs for `score_prompts` with batches of `pairs` prompts; `None` where there can be none.
+
+    One device alone, since sharded models wait for each other in every pass, and plain attention: FlexAttention
+    compiles for each mask.
+    """
+    alone = PartialState().num_processes == 1 and model.device.type == "cuda"
+    if not alone or max_row_tokens is None or model.config._attn_implementation == "flex_attention":
+        return None
+
+    def score(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        with torch.compiler.set_stance("force_eager"):  # to compile layers for scoring takes longer than it saves
+            return score_packed(model, batch)
+
+    return graph.ScoringGraphs(score, pairs, max_row_tokens)
+
+
+def pack_scoring(prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> dict[str, torch.Tensor]:
+    """The tensors of `trie.pack_scoring`. A pair longer than a row gets rows of its own length in its batch alone."""
     longest = max(map(len, prompts)) + max(map(len, answers)) - 1
     batch = trie.pack_scoring(prompts, answers, max(max_row_tokens, longest))
-    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    if model.device.type == "cuda":  # from other memory a copy waits for all work before it
-        batch = {name: value.pin_memory() for name, value in batch.items()}
-    batch = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+@torch.no_grad()  # not inference mode: FSDP2 and ZeRO-3 keep tensors that they make here, and train on with them
+def score_packed(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What `score_padded` returns, but on the model's device: one pass over a trie of prompts and answers."""
     with trie.exact_logits(model, batch["predict"]):
         logits = model(**trie.model_inputs(model, batch), use_cache=False).logits[0]
     return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"])
@@ -246,7 +308,7 @@ def score_padded(
     fed = [answer[:-1] for answer in answers]
     # Answers that are fed nothing, or the beginning of what another is fed, are read from that other's pass.
     paths = [path for i, path in enumerate(fed) if not any(_begins(path, other, i, j) for j, other in enumerate(fed))]
-    rows = [prompt + path for prompt in prompts for path in paths]
+    rows = [[*prompt, *path] for prompt in prompts for path in paths]
     input_ids, attention_mask = pad_left(rows, pad_token_id)
     width = input_ids.shape[1]
     flat, targets, where = [], [], []

@@ -18,7 +18,7 @@ from trl import ModelConfig
 from . import UserError, metrics, trie
 from .calibration import apply_temperature, fit_temperature
 from .configs import BatchConfig
-from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts
+from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts, scoring_graphs
 from .labels import LABELS, to_two_way
 from .models import load_model, load_run, load_tokenizer
 from .prompts import PromptEncoder
@@ -93,6 +93,7 @@ def predict(
         batch_size=batch_size,
         max_row_tokens=row_tokens,
         progress=progress if state.is_local_main_process else None,
+        graphs=scoring_graphs(model, batch_size, row_tokens) if len(prompts) > batch_size else None,
     )
     scores = gather_scores(own, total, state.process_index, state.num_processes)
     ends = np.cumsum([len(one.pairs) for one in asked]).tolist()

@@ -270,6 +270,69 @@ class StepGraphs:
             raise CaptureError(str(error).strip().splitlines()[0]) from error
 
 
+class ScoringGraphs:
+    """Runs the passes of `trie.pack_scoring`, by graph where one of their shape has been recorded.
+
+    The parameters may change between calls, the way the model runs (its adapter on or off, its precision) must not.
+
+    Args:
+        score: from the tensors of a pass, log-probabilities of (pairs, labels, longest answer).
+        pairs: to this number of pairs every pass is padded.
+        row_length: as for `pass_shape`.
+    """
+
+    def __init__(self, score: Callable[[Mapping[str, Tensor]], Tensor], pairs: int, row_length: int):
+        self.score = score
+        self.pairs = pairs
+        self.row_length = row_length
+        self.pool = torch.cuda.graph_pool_handle()
+        self._inputs: dict[Shape, dict[str, Tensor]] = {}
+        self._passes: dict[Shape, tuple[Callable[[], None], Tensor]] = {}
+        self._gave_up = False
+
+    def pad(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pad the tensors of `trie.pack_scoring` to one of a few shapes."""
+        labels = torch.full((1, len(batch["predict"])), IGNORE_INDEX)
+        part = {**batch, "shift_labels": labels}
+        padded = pad_pass(part, pass_shape(part, self.row_length))
+        nodes = batch["answer_nodes"]
+        padded["answer_nodes"] = torch.cat([nodes, nodes.new_zeros(self.pairs - len(nodes), *nodes.shape[1:])])
+        padded["answer_ids"] = batch["answer_ids"]
+        return padded
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Score a batch from `pad`: (`pairs`, labels, longest answer), a new tensor on the device."""
+        shape = pass_shape(batch, self.row_length)
+        inputs = self._inputs.get(shape)
+        if inputs is None or self._gave_up:
+            self._inputs[shape] = {name: values.to("cuda", non_blocking=True) for name, values in batch.items()}
+            return self.score(self._inputs[shape])
+        for name, values in batch.items():
+            inputs[name].copy_(values, non_blocking=True)
+        if shape not in self._passes and not self._record(shape, inputs):
+            return self.score(inputs)
+        replay, scores = self._passes[shape]
+        replay()
+        return scores.clone()
+
+    def _record(self, shape: Shape, inputs: dict[str, Tensor]) -> bool:
+        results: list[Tensor] = []
+        # A cast that was cached before would be of today's weights, and one cached here is empty until a replay.
+        torch.clear_autocast_cache()
+        try:
+            replay = record(lambda: results.append(self.score(inputs)), self.pool)
+        except RuntimeError as error:
+            if should_reduce_batch_size(error):
+                raise
+            logger.warning("Scoring without CUDA graphs: a pass cannot be recorded (%s)", str(error).splitlines()[0])
+            self._gave_up = True
+            return False
+        finally:
+            torch.clear_autocast_cache()
+        self._passes[shape] = replay, results[0]
+        return True
+
+
 def label_loss(
     logits: Tensor, labels: Tensor, labelled: Tensor | float, loss_type: str = "nll"
 ) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from trl import SFTConfig
 from . import UserError, graph, metrics, trie
 from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
-from .decoding import LabelScores, gather_scores, score_prompts
+from .decoding import LabelScores, gather_scores, score_prompts, scoring_graphs
 from .keys import field_values, refuse_keys
 from .prefetch import prefetch
 from .progress import TrainingBar
@@ -73,6 +73,7 @@ class NLITrainer(ResumableTrainer):
         self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
         self._step_ended = True
         self._graphs: graph.StepGraphs | None = None
+        self._scoring: graph.ScoringGraphs | None = None
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
@@ -172,10 +173,17 @@ class NLITrainer(ResumableTrainer):
         finally:
             self._close_graphs()
 
+    def _scoring_graphs(self) -> graph.ScoringGraphs | None:
+        if self._use_graphs and self._scoring is None:
+            self._scoring = scoring_graphs(self.model, self.args.per_device_eval_batch_size, self.max_row_tokens)
+        return self._scoring
+
     def _close_graphs(self) -> None:
+        self._scoring = None
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
+            del self.model.zero_grad
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # The number of labelled tokens stays on the CPU: to copy it to the device would be to wait for it.
@@ -191,7 +199,9 @@ class NLITrainer(ResumableTrainer):
             return super().get_train_dataloader()
         args = self.args
         return EpochLoader(
-            self._remove_unused_columns(self.train_dataset, description="Training"),
+            self._remove_unused_columns(self.train_dataset, description="Training")
+            if self.max_row_tokens is None
+            else TokenRows(self.train_dataset, self.encoder.answers),
             batch_sampler=SharedBatches(
                 self._get_train_sampler(),
                 args.train_batch_size * args.world_size,
@@ -238,9 +248,11 @@ class NLITrainer(ResumableTrainer):
                     raise
                 self._use_smaller_parts(error)
             # Not in the except clause: there the traceback holds on to what the failed pass had computed.
-            model.zero_grad()
-            if self._graphs is not None:
+            if self._graphs is None:
+                model.zero_grad()
+            else:
                 self._graphs.forget()
+                self._scoring = None
             clear_device_cache(garbage_collection=True)
             self._tokens, figures = self._before_step
             self._figures.copy_(figures)
@@ -257,6 +269,8 @@ class NLITrainer(ResumableTrainer):
                 getattr(self.optimizer, "optimizer", self.optimizer),
                 self.args.max_grad_norm,
             )
+            # To look through all modules for gradients that are not there takes longer than the rest of the step.
+            self.model.zero_grad = lambda set_to_none=True: None
         if not self.model.training:  # after an evaluation
             self.model.train()
         self._graphs.start_batch(num_items_in_batch)
@@ -374,7 +388,8 @@ class NLITrainer(ResumableTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Score the whole data set of `dataloader`, each process its share; its batches are not used."""
-        prompts, gold = split_rows(dataloader.dataset, self.encoder.answers)
+        rows = TokenRows(dataloader.dataset, self.encoder.answers)
+        prompts, gold = [rows.prompt(index) for index in range(len(rows))], rows.gold.tolist()
         shares = self.accelerator
         share = range(shares.process_index, len(prompts), shares.num_processes)
         # Sharded models wait for each other in every pass, so all processes must make as many: one prompt is scored
@@ -390,6 +405,7 @@ class NLITrainer(ResumableTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 max_row_tokens=self.max_row_tokens,
                 progress=None if self.args.disable_tqdm or not shares.is_local_main_process else description,
+                graphs=self._scoring_graphs(),
                 gold=[gold[pair] for pair in even],
             )
         own = LabelScores(*(values[: len(share)] for values in vars(own).values()))
@@ -494,7 +510,7 @@ class EpochLoader(DataLoader):
 
 
 class TrieCollator:
-    """Packs a batch of rows into a trie. Runs in the loader's workers.
+    """Packs a batch of `TokenRows` into a trie. Runs in the loader's workers.
 
     Args:
         answers: the token ids of the answers.
@@ -518,10 +534,10 @@ class TrieCollator:
         self.max_batch_tokens = max_batch_tokens
         self.row_length: int | None = None
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | list]:
-        prompts, gold = split_rows(rows, self.answers)
-        longest = max(len(row["input_ids"]) for row in rows)
+    def __call__(self, rows: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor | list]:
+        prompts, gold = zip(*rows, strict=True)
         answers = [self.answers[label] for label in gold]
+        longest = max(map(len, prompts)) + max(map(len, answers))
         batch = trie.pack_training(prompts, answers, max(self.max_row_tokens, longest))
         n_rows, length = batch["input_ids"].shape
         n_parts = -(-n_rows // max(1, self.max_batch_tokens // length))
@@ -581,12 +597,39 @@ def cut(part: dict, most_tokens: int) -> list[dict]:
     return cut_parts
 
 
-def split_rows(rows: Dataset | list[dict], answers: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """Take rows of `encode_rows` apart again: (token ids of the prompts, gold label ids)."""
-    label_of = {tuple(answer): label for label, answer in enumerate(answers)}
-    prompts, gold = [], []
-    for row in rows:
-        answer = tuple(token for token in row["labels"] if token != -100)
-        prompts.append(row["input_ids"][: -len(answer)])
-        gold.append(label_of[answer])
-    return prompts, gold
+class TokenRows(torch.utils.data.Dataset):
+    """Rows of `PromptEncoder.encode_rows` in flat arrays, from which a row is taken in a microsecond.
+
+    Args:
+        rows: with `input_ids` and `labels`, which are -100 on the prompt and the ids of an answer after it.
+        answers: the token ids of the answers.
+
+    Attributes:
+        gold: (n,) the label of each row.
+    """
+
+    def __init__(self, rows: Dataset, answers: list[list[int]]):
+        table = rows.with_format("arrow")[:]
+        tokens = table["input_ids"].combine_chunks()
+        self.offsets = tokens.offsets.to_numpy()
+        self.tokens = tokens.flatten().to_numpy()
+        given = table["labels"].combine_chunks().flatten().to_numpy() != trie.IGNORE_INDEX
+        starts = self.offsets[:-1] - self.offsets[0]
+        lengths = np.add.reduceat(given.astype(np.int64), starts) if len(rows) else np.zeros(0, np.int64)
+        self.offsets = self.offsets - self.offsets[0]
+        self.prompt_ends = self.offsets[1:] - lengths
+        self.gold = np.full(len(lengths), -1)
+        for label, answer in enumerate(answers):
+            candidates = np.flatnonzero(lengths == len(answer))
+            ids = self.tokens[self.prompt_ends[candidates, None] + np.arange(len(answer))]
+            self.gold[candidates[(ids == answer).all(axis=1)]] = label
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The token ids up to where the answer starts."""
+        return self.tokens[self.offsets[index] : self.prompt_ends[index]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.prompt(index), int(self.gold[index])

@@ -59,14 +59,19 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16):
     _check(prompts, answers)
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers: each pair needs one of both.")
-    tokens, lengths = _pad([[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)])
+    prompt_tokens, prompt_lengths = _pad(prompts)
+    targets, answer_lengths = _pad(answers)
+    lengths = prompt_lengths + answer_lengths - 1
     _check_fit(lengths, max_row_tokens)
-    prompt_lengths = np.fromiter(map(len, prompts), np.int32, len(prompts))
+    tokens = np.full((len(prompts), lengths.max()), -1, dtype=np.int32)
+    tokens[:, : prompt_tokens.shape[1]] = prompt_tokens[:, : tokens.shape[1]]
+    for step in range(targets.shape[1] - 1):  # an answer is fed but for its last token
+        fed = np.flatnonzero(answer_lengths - 1 > step)
+        tokens[fed, prompt_lengths[fed] + step] = targets[fed, step]
     # What a pair owns must not match its neighbour's: it is blanked for the comparison.
     shared = np.where(np.arange(tokens.shape[1]) < (prompt_lengths - 1)[:, None], tokens, -1)
     batch, nodes = _pack(tokens, lengths, shared, prompt_lengths - 1, max_row_tokens, pad_to_multiple_of)
 
-    targets, _ = _pad(answers)
     shift_labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
     shift_labels.view(-1)[nodes[targets >= 0]] = torch.from_numpy(targets[targets >= 0]).long()
     batch["shift_labels"] = shift_labels
@@ -373,7 +378,12 @@ def _pad(sequences):
     """The sequences as one matrix, -1 past their ends, and their lengths."""
     lengths = np.fromiter(map(len, sequences), np.int32, len(sequences))
     tokens = np.full((len(sequences), lengths.max()), -1, dtype=np.int32)
-    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(sequences), np.int32)
+    flat = (
+        np.concatenate(sequences)
+        if isinstance(sequences[0], np.ndarray)
+        else np.fromiter(chain.from_iterable(sequences), np.int32)
+    )
+    tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = flat
     return tokens, lengths
 
 

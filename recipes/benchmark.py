@@ -36,7 +36,7 @@ from nli_sft.models import adapter_config, apply_template, count_parameters, loa
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.report.figures import speeds
 from nli_sft.sources import load_pairs, subsample
-from nli_sft.trainer import NLITrainer, PairSampler, split_rows
+from nli_sft.trainer import NLITrainer, PairSampler, TokenRows
 
 # The first three are TRL's. Compiling takes a minute before it pays.
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]
@@ -247,7 +247,8 @@ def forget_compilation():
 
 def tokens_per_pair(rows, encoder, batch, collator):
     """(nodes of the tries, what the model is fed with padding), a pair, in batches in the order of the rows."""
-    prompts, gold = split_rows(rows, encoder.answers)
+    tokens = TokenRows(rows, encoder.answers)
+    prompts, gold = [tokens.prompt(index) for index in range(len(tokens))], tokens.gold.tolist()
     nodes = fed = 0
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)

@@ -121,18 +121,19 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
         "max_row_tokens": 128,
     }
     expected = score_prompts(**options, batch_size=4)
-    real, seen = decoding.score_trie, []
+    real, seen = decoding.score_packed, []
 
-    def small_device(model, prompts, *rest):
-        if len(prompts) > 5:
+    def small_device(model, batch):
+        if len(batch["answer_nodes"]) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        seen.extend(map(tuple, prompts))
-        return real(model, prompts, *rest)
+        seen.append(len(batch["answer_nodes"]))
+        return real(model, batch)
 
-    monkeypatch.setattr(decoding, "score_trie", small_device)
+    monkeypatch.setattr(decoding, "score_packed", small_device)
     scores = score_prompts(**options, batch_size=24)
     torch.testing.assert_close(scores.joint, expected.joint)
-    assert sorted(seen) == sorted(map(tuple, prompts))
+    assert sum(seen) == len(prompts)
+    assert max(seen) == 3  # 24, 12 and 6 did not fit
 
 
 def test_other_errors_are_not_taken_for_memory(chatml, monkeypatch):

@@ -13,7 +13,7 @@ from nli_sft.decoding import generate_labels
 from nli_sft.keys import METRICS, field_values, refuse_keys
 from nli_sft.models import apply_template, load_model, load_tokenizer
 from nli_sft.prompts import PROMPTS, PromptEncoder
-from nli_sft.trainer import NLITrainer, PairSampler, SharedBatches, TrieCollator, split_rows
+from nli_sft.trainer import NLITrainer, PairSampler, SharedBatches, TokenRows, TrieCollator
 
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -103,7 +103,7 @@ def test_auto_is_for_a_plan_to_choose(chatml, tmp_path):
 
 def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
-    rows = list(encoder.encode_rows(few_pairs(3), max_length=None))
+    rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
     whole = TrieCollator(encoder.answers, 128, 10**6)(rows)
     parts = TrieCollator(encoder.answers, 128, 256)(rows)
     assert len(whole["parts"]) == 1
@@ -165,7 +165,8 @@ def test_evaluation_is_label_accuracy_and_the_loss_of_training(chatml, tmp_path,
     metrics = run.evaluate()
     reported = {key for key in metrics if key != "epoch" and not key.endswith(("runtime", "per_second"))}
     assert reported == {f"eval_{key}" for key in METRICS}
-    prompts, gold = split_rows(run.eval_dataset, run.encoder.answers)
+    rows = TokenRows(run.eval_dataset, run.encoder.answers)
+    prompts, gold = [rows.prompt(index).tolist() for index in range(len(rows))], rows.gold.tolist()
     said = generate_labels(run.model, chatml, prompts, run.encoder.answers)
     assert metrics["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, said, gold)) / len(gold))
     rows = [prompt + run.encoder.answers[label] for prompt, label in zip(prompts, gold, strict=True)]
