@@ -48,7 +48,10 @@ def pass_shape(part: Mapping[str, Tensor], row_length: int) -> Shape:
     rows, length = part["input_ids"].shape
     if length > row_length:
         row_length = -(-length // 128) * 128
-    return round_up(rows), row_length, max(64, 1 << (len(part["predict"]) - 1).bit_length())
+    labelled = 1 << (len(part["predict"]) - 1).bit_length()
+    if len(part["predict"]) <= labelled * 3 // 4:
+        labelled = labelled * 3 // 4
+    return round_up(rows), row_length, max(64, labelled)
 
 
 def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
@@ -353,7 +356,7 @@ def label_loss(
     chosen = log_probs.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(~known, 0.0)
     weighted = chosen * chosen.detach().exp() if loss_type == "dft" else chosen
     with torch.no_grad():
-        entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+        entropy = torch.special.entr(log_probs.exp()).sum(-1)
         right = log_probs.argmax(-1) == labels
         figures = torch.stack(
             [entropy.masked_fill(~known, 0.0).sum().double(), right.sum().double(), known.sum().double()]

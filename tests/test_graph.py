@@ -165,8 +165,8 @@ def test_shapes_are_few():
     assert all(count <= up <= count * 9 / 8 + 1 for count, up in zip(range(1, 65), rounded, strict=True))
     assert len(set(rounded)) == 8 + 8 * 3
     rows = {"input_ids": torch.zeros(3, 300), "predict": torch.zeros(70)}
-    assert graph.pass_shape(rows, 256) == (3, 384, 128)  # a pair longer than most rows
-    assert graph.pass_shape(rows, 512) == (3, 512, 128)
+    assert graph.pass_shape(rows, 256) == (3, 384, 96)  # a pair longer than most rows
+    assert graph.pass_shape(rows, 512) == (3, 512, 96)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true"])
