@@ -1,10 +1,11 @@
-"""A page to try a model on: premise and hypothesis in, probabilities before and after tuning out. Needs nli-sft[app].
+"""A page to try a model on: premise and hypothesis in, probabilities before and after tuning out.
 
+pip install -e ".[app]"
 python recipes/app.py --model outputs/qwen3-0.6b-lora
 python recipes/app.py --model me/qwen3-0.6b-snli
 
-As a Space: copy this file there as app.py, write nli-sft[app] into its requirements.txt, and set its variable
-NLI_SFT_MODEL to the Hub id.
+As a Space: copy this file there as app.py and the folder nli_sft beside it, write the dependencies that pyproject.toml
+lists into its requirements.txt, and set its variable NLI_SFT_MODEL to the Hub id.
 """
 
 import os

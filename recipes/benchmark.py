@@ -6,7 +6,7 @@
 One process, the same pairs for all, weights loaded anew for each. The first steps warm up and are not counted; the
 rate is that of the median step. Speed and memory are compared with the best of TRL's settings at the same batch. The
 keys of SFTConfig and ModelConfig say what is trained, and how. lm-evaluation-harness takes part where it is installed
-(`pip install nli-sft[benchmark]`).
+(in a clone: `pip install -e ".[benchmark]"`).
 """
 
 import functools

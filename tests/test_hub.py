@@ -352,8 +352,11 @@ def test_the_code_of_the_card_runs_as_pasted(hub, tmp_path, family):
 
 
 def test_every_snippet_of_the_card_is_python(hub, run):
-    blocks = re.findall(r"```python\n(.*?)```", str(model_card(run, "me/snli")), re.DOTALL)
+    card = str(model_card(run, "me/snli"))
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 3
+    assert "nli_sft" not in blocks[0]  # the first needs no package of ours
+    assert not re.search(r"pip install \"?nli[-_]sft", card)  # a name that anyone could take
     for block in blocks:
         compile(block, "card", "exec")
     assert "StructuredOutputsParams(choice=['entailment', 'neutral', 'contradiction'])" in blocks[2]
