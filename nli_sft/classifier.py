@@ -15,15 +15,17 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
-from trl import ModelConfig, get_quantization_config
+from transformers import PreTrainedModel
+from trl import ModelConfig
 
 from . import UserError, hub, trie
+from .bases import InputLimits
 from .configs import BatchConfig, from_recipe
 from .decoding import deciding, score_prompts
 from .evaluation import load_encoder
 from .labels import LABELS
-from .models import locate_model
+from .models import is_adapter, load_model, load_tuned
+from .precision import DTYPES, Precision, choose_precision
 from .prompts import PromptEncoder
 from .runs import read_run
 
@@ -53,6 +55,7 @@ class NLIClassifier:
         encoder: the encoder it was trained with.
         batch_args: whether to score on tries, and how long their rows may be.
         batch_size: pairs a forward pass at first; halved by itself where they do not fit in memory.
+        precision: what to compute in; that of the weights by default.
     """
 
     def __init__(
@@ -62,8 +65,11 @@ class NLIClassifier:
         *,
         batch_args: BatchConfig | None = None,
         batch_size: int = 64,
+        precision: Precision | None = None,
     ):
         self.model = model.eval()
+        self.limits = InputLimits.of(model)
+        self.precision = precision
         self.encoder = encoder
         self.batch_size = batch_size
         self._batch_args = batch_args or BatchConfig()
@@ -95,8 +101,8 @@ class NLIClassifier:
                 `recipes/push.py` make can be loaded.
             revision: branch, tag or commit on the Hub.
             device: by default an accelerator where there is one.
-            dtype: `float32`, `bfloat16`, `float16` or `auto`. By default that of the recipe on an accelerator
-                (float16 for bfloat16 on a GPU that only emulates it), and float32 on a CPU.
+            dtype: `float32`, `bfloat16`, `float16` or `auto`, of weights and products. By default weights and
+                precision are those of an evaluation on this device (`precision.py`).
             batch_size: as for the class.
 
         Raises:
@@ -105,16 +111,23 @@ class NLIClassifier:
         folder = find_run(name, revision)
         recipe, _, _ = read_run(folder)
         device = pick_device(device)
-        model_args = replace(from_recipe(ModelConfig, recipe), dtype=dtype or pick_dtype(recipe.get("dtype"), device))
+        model_args, precision = from_recipe(ModelConfig, recipe), choose_precision("auto", device)
+        if dtype is None:
+            model_args = precision.suit(model_args)
+        else:
+            model_args = replace(model_args, dtype=dtype)
+            names = {str(of_name).removeprefix("torch."): name for name, of_name in DTYPES.items()}
+            precision = Precision(names.get(dtype, precision.name), "as asked for")
         encoder = load_encoder(folder)  # first: it sees whether the run is whole
         classifier = cls(
-            load_tuned(folder, model_args, device),
+            load_tuned(folder, model_args, device=device),
             encoder,
             batch_args=from_recipe(BatchConfig, recipe),
             batch_size=batch_size,
+            precision=precision,
         )
         if not is_adapter(folder):
-            classifier._load_base = lambda: load_base(model_args, device)
+            classifier._load_base = lambda: load_model(model_args, device=device)
         return classifier
 
     def __call__(self, premise: str | Iterable[str], hypothesis: str | Iterable[str]) -> Judgement | list[Judgement]:
@@ -158,6 +171,7 @@ class NLIClassifier:
             self.encoder,
             batch_args=self._batch_args,
             batch_size=self.batch_size,
+            precision=self.precision,
         )
         twin._lock = self._lock
         if is_peft:
@@ -165,9 +179,11 @@ class NLIClassifier:
         return twin
 
     def _judge(self, premises: list[str], hypotheses: list[str]) -> list[Judgement]:
-        with self._lock, self._mode():
+        autocast = self.precision.autocast(self.model.device) if self.precision else nullcontext()
+        with self._lock, self._mode(), autocast:
             prompts = self.encoder.encode(premises, hypotheses)
             longest = max(map(len, prompts)) + max(map(len, self.encoder.answers))
+            self.limits.check(prompts, self.encoder.tokenizer, max(map(len, self.encoder.answers)) - 1)
             scores = score_prompts(
                 self.model,
                 prompts,
@@ -201,72 +217,6 @@ def find_run(name: str | Path, revision: str | None = None) -> Path:
     return hub.download_run(str(name), revision)
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a run folder holds an adapter rather than a full model."""
-    return (folder / "adapter_config.json").is_file()
-
-
-def load_tuned(
-    folder: Path, model_args: ModelConfig, device: torch.device, dequantize: bool = False
-) -> PreTrainedModel | PeftModel:
-    """The model of a run folder: its adapter on its base, or the full model.
-
-    Args:
-        folder: the run folder.
-        model_args: the base of the run, its quantisation, and the type to compute in.
-        device: where to load it.
-        dequantize: turn a quantised base back into plain weights, before the adapter is put on: the same values as
-            the quantised ones, in `model_args.dtype`.
-
-    Raises:
-        UserError: if the weights, or those of the base, are not there as safetensors.
-    """
-    if is_adapter(folder):
-        # PEFT would fall back on a pickle.
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"{folder} has no adapter_model.safetensors; other formats can run code and are not read")
-        base = load_base(model_args, device)
-        if dequantize:
-            base = base.dequantize(dtype=getattr(torch, model_args.dtype, None))  # no type is called auto
-        return PeftModel.from_pretrained(base, folder)
-    return _load(str(folder), None, model_args.dtype, device, model_args.attn_implementation)
-
-
-def load_base(model_args: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The model that a run started from, quantised if it was."""
-    return _load(
-        locate_model(model_args.model_name_or_path),
-        model_args.model_revision,
-        model_args.dtype,
-        device,
-        model_args.attn_implementation,
-        get_quantization_config(model_args),
-    )
-
-
-def _load(
-    name: str,
-    revision: str | None,
-    dtype: str,
-    device: torch.device,
-    attn_implementation: str | None,
-    quantization_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            device_map={"": device},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot load the model ({str(error).splitlines()[0]})") from error
-
-
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
     """The device that is asked for; by default an accelerator where there is one.
 
@@ -279,12 +229,3 @@ def pick_device(wanted: str | torch.device | None = None) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"device: {wanted} is not there; give cpu, or one such as cuda:0") from error
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-
-
-def pick_dtype(wanted: str | None, device: torch.device) -> str:
-    """The type to compute in: that of the recipe, where the device is made for it."""
-    if device.type == "cpu" or wanted is None:
-        return "float32"
-    if wanted == "bfloat16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "float16"
-    return wanted

@@ -32,15 +32,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from . import UserError
+from .bases import load_config
 from .configs import AUTO, BATCH_TOKENS, BatchConfig
 from .launchers import launched_with
-from .models import adapter_config, locate_model
+from .models import adapter_config
 from .precision import Precision
 from .prompts import Prompt, PromptEncoder
 from .trainer import PairSampler, SharedBatches, TrieCollator
@@ -372,24 +373,6 @@ def estimate_memory(
         compiled=training_args.torch_compile,
         capacity=capacity,
     )
-
-
-def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of a recipe's model, which is all that is read of it.
-
-    Raises:
-        UserError: if it cannot be had.
-    """
-    try:
-        return AutoConfig.from_pretrained(
-            locate_model(model_args.model_name_or_path),
-            revision=model_args.model_revision,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=model_args.attn_implementation,
-        )
-    except (OSError, ValueError) as error:
-        name = model_args.model_name_or_path
-        raise UserError(f"model_name_or_path {name}: cannot load its config ({str(error).splitlines()[0]})") from error
 
 
 def build_on_meta(model_args: ModelConfig, precision: Precision, trust_remote_code: bool = False) -> PreTrainedModel:

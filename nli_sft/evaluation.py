@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 from trl import ModelConfig
 
 from . import UserError, metrics, trie
+from .bases import InputLimits
 from .calibration import apply_temperature, fit_temperature
 from .configs import BatchConfig
 from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts, scoring_graphs
 from .labels import LABELS, to_two_way
-from .models import load_model, load_run, load_tokenizer
+from .models import load_model, load_tokenizer, load_tuned
 from .prompts import PromptEncoder
 from .robustness import label_orders, prompt_choices, sensitivity, set_figures
 from .runs import HYPOTHESIS_ONLY, read_run, write_json
@@ -82,6 +83,7 @@ def predict(
         total += len(one.pairs)
     longest = max(map(len, prompts), default=0) + max(map(len, answers))
     encoder = asked[0].encoder
+    InputLimits.of(model).check(prompts, encoder.tokenizer, max(map(len, answers)) - 1)
     row_tokens = trie.row_tokens(
         batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
     )
@@ -113,6 +115,9 @@ def free_generation(
     """
     said: list[list[int]] = []
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
+    positions = InputLimits.of(model).positions
+    if positions is not None:  # the last token that is said is not read
+        max_new_tokens = min(max_new_tokens, positions + 1 - max(map(len, prompts)))
     for start in range(0, len(prompts), batch_size):
         said += generate_freely(model, encoder.tokenizer, prompts[start : start + batch_size], max_new_tokens)
     texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
@@ -247,7 +252,7 @@ def judge_run(
                 results[0][name][1][check] = told | {"refused": refused.get(check, {})}
 
     encoder = load_encoder(run, trust_remote_code)  # first: it sees whether the run is whole
-    model = load_run(run, model_args, trust_remote_code)
+    model = load_tuned(run, model_args, trust_remote_code)
     control = Path(run) / HYPOTHESIS_ONLY
     control_encoder = load_encoder(control, trust_remote_code) if control.is_dir() else None
     if not encoder.prompt.reads_premise:
@@ -257,12 +262,15 @@ def judge_run(
     if isinstance(model, PeftModel):
         base_is_on = model.disable_adapter()
     else:
-        model, base_is_on = load_model(model_args, trust_remote_code).to(PartialState().device).eval(), nullcontext()
+        model, base_is_on = (
+            load_model(model_args, trust_remote_code, device=PartialState().device).eval(),
+            nullcontext(),
+        )
     with base_is_on:
         ask(model, encoder, "base", free_samples, checks)
 
     if control_encoder is not None:
-        ask(load_run(control, model_args, trust_remote_code), control_encoder, HYPOTHESIS_ONLY, 0, None)
+        ask(load_tuned(control, model_args, trust_remote_code), control_encoder, HYPOTHESIS_ONLY, 0, None)
     return results
 
 

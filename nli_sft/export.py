@@ -1,5 +1,6 @@
 """Merge a run's adapter into its base, and prove that the merged model answers as the two did."""
 
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ from transformers import GenerationConfig
 from trl import ModelConfig
 
 from . import UserError
-from .classifier import Judgement, load_tuned
+from .bases import check_base, quantization_of
+from .classifier import Judgement
 from .evaluation import load_encoder
 from .labels import LABELS
+from .models import load_tuned
 from .runs import read_run, write_run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,14 +111,17 @@ def write_merged(
         UserError: if the run has no adapter, or `dequantize` is asked of a base that was not quantised.
     """
     run, output = Path(run), Path(output)
-    is_quantised = model_args.load_in_4bit or model_args.load_in_8bit
-    if dequantize and not is_quantised:
-        raise UserError(f"dequantize: the base of {run} was not quantised; leave it out")
-    if not dequantize:
-        model_args = replace(model_args, load_in_4bit=False, load_in_8bit=False)
     recipe, prompt, record = read_run(run)
     encoder = load_encoder(run)
-    model = load_tuned(run, model_args, device, dequantize=dequantize)
+    published = quantization_of(check_base(model_args))
+    if dequantize and not (published or model_args.load_in_4bit or model_args.load_in_8bit):
+        raise UserError(f"dequantize: the base of {run} was not quantised; leave it out")
+    if published and not dequantize:
+        logger.warning("The base was published quantised (%s): it is dequantised to merge the adapter.", published)
+        dequantize = True
+    if not dequantize:
+        model_args = replace(model_args, load_in_4bit=False, load_in_8bit=False)
+    model = load_tuned(run, model_args, device=device, dequantize=dequantize)
     if not isinstance(model, PeftModel):
         raise UserError(f"{run} has no adapter to merge: its model is whole already")
     merged = model.merge_and_unload()
@@ -124,6 +132,7 @@ def write_merged(
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.tokenizer.pad_token_id,
     )
-    merged.save_pretrained(output)
+    # What reading a quantised checkpoint did to its weights has no way back, and transformers would look for one.
+    merged.save_pretrained(output, save_original_format=published is None)
     encoder.tokenizer.save_pretrained(output)
     write_run(output, recipe=recipe | {"dtype": model_args.dtype}, prompt=prompt, record=record)

@@ -41,10 +41,10 @@ from scipy.stats import binomtest
 from trl import SFTConfig
 
 from . import UserError
+from .bases import locate_model
 from .comparison import compare, headline
 from .evaluation import load_encoder
 from .labels import LABELS, TWO_WAY_LABELS, to_two_way
-from .models import locate_model
 from .prompts import Prompt, PromptEncoder, load_prompt
 from .runs import evaluation_folders, read_json, read_metrics, read_predictions, read_recipe, read_run, versions
 

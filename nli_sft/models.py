@@ -1,7 +1,6 @@
 """Tokenizer, base model, adapter: loading them, and counting what they hold."""
 
 import difflib
-import logging
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import UserError
-from .demo import BASE_MODEL, is_demo
+from .bases import DEQUANTIZED_ON_LOADING, check_base, check_tokenizer, locate_model, one_line, quantization_of
 from .prompts import control_tokens
-
-logger = logging.getLogger(__name__)
 
 SAVED = "lora_modules_to_save"
 
@@ -69,18 +66,12 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
     return ParameterCounts(total, trainable, stored)
 
 
-def locate_model(name: str) -> str:
-    """What transformers loads: for `demo` the folder of the base that comes with this package, else the name."""
-    if not name:
-        raise UserError("model_name_or_path is missing; give it in the recipe or as --model_name_or_path")
-    return str(BASE_MODEL) if is_demo(name) else name
-
-
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token: the end-of-sequence token where it has none of its own.
 
     Sharing the two is safe here: labels are masked by position, not by token.
     """
+    check_tokenizer(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -123,22 +114,59 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
         tokenizer.eos_token = args.eos_token
 
 
-def load_model(args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The base model of a recipe on this process's device, quantised if the recipe says so. Safetensors only."""
-    quantization = get_quantization_config(args)
-    model = _from_pretrained(
+def load_model(
+    args: ModelConfig,
+    trust_remote_code: bool = False,
+    *,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+) -> PreTrainedModel:
+    """A base model, quantised if the recipe or its own config says so. Safetensors only.
+
+    Args:
+        args: what to load, and the type to compute in, as `Precision.suit` has chosen it.
+        device: where to load it. By default plain weights stay where the Trainer finds them, and quantised ones go to
+            this process's device: each process holds all of them.
+        dequantize: turn quantised weights back into plain ones, in `args.dtype`: the same values.
+
+    Raises:
+        UserError: if it cannot be loaded, or weights are missing that would begin at random.
+    """
+    config = check_base(args, trust_remote_code)
+    quantized = quantization_of(config)
+    how = {}
+    if quantized is None:
+        how = {"quantization_config": get_quantization_config(args)}
+    elif quantized.startswith("bitsandbytes"):
+        # The checkpoint's own, but for the type to compute in, which the device decides.
+        config.quantization_config["bnb_4bit_compute_dtype"] = args.dtype
+    elif quantized in DEQUANTIZED_ON_LOADING:
+        config.quantization_config["dequantize"] = True
+    if device is None and (quantized or how["quantization_config"]):
+        device = PartialState().device
+    model, loading = _from_pretrained(
         AutoModelForCausalLM,
         args.model_name_or_path,
+        config=config,
         revision=args.model_revision,
         trust_remote_code=trust_remote_code,
         use_safetensors=True,  # a pickle can run code when it is loaded
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        quantization_config=quantization,
-        # Each process holds a whole quantised model on its own device; the Trainer places any other.
-        device_map={"": PartialState().device} if quantization is not None else None,
+        device_map=None if device is None else {"": device},
+        output_loading_info=True,
+        **{key: value for key, value in how.items() if value is not None},
     )
-    return model
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"model_name_or_path {args.model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}, which "
+            "would begin at random; give a whole causal language model"
+        )
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        text_config.output_router_logits = False  # TRL asks for them where a recipe trains with the router's loss
+    return model.dequantize(dtype=getattr(torch, args.dtype, None)) if dequantize else model
 
 
 def adapter_config(args: ModelConfig) -> PeftConfig | None:
@@ -229,34 +257,49 @@ def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
     return found
 
 
-def load_run(path: str | Path, model_args: ModelConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The tuned model of a run folder: its adapter on its base, or the full model, ready for evaluation.
+def load_tuned(
+    path: str | Path,
+    model_args: ModelConfig,
+    trust_remote_code: bool = False,
+    *,
+    device: torch.device | None = None,
+    dequantize: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The tuned model of a run folder, ready for evaluation: its adapter on its base, or the full model.
+
+    The one way to load it: evaluation, classifier and export get the same weights in the same type.
+
+    Args:
+        path: the run folder.
+        model_args: the base of the run and its quantisation, in a type that `Precision.suit` has chosen.
+        device: where to load it; this process's device by default.
+        dequantize: as for `load_model`, before the adapter is put on.
 
     Raises:
-        UserError: if the weights are not there as safetensors.
+        UserError: if the weights, or those of the base, are not there as safetensors.
     """
-    path = Path(path)
-    if (path / "adapter_config.json").is_file():
-        if not (path / "adapter_model.safetensors").is_file():  # PEFT would fall back on a pickle
-            raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not read")
-        base = load_model(model_args, trust_remote_code)
-        model = PeftModel.from_pretrained(base, path, config=PeftConfig.from_pretrained(path))
-    else:
-        model = load_model(
-            ModelConfig(
-                model_name_or_path=str(path),
-                dtype=model_args.dtype,
-                attn_implementation=model_args.attn_implementation,
-            ),
-            trust_remote_code,
+    path, device = Path(path), device or PartialState().device
+    if not is_adapter(path):
+        full = ModelConfig(
+            model_name_or_path=str(path),
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
         )
-    return model.to(PartialState().device).eval()
+        return load_model(full, trust_remote_code, device=device).eval()
+    if not (path / "adapter_model.safetensors").is_file():  # PEFT would fall back on a pickle
+        raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not read")
+    base = load_model(model_args, trust_remote_code, device=device, dequantize=dequantize)
+    return PeftModel.from_pretrained(base, path).eval()
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a run folder holds an adapter rather than a full model."""
+    return (path / "adapter_config.json").is_file()
 
 
 def _from_pretrained(auto_class: type, name: str, key: str = "model_name_or_path", **arguments):
     try:
         return auto_class.from_pretrained(locate_model(name), **arguments)
-    except (OSError, ValueError, ImportError) as error:
-        # transformers explains at length; the first line says what was not found, or what is missing.
+    except Exception as error:  # also of tokenizers, safetensors, and packages that a format needs
         what = "tokenizer" if auto_class is AutoTokenizer else "model"
-        raise UserError(f"{key} {name}: cannot load the {what} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{key} {name}: cannot load the {what} ({one_line(error)})") from error

@@ -19,6 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from . import UserError, graph, metrics, trie
+from .bases import batching_beside_router
 from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
 from .decoding import LabelScores, gather_scores, score_prompts, scoring_graphs
@@ -63,8 +64,9 @@ class NLITrainer(ResumableTrainer):
             raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
         self.encoder = encoder
         longest = max(map(len, train_dataset["input_ids"]))
+        batching = batching_beside_router(batch_args.batching, args, model.config)
         self.max_row_tokens = trie.row_tokens(
-            batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
+            batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
         )
         if self.max_row_tokens is not None:
             kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)

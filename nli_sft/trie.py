@@ -308,7 +308,10 @@ def row_tokens(batching, max_row_tokens, config, longest, instruction):
         return None
     # SDPA also computes what the mask hides, so its cost grows with the row; flex attention skips it, block by block.
     times = 8 if config._attn_implementation == "flex_attention" else 4
-    return max(max_row_tokens, times * instruction)
+    row = max(max_row_tokens, times * instruction)
+    if config.model_type == "gpt_neo":  # its own mask is as long as its positions (see `_pack` for the margin)
+        return min(row, max(config.max_position_embeddings // 16 - 1, 1) * 16)
+    return row
 
 
 def unsupported_reason(config, longest):
@@ -342,6 +345,8 @@ def unsupported_reason(config, longest):
         windows.append(getattr(config, "sliding_window", None))
     if "local" in getattr(config, "attention_layers", []):
         windows.append(config.window_size)
+    if name == "gpt_neo" and longest > config.max_position_embeddings - 32:
+        return f"{name} has {config.max_position_embeddings} positions for a whole row: set batching: padded."
     window = min((size for size in windows if size), default=longest)
     if window < longest:
         return (

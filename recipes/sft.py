@@ -21,6 +21,7 @@ from rich.console import Console
 from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
+from nli_sft.bases import InputLimits, check_base, locate_model, skeleton, suit_base
 from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
 from nli_sft.configs import (
     BatchConfig,
@@ -42,7 +43,6 @@ from nli_sft.models import (
     count_parameters,
     load_model,
     load_tokenizer,
-    locate_model,
 )
 from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
@@ -93,6 +93,10 @@ def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_ar
 
 def train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
     resources = ResourceRecorder()
+    config = check_base(model_args, training_args.trust_remote_code)
+    model_args = suit_base(model_args, config, training_args.trust_remote_code)
+    limits = InputLimits.of(skeleton(config, training_args.trust_remote_code))
+    training_args.max_length = limits.fit_length(training_args.max_length)
     recipe = resolve_recipe(
         (data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     )
@@ -109,6 +113,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         tokenizer = load_tokenizer(
             model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
         )
+        limits.fit_padding(tokenizer)
         prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
         apply_template(tokenizer, training_args)
         encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
@@ -126,6 +131,8 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         )
         with PartialState().main_process_first():
             rows = {split: encode(pairs[split]) for split in pairs}
+        for split in rows:
+            limits.check(rows[split]["input_ids"], tokenizer)
         plan = plan_memory(
             model_args, training_args, batch_args, precision, prompt, encoder=encoder, rows=rows["train"]
         )

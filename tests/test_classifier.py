@@ -1,5 +1,6 @@
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,11 +15,17 @@ import torch
 from safetensors.torch import load_file
 from tiny import SCENES, TOKENIZERS, few_pairs, write_jsonl
 from tiny_run import make_base, make_run
+from trl import ModelConfig
 
 from nli_sft import UserError
 from nli_sft.__main__ import main
-from nli_sft.classifier import Judgement, NLIClassifier, pick_device, pick_dtype
+from nli_sft.classifier import Judgement, NLIClassifier, pick_device
+from nli_sft.configs import BatchConfig, from_recipe
+from nli_sft.evaluation import Asked, judge_all
 from nli_sft.labels import LABELS
+from nli_sft.models import load_tuned
+from nli_sft.precision import Precision, choose_precision
+from nli_sft.runs import read_run
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def classifier(run):
-    return NLIClassifier.from_pretrained(run, device="cpu")
+    return NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
 
 
 def test_it_says_what_the_evaluation_said(run, classifier):
@@ -94,7 +101,9 @@ def test_threads_get_what_they_asked_for(classifier):
 
 def test_a_full_model_and_its_base(tmp_path, run):
     base = run.parent / "base"
-    classifier = NLIClassifier.from_pretrained(make_run(tmp_path / "full", base, use_peft=False), device="cpu")
+    classifier = NLIClassifier.from_pretrained(
+        make_run(tmp_path / "full", base, use_peft=False), device="cpu", dtype="float32"
+    )
     tuned = pd.read_parquet(tmp_path / "full" / "eval" / "snli-test" / "predictions.parquet")
     assert [j.label for j in classifier(tuned["premise"], tuned["hypothesis"])] == list(tuned["tuned_prediction"])
     of_adapter = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
@@ -108,7 +117,9 @@ def test_tokenizers_without_a_chat_template(tmp_path, family):
     base = make_base(tmp_path / "base", tokenizer)
     run = make_run(tmp_path / "run", base, tokenizer=tokenizer)
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained(run, device="cpu")(table["premise"], table["hypothesis"])
+    judgements = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")(
+        table["premise"], table["hypothesis"]
+    )
     assert [j.label for j in judgements] == list(table["tuned_prediction"])
 
 
@@ -129,7 +140,7 @@ def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
 
 
 def test_a_model_of_nan_is_not_believed(run):
-    broken = NLIClassifier.from_pretrained(run, device="cpu")
+    broken = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
     with torch.no_grad():
         next(broken.model.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="the scores of 1 of 1 pairs are NaN"):
@@ -155,7 +166,7 @@ def test_a_base_in_pickles_is_not_read_either(tmp_path, run):
         if path.is_file():
             text = path.read_bytes().replace(str(run.parent / "base").encode(), str(base).encode())
             (tmp_path / "run" / path.name).write_bytes(text)
-    with pytest.raises(UserError, match="cannot load the model"):
+    with pytest.raises(UserError, match="has its weights as pickles"):
         NLIClassifier.from_pretrained(tmp_path / "run")
 
 
@@ -170,7 +181,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
         "auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd", "AutoConfig": "modeling_odd.C"},
     }
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="cannot load the"):
+    with pytest.raises(UserError, match="cannot load its config"):
         NLIClassifier.from_pretrained(run)
     assert not marker.exists()
 
@@ -182,15 +193,35 @@ def test_folders_that_are_no_run(tmp_path):
         NLIClassifier.from_pretrained("./no/such/folder")
 
 
-def test_types_by_device():
-    assert pick_dtype("bfloat16", torch.device("cpu")) == "float32"
-    assert pick_dtype("bfloat16", torch.device("mps")) == "bfloat16"
-    assert pick_dtype(None, torch.device("cuda")) == "float32"
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("fields", [{}, {"use_peft": False}, {"load_in_4bit": True}], ids=["lora", "full", "qlora"])
+def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeypatch, precision, fields):
+    device = torch.device("cpu")
+    monkeypatch.setattr("nli_sft.precision.native_precision", lambda _: Precision(precision, "as on another machine"))
+    run = make_run(tmp_path / "run", run.parent / "base", evaluated=False, dtype="bfloat16", **fields)
+    classifier = NLIClassifier.from_pretrained(run, device=device)
+    chosen = choose_precision("auto", device)
+    evaluated = load_tuned(run, chosen.suit(from_recipe(ModelConfig, read_run(run)[0])))
+    types = {name: weights.dtype for name, weights in evaluated.named_parameters()}
+    assert {name: weights.dtype for name, weights in classifier.model.named_parameters()} == types
+    with chosen.autocast(device):
+        asked = [Asked("pairs", few_pairs(), classifier.encoder)]
+        ((_, result),) = judge_all(evaluated, asked, name="tuned", batch_size=64, batch_args=BatchConfig())
+    judgements = classifier(*texts(few_pairs()))
+    gold = [LABELS[label] for label in few_pairs()["label"]]
+    nll = -sum(math.log(j.probabilities[label]) for j, label in zip(judgements, gold, strict=True)) / len(gold)
+    assert nll == pytest.approx(result["nll"], rel=1e-6)
+
+
+def test_a_type_that_is_asked_for_is_the_type_of_the_weights(run):
+    classifier = NLIClassifier.from_pretrained(run, device="cpu", dtype="bfloat16")
+    assert classifier.model.base_model.model.lm_head.weight.dtype == torch.bfloat16
+    assert classifier.precision.name == "bf16"
 
 
 def test_the_command_line_judges_one_pair(run, classifier, capsys):
     premise, hypothesis, _ = SCENES[0]
-    main(["predict", "--model", str(run), "--premise", premise, "--hypothesis", hypothesis])
+    main(["predict", "--model", str(run), "--premise", premise, "--hypothesis", hypothesis, "--dtype", "float32"])
     printed = json.loads(capsys.readouterr().out)
     expected = classifier(premise, hypothesis)
     assert printed["prediction"] == expected.label
@@ -201,7 +232,7 @@ def test_the_command_line_judges_files_without_labels(run, tmp_path, classifier,
     monkeypatch.setattr("nli_sft.__main__.CHUNK", 5)
     path = tmp_path / "pairs.tsv"
     path.write_text("id\tsentence1\tsentence2\n" + "".join(f"{i}\t{p}\t{h}\n" for i, (p, h, _) in enumerate(SCENES)))
-    main(["predict", "--model", str(run), str(path)])
+    main(["predict", "--model", str(run), str(path), "--dtype", "float32"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["id"] for row in printed] == [str(i) for i in range(len(SCENES))]
     assert [row["prediction"] for row in printed] == [j.label for j in classifier(*texts(few_pairs()))]

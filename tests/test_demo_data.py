@@ -14,7 +14,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from trl import ModelConfig
 
-from nli_sft.classifier import load_base
 from nli_sft.demo import BASE_MODEL, PAIRS
 from nli_sft.labels import LABELS
 from nli_sft.models import load_model, load_tokenizer, locate_model
@@ -104,7 +103,8 @@ def test_demo_is_a_model_name_wherever_one_stands(tmp_path, monkeypatch):
     assert locate_model("scenes") == str(BASE_MODEL), "as runs of version 0.1 call it"
     assert locate_model("./demo") == "./demo"
     assert load_tokenizer("demo").chat_template == load_tokenizer(str(BASE_MODEL)).chat_template
-    assert load_base(ModelConfig(model_name_or_path="demo"), torch.device("cpu")).num_parameters() == 2_853_312
+    base = load_model(ModelConfig(model_name_or_path="demo"), device=torch.device("cpu"))
+    assert base.num_parameters() == 2_853_312
 
 
 def test_tokens_that_the_corpus_never_holds_are_told_apart():

@@ -55,7 +55,7 @@ def test_an_answer_that_goes_on_without_a_space_still_names_its_label(chatml, mo
     tail, other = chatml("ral", add_special_tokens=False)["input_ids"], chatml("Who knows?")["input_ids"]
     said = [encoder.answers[0] + tail, encoder.answers[1] + tail, other]
     monkeypatch.setattr(evaluation, "generate_freely", lambda *_: said)
-    free = evaluation.free_generation(None, encoder, pairs, batch_size=3)
+    free = evaluation.free_generation(tiny_llama(len(chatml)), encoder, pairs, batch_size=3)
     assert free["invalid_share"] == pytest.approx(1 / 3)
     assert free["accuracy"] == pytest.approx(2 / 3)
     assert free["accuracy_of_valid"] == 1

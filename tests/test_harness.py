@@ -12,7 +12,7 @@ from trl import ModelConfig
 from nli_sft.configs import BatchConfig, from_recipe
 from nli_sft.evaluation import Asked, load_encoder, predict
 from nli_sft.harness import model_args, write_task
-from nli_sft.models import load_run
+from nli_sft.models import load_tuned
 from nli_sft.prompts import PROMPTS, Prompt, PromptEncoder
 from nli_sft.runs import read_run
 from nli_sft.sources import load_pairs, pairs_dataset, subsample
@@ -105,4 +105,4 @@ def test_a_run_of_ones_own(tmp_path):
     recipe, _, _ = read_run(run)
     pairs = subsample(load_pairs(recipe["dataset_name"], "test"), 200, seed=0)
     with torch.inference_mode():
-        assert_alike(tmp_path, load_run(run, from_recipe(ModelConfig, recipe)).float(), load_encoder(run), pairs)
+        assert_alike(tmp_path, load_tuned(run, from_recipe(ModelConfig, recipe)).float(), load_encoder(run), pairs)

@@ -89,7 +89,9 @@ def test_what_is_pushed_is_loaded_back_and_says_the_same(hub, run):
     assert sum(request.startswith("POST /api/models/me/snli/commit/") for request in hub.requests) == 1
 
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained("me/snli", device="cpu")(table["premise"], table["hypothesis"])
+    judgements = NLIClassifier.from_pretrained("me/snli", device="cpu", dtype="float32")(
+        table["premise"], table["hypothesis"]
+    )
     assert [j.label for j in judgements] == list(table["tuned_prediction"])
     for label in LABELS:
         assert [j.probabilities[label] for j in judgements] == pytest.approx(table[f"tuned_p_{label}"], abs=1e-5)
@@ -99,7 +101,9 @@ def test_a_full_model_goes_up_and_comes_back(hub, made, tmp_path):
     run = make_run(tmp_path / "full", made[0], use_peft=False, model_name_or_path="tiny/base")
     push(PushConfig(run=str(run), hub_model_id="me/full"))
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained("me/full", device="cpu")(table["premise"], table["hypothesis"])
+    judgements = NLIClassifier.from_pretrained("me/full", device="cpu", dtype="float32")(
+        table["premise"], table["hypothesis"]
+    )
     assert [j.label for j in judgements] == list(table["tuned_prediction"])
     data = ModelCard(hub.files("me/full")["README.md"].decode()).data
     assert (data.library_name, data.base_model_relation) == ("transformers", "finetune")

@@ -17,8 +17,8 @@ from nli_sft.models import (
     check_adapter,
     count_parameters,
     load_model,
-    load_run,
     load_tokenizer,
+    load_tuned,
 )
 from nli_sft.prompts import PROMPTS, PromptEncoder
 
@@ -88,7 +88,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
 def test_what_cannot_be_loaded_is_said_in_one_line():
     with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load the tokenizer \(.+\)$"):
         load_tokenizer("./nowhere")
-    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load the model \(.+\)$"):
+    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load its config \(.+\)$"):
         load_model(ModelConfig(model_name_or_path="./nowhere"))
 
 
@@ -102,15 +102,15 @@ def test_pickled_weights_are_not_read(tmp_path):
     torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
     weights.unlink()
     with pytest.raises(UserError, match="has no adapter_model.safetensors; other formats can run code"):
-        load_run(tmp_path / "adapter", args)
+        load_tuned(tmp_path / "adapter", args)
     for folder in ("base", "full"):
         tiny_llama(300).save_pretrained(tmp_path / folder)
         torch.save(tiny_llama(300).state_dict(), tmp_path / folder / "pytorch_model.bin")
         (tmp_path / folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="base: cannot load the model"):
+    with pytest.raises(UserError, match="base has its weights as pickles"):
         load_model(args)
-    with pytest.raises(UserError, match="full: cannot load the model"):
-        load_run(tmp_path / "full", args)
+    with pytest.raises(UserError, match="full has its weights as pickles"):
+        load_tuned(tmp_path / "full", args)
 
 
 CODE = """
@@ -131,11 +131,11 @@ def test_code_of_a_model_runs_only_if_it_is_said(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text(CODE.format(marker=str(marker)))
     args = ModelConfig(model_name_or_path=str(folder))
-    for load in (lambda: load_model(args), lambda: load_run(folder, args)):
-        with pytest.raises(UserError, match="own: cannot load the model"):
+    for load in (lambda: load_model(args), lambda: load_tuned(folder, args)):
+        with pytest.raises(UserError, match="own: cannot load its config"):
             load()
     assert not marker.exists()
-    assert load_run(folder, args, trust_remote_code=True).config.model_type == "own"
+    assert load_tuned(folder, args, trust_remote_code=True).config.model_type == "own"
     assert marker.exists()
 
 
@@ -147,11 +147,11 @@ def test_a_run_folder_gives_its_adapter_or_its_full_model(tmp_path):
     expected = base(ids).logits
 
     tiny_llama(300, seed=7).save_pretrained(tmp_path / "full")
-    assert not torch.equal(load_run(tmp_path / "full", args)(ids).logits, expected)
+    assert not torch.equal(load_tuned(tmp_path / "full", args)(ids).logits, expected)
 
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    loaded = load_run(tmp_path / "adapter", args)
+    loaded = load_tuned(tmp_path / "adapter", args)
     assert not torch.allclose(loaded(ids).logits, expected)
     with loaded.disable_adapter():
         torch.testing.assert_close(loaded(ids).logits, expected)

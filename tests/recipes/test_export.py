@@ -11,11 +11,12 @@ from tiny_run import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from nli_sft.classifier import Judgement, NLIClassifier, load_tuned
+from nli_sft.classifier import Judgement, NLIClassifier
 from nli_sft.configs import from_recipe
 from nli_sft.evaluation import load_encoder
 from nli_sft.export import Parity
 from nli_sft.labels import LABELS
+from nli_sft.models import load_tuned
 from nli_sft.runs import read_run
 
 
@@ -72,8 +73,8 @@ def test_a_quantised_base_is_read_unquantised_or_dequantised(workspace, tmp_path
     reloaded = json.loads((tmp_path / "b" / "parity.json").read_text())
     assert dequantised["mean_difference"] < 0.3 * reloaded["mean_difference"]
     model_args = from_recipe(ModelConfig, read_run(run)[0])
-    exact = NLIClassifier(load_tuned(run, model_args, torch.device("cpu"), dequantize=True), load_encoder(run))
-    merged = NLIClassifier.from_pretrained(tmp_path / "a", device="cpu")
+    exact = NLIClassifier(load_tuned(run, model_args, device=torch.device("cpu"), dequantize=True), load_encoder(run))
+    merged = NLIClassifier.from_pretrained(tmp_path / "a", device="cpu", dtype="float32")
     texts = [premise for premise, _, _ in SCENES], [hypothesis for _, hypothesis, _ in SCENES]
     assert Parity.between(exact(*texts), merged(*texts)).is_within(1e-4, 0)
     for folder in ("a", "b"):

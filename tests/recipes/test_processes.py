@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from nli_sft.configs import TrainDataConfig, from_recipe
 from nli_sft.decoding import score_prompts
-from nli_sft.models import load_run, load_tokenizer
+from nli_sft.models import load_tokenizer, load_tuned
 from nli_sft.prompts import PromptEncoder
 from nli_sft.runs import read_run
 from nli_sft.sources import load_train_and_validation
@@ -77,7 +77,7 @@ def test_what_is_spread_over_two_processes_learns_the_same_and_is_saved_whole(re
     encoder = PromptEncoder(prompt, load_tokenizer(str(spread)))
     pairs = load_train_and_validation(from_recipe(TrainDataConfig, made_by), seed=42)["validation"]
     scores = score_prompts(
-        load_run(spread, ModelConfig(str(workspace / "base"), dtype="float32")),
+        load_tuned(spread, ModelConfig(str(workspace / "base"), dtype="float32")),
         encoder.encode(pairs["premise"], pairs["hypothesis"]),
         encoder.answers,
         encoder.tokenizer.pad_token_id,
