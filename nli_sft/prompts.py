@@ -20,13 +20,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from rich.text import Text
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from . import UserError
 from .configs import read_yaml
 from .labels import LABELS
+from .segments import Segments, Texts, cut, probes
 
 # What chat templates would otherwise decide by themselves, each making train and test prompts differ:
 TEMPLATE_ARGUMENTS = {
@@ -43,6 +48,10 @@ _CLOCK = "{% macro strftime_now(format) %}{{ format"
 _FIXED_CLOCK = (
     _CLOCK + "".join(f".replace('%{sign}', '{value}')" for sign, value in _DATE.items()) + " }}{% endmacro +%}"
 )
+
+ROW_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int64())})
+ENCODED_AT_ONCE = 1000  # pairs
+FEW = 100  # prompts are tokenised sooner than segments are found
 
 HYPOTHESIS_ONLY = "hypothesis_only"
 SLOTS = ("premise", "hypothesis")
@@ -317,7 +326,9 @@ class PromptEncoder:
 
     def encode(self, premises: Sequence[str], hypotheses: Sequence[str]) -> list[list[int]]:
         """Token ids of each pair's prompt, up to where the answer starts."""
-        return self._tokenize(self._texts(premises, hypotheses))
+        pairs = self._clean(premises, hypotheses)
+        segments = self._checked_segments(pairs)
+        return segments(pairs) if segments else self._tokenize(self._fill_frame(pairs))
 
     def encode_rows(
         self, pairs: Dataset, *, max_length: int | None, drop_too_long: bool = False, dropped: Counter | None = None
@@ -336,24 +347,24 @@ class PromptEncoder:
         """
         if pairs.features["label"].names != list(LABELS):
             raise UserError(f"training needs the three labels {', '.join(LABELS)}; this set has two")
-        unused = [name for name in pairs.column_names if name != "premise"]
-        rows = pairs.map(self._encode_batch, batched=True, remove_columns=unused, desc="Tokenizing")
+        rows = self._encode_all(pairs)
         if max_length is None:
             return rows
-        too_long = [index for index, ids in enumerate(rows["input_ids"]) if len(ids) > max_length]
-        if too_long and not drop_too_long:
-            worst = max(too_long, key=lambda index: len(rows[index]["input_ids"]))
+        lengths = row_lengths(rows)
+        too_long = lengths > max_length
+        if too_long.any() and not drop_too_long:
             raise UserError(
-                f"{len(too_long):,} of {len(rows):,} rows are longer than max_length {max_length} (the longest, "
-                f"{pairs[worst]['uid']}, has {len(rows[worst]['input_ids'])} tokens); raise max_length or set "
+                f"{too_long.sum():,} of {len(rows):,} rows are longer than max_length {max_length} (the longest, "
+                f"{pairs[int(lengths.argmax())]['uid']}, has {lengths.max()} tokens); raise max_length or set "
                 f"drop_too_long: true"
             )
-        if len(too_long) == len(rows) > 0:
-            shortest = min(map(len, rows["input_ids"]))
-            raise UserError(f"max_length {max_length} leaves no pair; the shortest has {shortest} tokens: raise it")
+        if too_long.all() and len(rows):
+            raise UserError(
+                f"max_length {max_length} leaves no pair; the shortest has {lengths.min()} tokens: raise it"
+            )
         if dropped is not None:
-            dropped["too_long"] += len(too_long)
-        return rows.select(sorted(set(range(len(rows))) - set(too_long))) if too_long else rows
+            dropped["too_long"] += int(too_long.sum())
+        return rows.select(np.flatnonzero(~too_long)) if too_long.any() else rows
 
     @cached_property
     def instruction_tokens(self) -> int:
@@ -370,7 +381,9 @@ class PromptEncoder:
             marked.append(f"[{self.tokenizer.decode([token])}]", style="bold reverse")
         return marked
 
-    def _texts(self, premises: Sequence[str], hypotheses: Sequence[str]) -> list[str]:
+    def _clean(self, premises: Sequence[str], hypotheses: Sequence[str]) -> Texts:
+        """The texts of pairs by slot, stripped as in `text`, once they are known to hold no control token."""
+        premises, hypotheses = premises[:], hypotheses[:]  # a column of a Dataset is slow to go through
         for premise, hypothesis in zip(premises, hypotheses, strict=True):
             found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
             if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
@@ -378,9 +391,39 @@ class PromptEncoder:
                     f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a control token of this tokenizer; "
                     f"remove it"
                 )
-        return [self.text(*pair) for pair in zip(premises, hypotheses, strict=True)]
+        return {"premise": [text.strip() for text in premises], "hypothesis": [text.strip() for text in hypotheses]}
+
+    def _fill_frame(self, pairs: Texts) -> list[str]:
+        return [self.text(*pair) for pair in zip(pairs["premise"], pairs["hypothesis"], strict=True)]
+
+    @cached_property
+    def _segments(self) -> Segments | None:
+        """The frame in segments, if it has the same tokens in them around all probes."""
+        pairs = probes(self.tokenizer, control_tokens(self.tokenizer))
+        parts = cut(self.frame, self.tokenizer, pairs)
+        segments = parts and Segments(self.tokenizer.backend_tokenizer, self._prefix, parts)
+        return segments if segments and self._are_same(segments, pairs) else None
+
+    def _checked_segments(self, pairs: Texts) -> Segments | None:
+        """The segments, if they are known to have the tokens of whole prompts for these pairs too."""
+        if len(pairs["premise"]) < FEW or self._segments is None:
+            return None
+        unseen = self._segments.unseen(pairs)
+        if not self._are_same(self._segments, {slot: [texts[row] for row in unseen] for slot, texts in pairs.items()}):
+            self._segments = None
+        return self._segments
+
+    def _are_same(self, segments: Segments, pairs: Texts) -> bool:
+        """Whether prompts have the same tokens in segments as whole, by themselves and with each of the answers."""
+        prompts, texts = segments(pairs), self._fill_frame(pairs)
+        return prompts == self._tokenize(texts) and all(
+            [prompt + answer for prompt in prompts] == self._tokenize([text + answer_text for text in texts])
+            for answer, answer_text in zip(self.answers, self.answer_texts, strict=True)
+        )
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [self._prefix + row for row in ids]
 
@@ -405,19 +448,46 @@ class PromptEncoder:
                 )
         return answers
 
-    def _encode_batch(self, batch: dict[str, list]) -> dict[str, list]:
-        texts = self._texts(batch["premise"], batch["hypothesis"])
+    def _encode_all(self, pairs: Dataset) -> Dataset:
+        texts = self._clean(pairs["premise"], pairs["hypothesis"])
+        segments, labels, uids = self._checked_segments(texts), pairs["label"][:], pairs["uid"][:]
+        batches = []
+        with tqdm(total=len(pairs), desc="Tokenizing", unit="pair", leave=None) as bar:
+            for start in range(0, len(pairs), ENCODED_AT_ONCE):
+                part = slice(start, start + ENCODED_AT_ONCE)
+                own = {slot: texts[slot][part] for slot in SLOTS}
+                if segments:
+                    prompts = segments(own)
+                    rows = [prompt + self.answers[label] for prompt, label in zip(prompts, labels[part], strict=True)]
+                else:
+                    rows = self._encode_whole(own, labels[part], uids[part])
+                batches.append(self._supervise(rows, labels[part]))
+                bar.update(len(rows))
+        table = pa.Table.from_batches(batches, ROW_SCHEMA)
+        return Dataset(table.add_column(0, "premise", pairs.with_format("arrow")[:]["premise"]))
+
+    def _encode_whole(self, pairs: Texts, labels: list[int], uids: list[str]) -> list[list[int]]:
+        texts = self._fill_frame(pairs)
         prompts = self._tokenize(texts)
-        full = self._tokenize(
-            [text + self.answer_texts[label] for text, label in zip(texts, batch["label"], strict=True)]
-        )
-        for uid, label, prompt, row in zip(batch["uid"], batch["label"], prompts, full, strict=True):
+        rows = self._tokenize([text + self.answer_texts[label] for text, label in zip(texts, labels, strict=True)])
+        for uid, label, prompt, row in zip(uids, labels, prompts, rows, strict=True):
             if row != prompt + self.answers[label]:
                 raise UserError(f"pair {uid}: a token spans the boundary between the prompt and its answer")
-        labels = [
-            [-100] * len(prompt) + self.answers[label] for prompt, label in zip(prompts, batch["label"], strict=True)
-        ]
-        return {"input_ids": full, "labels": labels}
+        return rows
+
+    def _supervise(self, rows: list[list[int]], labels: list[int]) -> pa.RecordBatch:
+        """`input_ids` and, with -100 on the prompt, `labels`."""
+        input_ids = pa.array(rows, ROW_SCHEMA.field("input_ids").type)
+        ends = input_ids.offsets.to_numpy()
+        answers = ends[1:] - [len(self.answers[label]) for label in labels]  # where they start
+        target = input_ids.values.to_numpy().astype(np.int64)
+        target[np.arange(len(target)) < np.repeat(answers, np.diff(ends))] = -100
+        return pa.record_batch([input_ids, pa.ListArray.from_arrays(input_ids.offsets, target)], ROW_SCHEMA)
+
+
+def row_lengths(rows: Dataset) -> np.ndarray:
+    """(n,) tokens in each of the rows of `PromptEncoder.encode_rows`."""
+    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
