@@ -1,5 +1,7 @@
 """Is a model right as often as it is sure? Temperature scaling, and what it costs to answer only when sure."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
@@ -9,7 +11,7 @@ COLDEST, HOTTEST = 0.02, 50.0
 
 
 def fit_temperature(log_probs: np.ndarray, gold: np.ndarray) -> float:
-    """The temperature that makes gold labels likeliest, between `COLDEST` and `HOTTEST` (Guo et al., 2017).
+    """The temperature that makes gold labels likeliest, from `COLDEST` to `HOTTEST` (Guo et al., 2017).
 
     To be fitted on other pairs than it is judged on. A model that is too sure has a temperature above 1.
 
@@ -19,11 +21,26 @@ def fit_temperature(log_probs: np.ndarray, gold: np.ndarray) -> float:
     """
     rows = np.arange(len(gold))
 
-    def loss(log_temperature: float) -> float:
-        return -log_softmax(log_probs / np.exp(log_temperature), axis=1)[rows, gold].mean()
+    def loss(temperature: float) -> float:
+        return -log_softmax(log_probs / temperature, axis=1)[rows, gold].mean()
 
     # In the logarithm of the temperature, halving and doubling are steps of one size.
-    return float(np.exp(minimize_scalar(loss, bounds=np.log([COLDEST, HOTTEST]), method="bounded").x))
+    search = minimize_scalar(lambda log: loss(np.exp(log)), bounds=np.log([COLDEST, HOTTEST]), method="bounded")
+    # Where a bound is as good, as for a model that is always right, nothing was found between them.
+    return min(COLDEST, HOTTEST, float(np.exp(search.x)), key=lambda temperature: round(loss(temperature), 9))
+
+
+def reached_bound(temperature: float) -> float | None:
+    """The bound of the search that a fitted temperature lies at, where it is none; `None` for one that was found."""
+    return next((bound for bound in (COLDEST, HOTTEST) if abs(temperature / bound - 1) < 0.01), None)
+
+
+def temperature_text(calibrated: Mapping[str, object]) -> str:
+    """What a table says of the temperature that `evaluation.judge_run` fitted."""
+    temperature, bound = calibrated["temperature"], calibrated.get("bound")
+    if temperature is not None:
+        bound = reached_bound(temperature)  # of evaluations that do not hold it
+    return f"{temperature:.2f}" if bound is None else f"none (bound {bound:g})"
 
 
 def apply_temperature(log_probs: np.ndarray, temperature: float) -> np.ndarray:

@@ -21,6 +21,9 @@ SEED = 0
 # With fewer groups than this a bootstrap interval is too narrow to rest a claim on.
 FEWEST_PREMISES = 20
 
+# On fewer pairs, an accuracy of 80 % has a 95 % interval of more than 7 points.
+FEWEST_TO_CHOOSE = 500
+
 # In the order of (right before, right after): False False, False True, True False, True True.
 BUCKETS = ("both_wrong", "fixed", "broken", "both_right")
 
@@ -184,6 +187,24 @@ def bootstrap_interval(
     drawn_sums, drawn_sizes = (drawn @ kinds).T
     low, high = np.quantile(drawn_sums / drawn_sizes, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of a share of pairs that are right."""
+    interval = binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def choice_warning(pairs: int) -> str | None:
+    """A sentence for a validation set that is too small to choose a checkpoint by; `None` for a larger one."""
+    if pairs >= FEWEST_TO_CHOOSE:
+        return None
+    low, high = accuracy_interval(0.8, pairs)
+    return (
+        f"Warning: {pairs:,} validation pairs are few to choose a checkpoint by: the 95% interval of an accuracy of "
+        f"80% would be {low:.0%} to {high:.0%}, and checkpoints within it cannot be told apart. Validate on "
+        f"{FEWEST_TO_CHOOSE} pairs or more."
+    )
 
 
 def align(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Judge a run: the predictions of base, tuned model and controls, pair by pair, and what they add up to."""
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from trl import ModelConfig
 
 from . import UserError, metrics, trie
 from .bases import InputLimits
-from .calibration import apply_temperature, fit_temperature
+from .calibration import apply_temperature, fit_temperature, reached_bound
 from .configs import BatchConfig
 from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts, scoring_graphs
 from .labels import LABELS, to_two_way
@@ -26,6 +27,8 @@ from .prompts import PromptEncoder
 from .robustness import label_orders, prompt_choices, sensitivity, set_figures
 from .runs import HYPOTHESIS_ONLY, read_run, write_json
 from .sources import EvaluationSet, subsample
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def judge_run(
 
     Args:
         calibration_pairs: three-way pairs that no set holds. From them each model's temperature is fitted, and its
-            results hold `calibrated`, the figures of calibration with that `temperature`.
+            results hold `calibrated`, the figures of calibration with that `temperature`. One at a bound of the search
+            is none: then `temperature` is `None`, `bound` is there, and the figures are not.
     """
     results = [{} for _ in sets]
     options = {"batch_size": batch_size, "batch_args": batch_args}
@@ -240,6 +244,11 @@ def judge_run(
         if calibration_pairs is not None:
             gold = np.array(calibration_pairs["label"])
             temperature = fit_temperature(judged_beside["calibration"][0].log_probs.double().numpy(), gold)
+            if (bound := reached_bound(temperature)) is not None and PartialState().is_main_process:
+                logger.warning(
+                    "%s: no temperature fits the %s validation pairs: the search ended at its bound of %g, so no "
+                    "calibrated figures are reported", name, f"{len(gold):,}", bound,
+                )  # fmt: skip
             for one, result in zip(sets, results, strict=True):
                 result[name][1]["calibrated"] = _calibrated(result[name][0], one.pairs, temperature, len(gold))
         for check in ("label_orders", "prompts"):
@@ -297,6 +306,8 @@ def _variants(
 
 
 def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_on: int) -> dict[str, object]:
+    if (bound := reached_bound(temperature)) is not None:
+        return {"temperature": None, "bound": bound, "fitted_on_pairs": fitted_on}
     probabilities = apply_temperature(scores.log_probs.numpy(), temperature)
     names = pairs.features["label"].names
     figures = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)

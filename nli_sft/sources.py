@@ -14,7 +14,7 @@ import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -82,6 +82,9 @@ EXTRA_COLUMNS = {
 URL = re.compile(r"(https?|zip)://")
 HUB_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?]+)")
 
+# The keys of a recipe that say how the rows of its source are read.
+READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_column", "label_spellings")
+
 # With fewer pairs a temperature says more of them than of the model.
 FEWEST_TO_CALIBRATE = 100
 
@@ -96,7 +99,7 @@ SPLIT_NAMES = {
 
 
 class SourceMissing(UserError):
-    """A source or split that is not there, on disk or on the Hub."""
+    """A source or split that is not there, on disk or on the Hub, or that has no label."""
 
 
 def load_pairs(
@@ -129,7 +132,7 @@ def load_pairs(
         (over `TWO_WAY_LABELS` for a set such as HANS), with the columns of `EXTRA_COLUMNS` that the source has.
 
     Raises:
-        SourceMissing: naming what was looked for, where the source or its split is not there.
+        SourceMissing: naming what was looked for, where the source or its split is not there, or has no label.
         UserError: naming file (or Hub id), row and column, for a row that cannot be used; or the columns that were
             looked for.
     """
@@ -156,7 +159,7 @@ def load_pairs(
     uid_prefix = f"{path.stem}-{split or 'all'}"
     pairs, unlabelled = _check_rows(source, rows, found, extras, label_spellings, two_way, uid_prefix)
     if not pairs["uid"]:
-        raise UserError(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
+        raise SourceMissing(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
     if unlabelled:
         logger.info("%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
     if dropped is not None:
@@ -341,9 +344,9 @@ def load_calibration_pairs(
     return subsample(pairs, args.calibration_pairs, seed)
 
 
-def _load_validation(args: TrainDataConfig) -> Dataset:
+def _load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:
     """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
-    options = _options(args)
+    options = _options(args) | {"dropped": dropped}
     try:
         return load_pairs(args.dataset_name, args.validation_split or "validation", **options)
     except SourceMissing:
@@ -376,30 +379,73 @@ class EvaluationSet:
         return self.name or f"{Path(self.source).name} {self.split}"
 
 
-def load_evaluation_sets(args: EvalConfig, *, trained_on: DataConfig) -> list[EvaluationSet]:
+def load_evaluation_sets(args: EvalConfig, *, trained_on: TrainDataConfig) -> list[EvaluationSet]:
     """What to judge a run on: by default the test split of its own source, then the further `sources`.
+
+    Where its own source has no labelled test split, as a single file has not, it is judged on its validation pairs.
+    Columns and label spellings of other sources are those of the run, where they fit and `args` names no others.
 
     A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `demo:test`. The colon
     of a URL is none of these: a slash comes after it.
     """
-    main = trained_on if args.dataset_name is None else args
-    asked = [(main, args.split)]
+    if args.dataset_name is None:
+        sets = [_load_own_set(trained_on, args.split)]
+    else:
+        sets = [_load_other_set(args, args.split, trained_on)]
     for source in args.sources or ():
         name, split = re.fullmatch(r"(.+?)(?::([^:/]+))?", source).groups()
-        asked.append((DataConfig(dataset_name=name), split))
-    return [_load_evaluation_set(data, split, args) for data, split in asked]
+        sets.append(_load_other_set(DataConfig(dataset_name=name), split, trained_on))
+    if args.max_samples is None:
+        return sets
+    return [replace(one, pairs=subsample(one.pairs, args.max_samples, args.seed)) for one in sets]
 
 
-def _load_evaluation_set(data: DataConfig, split: str | None, args: EvalConfig) -> EvaluationSet:
-    # A file is judged whole, unless it is the one that the run was trained on.
-    is_given_file = args.dataset_name == data.dataset_name or data.dataset_name in (args.sources or ())
-    whole = is_given_file and _is_whole(fetch(data.dataset_name))
-    split = split or (None if whole else "test")
+def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
+    """A split of the source that a run was trained on; train and validation are those of the run."""
     dropped: Counter = Counter()
-    pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
-    if args.max_samples is not None:
-        pairs = subsample(pairs, args.max_samples, args.seed)
-    return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
+    try:
+        if split in SPLIT_NAMES["validation"]:
+            pairs = _load_validation(data, dropped)
+        else:
+            name = data.train_split if split == "train" and data.train_split else split or "test"
+            pairs = load_pairs(data.dataset_name, name, dropped=dropped, **_options(data))
+    except SourceMissing:
+        if split is not None:
+            raise
+        own = _load_own_set(data, "validation")
+        logger.warning(
+            "%s has no labelled test split, so the run is judged on its %s validation pairs, by which its checkpoint "
+            "may have been chosen; dataset_name or split names other pairs",
+            data.dataset_name,
+            f"{len(own.pairs):,}",
+        )
+        return own
+    return EvaluationSet(data.dataset_name, split or "test", pairs, dropped["unlabelled"])
+
+
+def _load_other_set(data: DataConfig, split: str | None, trained_on: DataConfig) -> EvaluationSet:
+    """A split of another source, or all of a file, with the columns and spellings of the run where they fit."""
+    split = split or (None if _is_whole(fetch(data.dataset_name)) else "test")
+    keys = [key for key in READING_KEYS if getattr(data, key) is None and getattr(trained_on, key) is not None]
+
+    def load(data: DataConfig) -> EvaluationSet:
+        dropped: Counter = Counter()
+        pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
+        return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
+
+    if not keys:
+        return load(data)
+    try:
+        found = load(replace(data, **{key: getattr(trained_on, key) for key in keys}))
+    except SourceMissing:
+        raise
+    except UserError as error:
+        try:
+            return load(data)
+        except UserError:
+            raise error from None
+    logger.warning("%s is read as the run's own source: by its %s", data.dataset_name, ", ".join(keys))
+    return found
 
 
 def mix(

@@ -8,6 +8,8 @@ Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_tra
 
 import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsandbytes from being printed)
 
+import os
+import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -23,6 +25,7 @@ from trl import ModelConfig, SFTConfig
 from nli_sft import UserError
 from nli_sft.bases import InputLimits, check_base, locate_model, skeleton, suit_base
 from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
+from nli_sft.comparison import accuracy_interval, choice_warning
 from nli_sft.configs import (
     BatchConfig,
     MachineConfig,
@@ -72,13 +75,20 @@ def main(data_args, prompt_args, batch_args, machine_args, tracking_args, traini
         training_args.report_to = []  # the control is part of the run
         say("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
         train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    say(f"To judge it on the test split:\n  accelerate launch -q recipes/eval.py --run {run}")
+    say(f"To evaluate it:\n  {evaluation_command(run, training_args.trust_remote_code)}")
 
 
 def say(*what):
     """Print, once for all processes."""
     if PartialState().is_main_process:
         print(*what)
+
+
+def evaluation_command(run, trust_remote_code):
+    """What to type where this script was started."""
+    script = os.path.relpath(Path(__file__).with_name("eval.py"))
+    command = ["accelerate", "launch", "-q", script, "--run", str(run)]
+    return shlex.join(command + ["--trust_remote_code", "true"] * trust_remote_code)
 
 
 def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
@@ -173,6 +183,9 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         say(f"  {source}: {describe_source(told)}")
     if repeated:
         say(f"Warning: {repeated:,} of the pairs to validate on are trained on too, so validation flatters the model.")
+    few = choice_warning(len(rows["validation"])) if training_args.load_best_model_at_end else None
+    if few:
+        say(few)
     say(f"{parameters}.\n")
     if training_args.resume_from_checkpoint:
         say(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
@@ -213,7 +226,11 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         tracker.finish()
         best = trainer.state.best_global_step
         of = f"the best checkpoint, of step {best}" if best else f"the last step, {trainer.state.global_step}"
-        say(f"\nLabel accuracy on validation: {final['eval_accuracy']:.2%} ({of}).")
+        accuracy = final["eval_accuracy"]
+        low, high = accuracy_interval(accuracy, len(rows["validation"]))
+        say(f"\nLabel accuracy on validation: {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}; {of}).")
+        if few:
+            say(few)
         say(f"Saved in {training_args.output_dir}.")
     return prompt
 

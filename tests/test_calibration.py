@@ -2,7 +2,16 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from nli_sft.calibration import HOTTEST, abstention_curve, accuracy_at, apply_temperature, fit_temperature
+from nli_sft.calibration import (
+    COLDEST,
+    HOTTEST,
+    abstention_curve,
+    accuracy_at,
+    apply_temperature,
+    fit_temperature,
+    reached_bound,
+    temperature_text,
+)
 from nli_sft.metrics import compute
 
 
@@ -36,6 +45,17 @@ def test_a_model_that_knows_nothing_gets_the_hottest_temperature():
     gold = np.arange(300) % 3
     assert fit_temperature(log_probs, gold) == pytest.approx(HOTTEST, rel=0.01)
     assert apply_temperature(log_probs, 1.0) == pytest.approx(np.exp(log_probs))
+
+
+def test_a_temperature_at_a_bound_of_the_search_is_none():
+    sure = np.log(np.array([[0.98, 0.01, 0.01]] * 300))
+    for gold, bound in ((np.arange(300) % 3, HOTTEST), (np.zeros(300, dtype=int), COLDEST)):
+        fitted = fit_temperature(sure, gold)
+        assert reached_bound(fitted) == bound
+        assert temperature_text({"temperature": fitted}) == f"none (bound {bound:g})", "of an older evaluation"
+    assert temperature_text({"temperature": None, "bound": 50.0}) == "none (bound 50)"
+    assert reached_bound(fit_temperature(*drawn(5_000, 3))) is None
+    assert temperature_text({"temperature": 1.25}) == "1.25"
 
 
 def test_abstention_answers_the_surest_first_and_ties_together():

@@ -6,9 +6,12 @@ import pytest
 
 from nli_sft import UserError
 from nli_sft.comparison import (
+    FEWEST_TO_CHOOSE,
+    accuracy_interval,
     align,
     bootstrap_interval,
     buckets,
+    choice_warning,
     compare,
     design_effect,
     headline,
@@ -195,3 +198,13 @@ def test_the_design_effect_is_the_size_of_groups_that_err_together():
     assert design_effect(rng.integers(-1, 2, 6_000), groups) == pytest.approx(1, abs=0.1)
     assert design_effect(np.repeat(rng.integers(-1, 2, 2_000), 3), groups) == pytest.approx(3)
     assert design_effect(np.zeros(6_000), groups) == 1
+
+
+def test_a_validation_set_too_small_to_choose_by_gets_a_warning():
+    assert choice_warning(FEWEST_TO_CHOOSE) is None
+    told = choice_warning(60)
+    assert told.startswith("Warning: 60 validation pairs are few to choose a checkpoint by: the 95% interval")
+    low, high = accuracy_interval(0.8, 60)
+    assert (low, high) == pytest.approx((0.682, 0.882), abs=0.001)
+    assert f"{low:.0%} to {high:.0%}" in told
+    assert accuracy_interval(1.0, 60)[1] == pytest.approx(1)

@@ -431,6 +431,11 @@ def test_power_and_calibration_are_told(tmp_path):
     text = text_of(write_report(run).read_text(encoding="utf-8"))
     assert "Temperature fitted on validation 3.00 1.25" in text
     assert "Calibration error at that temperature 0.012 0.012" in text
+    summary["base"]["calibrated"] = {"temperature": None, "bound": 50.0}
+    write_json(path, summary)
+    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    assert "Temperature fitted on validation none (bound 50) 1.25" in text
+    assert "Calibration error at that temperature – 0.012" in text
     evaluation = Report(run).own
     c = evaluation.comparison
     told = re.search(r"of 3,000 pairs ([\d,]+) changed sides, so a true difference of (\d\.\d) points", text)

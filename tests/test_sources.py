@@ -16,7 +16,7 @@ from loopback_hub import LoopbackHub
 from published_sets import card, three_pairs
 from tiny import few_pairs, write_jsonl
 
-from nli_sft import files, sources
+from nli_sft import UserError, files, sources
 from nli_sft.configs import EvalConfig, TrainDataConfig
 from nli_sft.labels import LABELS
 from nli_sft.sources import (
@@ -543,6 +543,55 @@ def test_what_is_not_there(tmp_path):
         load_pairs(str(tmp_path), "train")
     with pytest.raises(ValueError, match="not on the Hub, or the Hub is out of reach"):
         load_pairs("nobody/nothing", "train")
+
+
+def unusual(folder, name, spellings, premises=6):
+    """A file with columns and labels that only a recipe can explain."""
+    rows = [{"text": f"Man {n} sleeps.", "claim": "He rests.", "judgement": spellings[n % 3]} for n in range(premises)]
+    return str(write(folder, ".csv", rows, name))
+
+
+def test_other_files_are_read_as_the_source_of_the_run_where_that_fits(tmp_path, caplog):
+    columns = {"premise_column": "text", "hypothesis_column": "claim", "label_column": "judgement"}
+    run = TrainDataConfig(
+        dataset_name=unusual(tmp_path, "own", ["ja", "offen", "nein"]),
+        label_spellings=["ja", "offen", "nein"],
+        **columns,
+    )
+    new, usual = unusual(tmp_path, "new", ["ja", "offen", "nein"]), str(write(tmp_path, ".jsonl", name="usual"))
+    args = EvalConfig(run="run", dataset_name=new, sources=[usual])
+    same, others = load_evaluation_sets(args, trained_on=run)
+    assert list(same.pairs["label"]) == [0, 1, 2] * 2
+    assert list(others.pairs["label"]) == [0, 1, 2], "which has other columns and labels"
+    assert caplog.text.count("is read as the run's own source: by its premise_column, hypothesis_column") == 1
+    args.label_spellings, args.dataset_name = ["y", "m", "n"], unusual(tmp_path, "english", ["y", "m", "n"])
+    assert list(load_evaluation_sets(args, trained_on=run)[0].pairs["label"]) == [0, 1, 2] * 2
+    args.label_spellings = None
+    with pytest.raises(UserError, match="no premise column"):
+        load_evaluation_sets(args, trained_on=TrainDataConfig(dataset_name=new))
+    with pytest.raises(UserError, match="english.csv row 2, column judgement"):
+        load_evaluation_sets(args, trained_on=run)
+
+
+def test_a_run_without_a_labelled_test_split_is_judged_on_its_validation_pairs(tmp_path, caplog):
+    columns = {"premise_column": "text", "hypothesis_column": "claim", "label_column": "judgement"}
+    file = unusual(tmp_path, "own", ["e", "n", "c"], premises=30)
+    run = TrainDataConfig(dataset_name=file, validation_fraction=0.2, **columns)
+    held_out = load_train_and_validation(run, seed=0)["validation"]
+    for split in (None, "validation", "dev"):
+        (found,) = load_evaluation_sets(EvalConfig(run="run", split=split), trained_on=run)
+        assert found.pairs["uid"] == held_out["uid"]
+    assert caplog.text.count("has no labelled test split, so the run is judged on its 6 validation pairs") == 1
+    with pytest.raises(sources.SourceMissing, match="single file, so it has no test split"):
+        load_evaluation_sets(EvalConfig(run="run", split="test"), trained_on=run)
+
+    splits = {"train_r1": [0, 1, 2], "dev_r1": [2, 2], "test": [-1, -1]}
+    hub = {name: hub_set(["e", "n", "c"], labels) for name, labels in splits.items()}
+    DatasetDict(hub).save_to_disk(tmp_path / "set")
+    run = TrainDataConfig(dataset_name=str(tmp_path / "set"), train_split="train_r1", validation_split="dev_r1")
+    for split, pairs in ((None, 2), ("validation", 2), ("train", 3), ("dev_r1", 2)):
+        (found,) = load_evaluation_sets(EvalConfig(run="run", split=split), trained_on=run)
+        assert len(found.pairs) == pairs, split
 
 
 def test_a_url_is_no_source_with_a_split():

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .. import UserError
-from ..calibration import abstention_curve
+from ..calibration import abstention_curve, temperature_text
 from ..comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..metrics import compute
@@ -19,6 +19,7 @@ from ..prompts import Prompt
 from ..runs import HYPOTHESIS_ONLY, evaluation_folders, read_json, read_metrics, read_predictions, read_run
 from ..slices import Slice, explain, slice_changes
 from ..sources import describe_source
+from .sheets import NONE
 
 # How many pairs of each kind are told in full.
 PAIRS_TOLD = 6
@@ -265,9 +266,10 @@ class Evaluation:
             rows.append((name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"))
         calibrated = [self.summary.get(model, {}).get("calibrated") for model in ("base", "tuned")]
         if all(calibrated):
-            rows.append(("Temperature fitted on validation", *(f"{t['temperature']:.2f}" for t in calibrated)))
+            rows.append(("Temperature fitted on validation", *map(temperature_text, calibrated)))
             for key, name in (("nll", "Log loss"), ("ece", "Calibration error")):
-                rows.append((f"{name} at that temperature", *(f"{t[key]:.3f}" for t in calibrated)))
+                values = (f"{t[key]:.3f}" if key in t else NONE for t in calibrated)
+                rows.append((f"{name} at that temperature", *values))
         mass = (
             f"{m['mass_on_labels']:.2%}" if m["mass_on_labels"] >= 1e-4 else f"{m['mass_on_labels']:.1e}"
             for m in (base, tuned)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..calibration import HOTTEST
+from ..calibration import temperature_text
 from ..comparison import points
 from .content import MODEL_NAMES, Evaluation
 from .sheets import NONE, Sheet
@@ -133,14 +133,17 @@ def _calibration(judged: Mapping[str, Evaluation]) -> Sheet | None:
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
-            f"{told['temperature']:.2f}",
-            *(f"{judged[name].metrics[model][key]:.3f} → {told[key]:.3f}" for key in ("ece", "nll", "brier")),
+            temperature_text(told),
+            *(
+                f"{judged[name].metrics[model][key]:.3f} → {f'{told[key]:.3f}' if key in told else NONE}"
+                for key in ("ece", "nll", "brier")
+            ),
         ]
         for name, model, told in _told(judged, "calibrated")
     ]
     note = "Before → after dividing log-probabilities by a temperature fitted on validation pairs of the run's source."
-    if any(told["temperature"] > 0.99 * HOTTEST for _, _, told in _told(judged, "calibrated")):
-        note += f" {HOTTEST:.0f} is the hottest tried: there, how sure a model is tells nothing."
+    if any(row[1].startswith("none") for row in rows):
+        note += " None: the search ended at its bound, so no temperature makes the model calibrated."
     columns = ["set and model", "temperature", "ECE", "log loss, nats", "Brier score"]
     return Sheet("Calibration", columns, rows, note) if rows else None
 

@@ -1,10 +1,15 @@
 import json
+import re
+import shlex
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import yaml
 from launching import launch, read_wandb
 from safetensors.torch import load_file
+from tiny import write_jsonl
 
 from nli_sft.labels import LABELS
 
@@ -28,6 +33,8 @@ def test_a_run_folder_is_complete(lora_run, workspace):
     assert record["validation"]["eval_accuracy"] == max(entry["eval_accuracy"] for entry in evaluations[1:])
     assert record["versions"]["trl"]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["lora_r"] == 4
+    assert output.count("Warning: 24 validation pairs are few to choose a checkpoint by") == 2, "before and at the end"
+    assert re.search(r"Label accuracy on validation: [\d.]+% \(95% interval [\d.]+% to [\d.]+%; the best", output)
     # The user was shown what is trained, and how much of the model.
     assert "[" in output
     assert "the loss is on the marked tokens alone" in output
@@ -103,3 +110,21 @@ def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
     assert "demo: 24 pairs (8 entailment, 8 neutral, 8 contradiction)" in result.output
     own = f"{workspace / 'data'}: 96 pairs (32 entailment, 32 neutral, 32 contradiction); left out: 1 unlabelled"
     assert own in result.output
+
+
+def test_the_command_printed_at_the_end_works_for_a_run_on_a_single_file(recipe, workspace, tmp_path):
+    told = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [{"text": row["premise"], "claim": row["hypothesis"], "gold": row["label"][0] * 2} for row in told[:96]]
+    data = write_jsonl(tmp_path / "my pairs.jsonl", [row for row in rows if row["gold"] != "--"])
+    arguments = ["--dataset_name", data, "--premise_column=text", "--hypothesis_column=claim", "--max_steps=2"]
+    arguments += ["--label_column=gold", "--label_spellings", "ee", "nn", "cc", "--output_dir", tmp_path / "my run"]
+    result = launch("sft.py", "--config", recipe, *arguments, "--eval_strategy=no", "--save_strategy=no",
+                    "--load_best_model_at_end=false", cwd=workspace)  # fmt: skip
+    assert result.returncode == 0, result.output
+    command = shlex.split(result.stdout.partition("To evaluate it:\n")[2].splitlines()[0])
+    assert command[:3] == ["accelerate", "launch", "-q"]
+    accelerate = Path(sys.executable).with_name("accelerate")
+    result = launch(accelerate, *command[1:], "--free_samples=0", cwd=workspace, command=lambda *words: words)
+    assert result.returncode == 0, result.output
+    assert "has no labelled test split, so the run is judged on its" in result.output
+    assert json.loads((tmp_path / "my run/eval/my-pairs-validation/metrics.json").read_text())["pairs_trained_on"] == 0
