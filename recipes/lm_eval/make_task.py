@@ -15,6 +15,7 @@ from pathlib import Path
 from nli_sft.configs import DataConfig, EvalConfig, from_recipe, run_script
 from nli_sft.evaluation import load_encoder
 from nli_sft.harness import model_args, write_task
+from nli_sft.models import locate_model
 from nli_sft.runs import read_run
 from nli_sft.sources import load_evaluation_sets
 
@@ -44,7 +45,7 @@ def main(args):
     task = write_task(args.output_dir or Path(args.run) / "lm_eval", name, encoder, pairs.pairs)
 
     is_adapter = (Path(args.run) / "adapter_config.json").is_file()
-    base = recipe["model_name_or_path"] if is_adapter else args.run
+    base = locate_model(recipe["model_name_or_path"]) if is_adapter else args.run
     told = shlex.quote(model_args(encoder, base, args.run if is_adapter else None))
     folder = shlex.quote(str(task.parent))
     print(f"{len(pairs.pairs):,} pairs in {task}. To judge the run on them:\n")
