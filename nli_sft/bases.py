@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,14 +65,11 @@ def check_base(model_args: ModelConfig, trust_remote_code: bool = False) -> Pret
     path = Path(locate_model(name))
     if path.exists():
         _check_files(name, path)
-    elif _is_hub_adapter(name, model_args.model_revision):
-        raise UserError(_is_adapter(name, None))
+    else:
+        _check_hub_id(name, model_args.model_revision)
     config = load_config(model_args, trust_remote_code)
     _check_kind(name, config)
     _check_quantization(model_args, config)
-    text_config = config.get_text_config()
-    if (getattr(text_config, "pad_token_id", None) or 0) >= text_config.vocab_size:
-        text_config.pad_token_id = None  # an embedding cannot be made with it
     return config
 
 
@@ -83,7 +81,7 @@ def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> Pre
     """
     name = model_args.model_name_or_path
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             locate_model(name),
             revision=model_args.model_revision,
             trust_remote_code=trust_remote_code,
@@ -91,12 +89,20 @@ def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> Pre
         )
     except Exception as error:  # also of code that comes with a model
         raise UserError(f"model_name_or_path {name}: cannot load its config ({one_line(error)})") from error
+    text_config = config.get_text_config()
+    if (getattr(text_config, "pad_token_id", None) or 0) >= text_config.vocab_size:
+        text_config.pad_token_id = None  # an embedding cannot be made with it
+    return config
 
 
-def _is_hub_adapter(name: str, revision: str | None) -> bool:
-    with suppress(HFValidationError, OSError):  # loading the config says what is wrong with a name
-        return find_adapter_config_file(name, revision=revision) is not None
-    return False
+def _check_hub_id(name: str, revision: str | None) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{_base(name)} is not there; give a Hub id or a folder") from error
+    with suppress(OSError):  # loading the config says what is wrong
+        if find_adapter_config_file(name, revision=revision) is not None:
+            raise UserError(_is_adapter(name, None))
 
 
 def _check_files(name: str, path: Path) -> None:

@@ -8,11 +8,20 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import UserError
-from .bases import DEQUANTIZED_ON_LOADING, check_base, check_tokenizer, locate_model, one_line, quantization_of
+from .bases import (
+    DEQUANTIZED_ON_LOADING,
+    check_base,
+    check_tokenizer,
+    load_config,
+    locate_model,
+    one_line,
+    quantization_of,
+    skeleton,
+)
 from .prompts import control_tokens
 
 SAVED = "lora_modules_to_save"
@@ -194,14 +203,9 @@ def check_adapter(args: ModelConfig, trust_remote_code: bool = False) -> None:
     """
     if not args.use_peft:
         return
+    config = load_config(args, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            locate_model(args.model_name_or_path), revision=args.model_revision, trust_remote_code=trust_remote_code
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except UserError:
-        raise
+        model = skeleton(config, trust_remote_code)
     except Exception:  # whatever a base of another kind raises, loading it says what is wrong
         return
     check_modules(args, model)

@@ -93,7 +93,10 @@ def evaluation_command(run, trust_remote_code):
 
 def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
     """Say what memory the training would take, from the model's config alone."""
+    config = check_base(model_args, training_args.trust_remote_code)
+    model_args = suit_base(model_args, config, training_args.trust_remote_code)
     precision = choose_precision(machine_args.precision, training_args.device)
+    check_adapter(model_args, training_args.trust_remote_code)
     prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
     plan = plan_memory(precision.suit(model_args), training_args, batch_args, precision, prompt)
     if plan.estimate is None:

@@ -154,6 +154,12 @@ def test_a_file_is_no_base(base):
         check_base(model_args(base / "config.json"))
 
 
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "two words"])
+def test_a_folder_that_is_not_there(name):
+    with pytest.raises(UserError, match=f"^model_name_or_path {name} is not there; give a Hub id or a folder$"):
+        check_base(model_args(name))
+
+
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 32, "vocab_size": 400}
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 

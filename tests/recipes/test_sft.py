@@ -76,8 +76,8 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
         ("--lora_target_modules", "q_prj"): "no part of the model is called 'q_prj'; did you mean q_proj?",
         ("--dataset_name", "./nowhere"): "./nowhere is not there; dataset_name takes a Hub id, a folder or a file",
         ("--prompt", "plane"): "prompt: 'plane' is neither built in",
-        ("--model_name_or_path", "./nowhere"): "model_name_or_path ./nowhere: cannot load the tokenizer",
-        ("--model_name_or_path", "./nowhere", "--estimate", "true"): "No estimate: model_name_or_path ./nowhere: ",
+        ("--model_name_or_path", "./nowhere"): "model_name_or_path ./nowhere is not there; give a Hub id or a folder",
+        ("--model_name_or_path", "./nowhere", "--estimate", "true"): "model_name_or_path ./nowhere is not there",
     }
     with ThreadPoolExecutor(max_workers=2) as at_once:
         for message, result in zip(said.values(), at_once.map(wrong, said), strict=True):
