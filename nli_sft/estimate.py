@@ -44,7 +44,7 @@ from .launchers import launched_with
 from .models import adapter_config
 from .precision import Precision
 from .prompts import Prompt, PromptEncoder
-from .trainer import PairSampler, SharedBatches, TrieCollator
+from .trainer import PairSampler, SharedBatches, TokenRows, TrieCollator
 from .trie import row_tokens, unsupported_reason
 
 GIB = 2**30
@@ -295,9 +295,9 @@ def measure_batches(
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     batches = SharedBatches(PairSampler(groups, seed), pairs * processes, 0, processes, drop_last=False)
     pack = TrieCollator(encoder.answers, length, max_batch_tokens=pairs * longest * length)  # in one part
-    measured = []
+    measured, taken = [], TokenRows(rows, encoder.answers)
     for batch in islice(batches, MEASURED_BATCHES):
-        (part,) = pack([rows[pair] for pair in batch])["parts"]
+        (part,) = pack([taken[pair] for pair in batch])["parts"]
         measured.append(Batch(*part["input_ids"].shape, part["predict"].numel(), cut=True))
     return measured
 
