@@ -252,15 +252,35 @@ def test_what_quantised_weights_cannot_do(quantized):
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
 def test_other_quantisations_are_known_from_the_config(base, method):
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4}
-    (base / "config.json").write_text(json.dumps(config))
+    with_quantization(base, {"quant_method": method, "bits": 4})
     with pytest.raises(UserError, match=rf"is quantised \({method}\), .* cannot be trained in full"):
         suit_base(model_args(base), check_base(model_args(base)))
     with pytest.raises(UserError, match=rf"is quantised already \({method}\); leave load_in_4bit out"):
         check_base(model_args(base, use_peft=True, load_in_4bit=True))
     args = model_args(base, use_peft=True)
     assert suit_base(args, check_base(args)).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
+def test_a_package_that_a_quantisation_needs_is_named(base, method, package):
+    with_quantization(base, {"quant_method": method, "bits": 4, "group_size": 64})
+    with pytest.raises(UserError, match=rf"^model_name_or_path .*cannot load the model \(.*requires {package}.*\)$"):
+        load_model(model_args(base, use_peft=True))
+
+
+def test_the_quantisation_of_a_config_is_not_overridden(base, monkeypatch):
+    with_quantization(base, {"quant_method": "gptq", "bits": 4})
+    passed = {}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **given: passed.update(given) or 1 / 0)
+    with pytest.raises(UserError):
+        load_model(model_args(base, use_peft=True))
+    assert "quantization_config" not in passed
+    assert passed["config"].quantization_config["quant_method"] == "gptq"
+
+
+def with_quantization(base, quantization):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
 # What a model can read

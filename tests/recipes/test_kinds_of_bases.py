@@ -52,14 +52,13 @@ def encode_prompt(pair):
 LORA = ("--use_peft=true", "--lora_target_modules=all-linear")
 
 
-@pytest.mark.parametrize(("kind", "batching"), [("gpt2", "trie"), ("opt", "padded"), ("gpt_neo", "trie")])
-def test_positions_that_run_out(train, script, tmp_path, workspace, kind, batching):
+def test_positions_that_run_out(train, script, tmp_path):
     lengths = [len(row) for row in few_pairs().map(encode_prompt)["input_ids"]]
     positions = sorted(lengths)[len(lengths) // 2] + 3
-    base = make_base(tmp_path / "base", kind, positions=positions)
-    said = train(base, f"--batching={batching}")
+    base = make_base(tmp_path / "base", "gpt2", positions=positions)
+    said = train(base)
     assert f"longer than max_length {positions}" in said
-    said = train(base, f"--batching={batching}", "--drop_too_long=true")
+    said = train(base, "--drop_too_long=true")
     assert f"max_length is {positions}: the base has no more positions." in said
     assert "Saved in" in said
     said = script("eval.py", "--run", tmp_path / "run", "--free_samples=4")
@@ -67,9 +66,8 @@ def test_positions_that_run_out(train, script, tmp_path, workspace, kind, batchi
     assert f"but the model has {positions} positions" in said
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_experts(train, script, tmp_path, kind):
-    base = make_base(tmp_path / "base", kind)
+def test_experts(train, script, tmp_path):
+    base = make_base(tmp_path / "base", "qwen3_moe")
     said = train(base, *LORA, "--lora_target_parameters=mlp.experts.gate_up_proj")
     assert "lora_dropout is 0, not 0.05" in said
     assert "router_aux_loss_coef is 0: tries go without the router's loss" in said
@@ -80,10 +78,9 @@ def test_experts(train, script, tmp_path, kind):
     assert len(NLIClassifier.from_pretrained(tmp_path / "run")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_loss_of_a_router_is_trained_on_padded_batches(train, script, tmp_path, method):
+def test_the_loss_of_a_router_is_trained_on_padded_batches(train, script, tmp_path):
     base = make_base(tmp_path / "base", "mixtral", output_router_logits=True)
-    said = train(base, "--router_aux_loss_coef=0.01", "--logging_steps=1", *(LORA if method == "lora" else ()))
+    said = train(base, "--router_aux_loss_coef=0.01", "--logging_steps=1", *LORA)
     assert "Padded batches instead of tries: router_aux_loss_coef asks for the router's loss." in said
     history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
     assert any("aux_loss" in entry for entry in history)
