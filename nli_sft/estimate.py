@@ -208,7 +208,6 @@ def plan_memory(
 
 def _plan(model_args, training_args, batch_args, precision, prompt, encoder, rows, free) -> MemoryPlan:
     on_gpu = training_args.device.type == "cuda"
-    capacity = torch.cuda.get_device_properties(training_args.device).total_memory if on_gpu else None
     auto = batch_args.max_batch_tokens == AUTO
     tokens = BATCH_TOKENS if auto else batch_args.max_batch_tokens
     accumulates = training_args.gradient_accumulation_steps > 1
@@ -218,6 +217,7 @@ def _plan(model_args, training_args, batch_args, precision, prompt, encoder, row
         return estimate_memory(model_args, training_args, precision, capacity=capacity, **step)
 
     try:
+        capacity = torch.cuda.get_device_properties(training_args.device).total_memory if on_gpu else None
         config = load_config(model_args, training_args.trust_remote_code)
         if rows is None:
             batches = [suppose_batch(config, training_args, batch_args, prompt)]
@@ -263,7 +263,11 @@ def free_memory(device: torch.device) -> float:
     """Bytes of a GPU that a new training may take, what torch holds in reserve included; infinite elsewhere."""
     if device.type != "cuda":
         return float("inf")
-    free, _ = torch.cuda.mem_get_info(device)
+    gc.collect()  # a model of an earlier training may wait in a reference cycle
+    try:
+        free, _ = torch.cuda.mem_get_info(device)
+    except Exception:  # on one process, while the others wait for its figure
+        return float("inf")
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 

@@ -1,3 +1,4 @@
+import weakref
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -155,6 +156,28 @@ def test_no_error_of_the_simulation_ends_a_training(base, training, monkeypatch)
     told = plan(base, training, BatchConfig())
     assert told.estimate is None
     assert str(told) == "No estimate: the training step cannot be simulated (KeyError: )."
+
+
+def test_free_memory_that_cannot_be_read_holds_nobody_up(monkeypatch):
+    def fail(device):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert free_memory(torch.device("cuda")) == float("inf")
+
+
+def test_free_memory_is_read_after_a_model_in_a_cycle_is_gone(monkeypatch):
+    class Model:
+        pass
+
+    model, gone = Model(), []
+    model.itself = model
+    weakref.finalize(model, gone.append, True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 if gone else 0, 2))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    del model
+    assert free_memory(torch.device("cuda")) == 1
 
 
 def plan(base, training, batch_args, prompt="plain", **data):
