@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from rich import print
+from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -106,7 +106,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     train = {}
     for name in args.train:
         train[name] = ways[name]()
-        print(speed_table("Training", train))
+        Console().print(speed_table("Training", train))
     score = score_speed(args, training_args, model_args, batch_args, encoder, pairs)
 
     figures = {
@@ -116,7 +116,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         "pairs": len(pairs),
         "recipe": resolve_recipe((args, data_args, prompt_args, batch_args, training_args, model_args)),
     }
-    print(speed_table("Training", train), speed_table("Scoring", score))
+    Console().print(speed_table("Training", train), speed_table("Scoring", score))
     print({part: {k: v for k, v in figures[part].items() if k != "methods"} for part in ("train", "score")})
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
@@ -308,7 +308,7 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
         figures[name] = {"pairs_per_second": statistics.median(rates), "peak_bytes": peak_memory()}
         if "generate" in said:
             figures[name]["agreement"] = sum(map(int.__eq__, said[name], said["generate"])) / len(prompts)
-        print(speed_table("Scoring", figures))
+        Console().print(speed_table("Scoring", figures))
     return figures
 
 

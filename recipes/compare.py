@@ -36,19 +36,19 @@ class CompareConfig:
 def main(args):
     console = Console()
     with tempfile.TemporaryDirectory() as fetched:
-        sides = lay_out(rank(load_runs(find_runs(args, Path(fetched), console))))
+        sides = lay_out(rank(load_runs(find_runs(args, Path(fetched)))))
     for side in sides:
         if side.apart:
-            console.print(f"\n{side.apart}", markup=False)
+            print(f"\n{side.apart}")
         for sheet in side.sheets:
             parts = sheet.parts(console.width)
             if len(parts) > MOST_PARTS:
-                console.print(f"{sheet.title}: too wide to be shown here; --html writes it.\n", markup=False)
+                print(f"{sheet.title}: too wide to be shown here; --html writes it.\n")
                 continue
             for part in parts:
                 console.print(part.rich())
         for claim in side.claims:
-            console.print(f"- {claim}", markup=False, highlight=False)
+            print(f"- {claim}")
     outputs = {
         args.html: page,
         args.json: lambda sides: json.dumps(as_dict(sides), indent=2, ensure_ascii=False),
@@ -57,16 +57,16 @@ def main(args):
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(make(sides), encoding="utf-8")
-            console.print(f"Written to {path}", markup=False)
+            print(f"Written to {path}")
     if args.figures is not None:
         folder = Path(args.figures)
         folder.mkdir(parents=True, exist_ok=True)
         for name, svg in drawings(sides).items():
             (folder / name).write_text(svg, encoding="utf-8")
-        console.print(f"Written to {folder}: {', '.join(drawings(sides))}", markup=False)
+        print(f"Written to {folder}: {', '.join(drawings(sides))}")
 
 
-def find_runs(args, fetched, console):
+def find_runs(args, fetched):
     """The folders among `args.runs` that hold a finished run, and the runs of W&B."""
     filters = None
     if args.filters is not None:
@@ -80,7 +80,7 @@ def find_runs(args, fetched, console):
             if (Path(name) / "run.json").is_file():
                 found.append(name)
             else:
-                console.print(f"{name} is left out: it holds no finished run", markup=False)
+                print(f"{name} is left out: it holds no finished run")
         elif not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
             found += fetch_runs(name, fetched, filters)
         elif not Path(name).exists():

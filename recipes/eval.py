@@ -103,7 +103,8 @@ def main(args):
     path, report = write_report(args.run), Report(args.run)
     if suite is not None:
         for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
-            Console().print(sheet.rich())
+            for part in sheet.parts(Console().width):
+                Console().print(part.rich())
     print(f"The report: {path}")
     tracker = open_run(
         args.run,

@@ -6,6 +6,7 @@ from tiny_run import make_base, make_run
 
 from nli_sft.report.content import Report
 from nli_sft.report.outcome import outcome_sheet
+from nli_sft.report.suite import suite_sheets
 
 RESOURCES = {"seconds": 90.0, "processes": [{"peak_ram_bytes": 2**30, "device": None}] * 2}
 
@@ -51,3 +52,38 @@ def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
         assert all(cell in text for cell in row)
     for word in ("premises", "premise", "never", "lexical"):
         assert word in text
+
+
+def test_unconstrained_generation_is_explained(evaluation):
+    for model in ("base", "tuned"):
+        evaluation.summary[model]["free_generation"] = {"n": 6, "accuracy": 0.5, "invalid_share": 0.25}
+    rows = rows_of(evaluation)
+    assert rows["unconstrained: right"][:3] == ["6", "50.0%", "50.0%"]
+    assert rows["unconstrained: no label"][:3] == ["6", "25.0%", "25.0%"]
+    note = outcome_sheet(evaluation, RESOURCES).note
+    assert note.startswith(
+        "Unconstrained generation: the model may say anything; an answer that names no single label"
+    )
+    assert note.endswith("Training: 90 s, 2.00 GiB of RAM")
+
+
+def test_a_suite_keeps_the_names_of_its_sets_on_a_narrow_terminal(evaluation):
+    evaluation.metrics["hypothesis_only"] = evaluation.metrics["tuned"]
+    part = "lexical_overlap, non-entailment"
+    for model in ("base", "tuned"):
+        evaluation.summary[model]["by_subset"] = {part: {"n": 6, "accuracy": 0.5}}
+    suite = {
+        "suite": "stress",
+        "order": ["snli", "gone"],
+        "judged": {"snli": evaluation.key},
+        "missing": {"gone": "?"},
+    }
+    sheet = suite_sheets(suite, [evaluation])[0]
+    console = Console(width=80, record=True, file=io.StringIO())
+    for one in sheet.parts(80):
+        console.print(one.rich())
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    for row in sheet.rows:
+        assert text.count(f" {row[0]} ") >= len(sheet.parts(80)), row[0]
+        assert all(cell in text for cell in row)

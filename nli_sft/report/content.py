@@ -240,7 +240,8 @@ class Evaluation:
             return None
         before, after = free
         return (
-            f"Free to say anything, the base model names no single label in {before['invalid_share']:.1%} of "
+            "In unconstrained generation, where a model may say anything, the base model names no single label in "
+            f"{before['invalid_share']:.1%} of "
             f"{before['n']} answers and is right in {before['accuracy']:.1%}; the tuned model names none in "
             f"{after['invalid_share']:.1%} and is right in {after['accuracy']:.1%}."
         )
@@ -280,8 +281,8 @@ class Evaluation:
         before, after = self.summary.get("base", {}), self.summary.get("tuned", {})
         if before.get("free_generation") and after.get("free_generation"):
             free = before["free_generation"], after["free_generation"]
-            rows.append(("Free: accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
-            rows.append(("Free: no single label", *(f"{f['invalid_share']:.1%}" for f in free)))
+            rows.append(("Unconstrained generation: accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
+            rows.append(("Unconstrained generation: no single label", *(f"{f['invalid_share']:.1%}" for f in free)))
         return rows
 
 

@@ -14,6 +14,7 @@ COLUMNS = {
     "shuffled": "tuned, other premises",
     "hypothesis_only": "never saw a premise",
 }
+UNCONSTRAINED = "Unconstrained generation: the model may say anything; an answer that names no single label is wrong."
 
 
 def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
@@ -37,12 +38,14 @@ def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
     free = [evaluation.summary.get(model, {}).get("free_generation") for model in models]
     if any(free):
         asked = next(answers["n"] for answers in free if answers)
-        for name, key in (("free: right", "accuracy"), ("free: no label", "invalid_share")):
+        for name, key in (("unconstrained: right", "accuracy"), ("unconstrained: no label", "invalid_share")):
             rows.append([name, f"{asked:,}", *(f"{answers[key]:.1%}" if answers else NONE for answers in free)])
     seconds = [evaluation.summary.get(model, {}).get("seconds") for model in models]
     rows.append(["time to score", "", *(NONE if s is None else duration(s) for s in seconds)])
     costs = (("Training", trained), ("Evaluation", evaluation.summary.get("resources", {})))
     note = ". ".join(f"{what}: {_cost(resources)}" for what, resources in costs if resources)
+    if any(free):
+        note = f"{UNCONSTRAINED} {note}".strip()
     return Sheet(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
 
 

@@ -80,7 +80,15 @@ def test_the_demo_ends_with_a_table_that_fits(demo):
     start = next(number for number, line in enumerate(lines) if line.strip() == "demo test: accuracy")
     table = lines[start : next(n for n, line in enumerate(lines) if line.startswith("The report: "))]
     assert max(map(len, table)) <= 80
-    for name in ("all pairs", "95% interval", "easy", "hard", "rule: action", "rule: weather", "free: no label"):
+    for name in (
+        "all pairs",
+        "95% interval",
+        "easy",
+        "hard",
+        "rule: action",
+        "rule: weather",
+        "unconstrained: no label",
+    ):
         assert any(line.strip().startswith(name) for line in table), name
     whole = next(line.split() for line in table if line.strip().startswith("all pairs"))
     assert whole[2] == "120"
