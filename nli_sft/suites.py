@@ -13,17 +13,23 @@ import difflib
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
+from functools import cache
 from pathlib import Path
 
 from datasets import Dataset
+from huggingface_hub import constants, get_session
 
 from . import UserError
 from .configs import DataConfig, EvalConfig, read_yaml
+from .demo import is_demo
 from .evaluation import Checks
 from .files import SUFFIXES
 from .labels import LABELS
 from .runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
-from .sources import EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
+from .sources import URL, EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
+
+# How long the Hub may take to answer.
+HUB_SECONDS = 5
 
 
 @dataclass
@@ -140,6 +146,11 @@ def _load(
     if elsewhere is None:
         where = "" if args.suite_root is None else f" {args.suite_root}"
         raise SourceMissing(f"there is no {name} in suite_root{where}")
+    if not (URL.match(elsewhere) or is_demo(elsewhere) or fetch(elsewhere).exists() or hub_answers()):
+        raise SourceMissing(
+            f"{elsewhere}: the Hub is out of reach, and no such path is here; HF_HUB_OFFLINE=1 takes what was fetched "
+            f"before"
+        )
     split = one.split
     if fetch(elsewhere).is_file() and not has_split(elsewhere, split or "test"):
         split = None
@@ -155,6 +166,18 @@ def _load(
         dropped=dropped,
     )
     return elsewhere, split, pairs
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, asked once: the datasets library would try half a minute for each set."""
+    if constants.HF_HUB_OFFLINE:
+        return True  # then nothing is asked for, and what was fetched before is taken
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # of the HTTP client, of proxies, of the operating system
+        return False
+    return True
 
 
 def _in_root(name: str, args: EvalConfig) -> str | None:

@@ -10,7 +10,7 @@ from loopback_hub import LoopbackHub
 from published_sets import publish, three_pairs
 from tiny import write_jsonl
 
-from nli_sft import UserError
+from nli_sft import UserError, sources, suites
 from nli_sft.configs import EvalConfig
 from nli_sft.labels import LABELS
 from nli_sft.sources import pairs_dataset
@@ -65,7 +65,7 @@ def test_a_suite_takes_files_by_name_of_the_set_and_tells_what_is_missing(tmp_pa
     assert sets[0].split == "test", "the split that a suite names is that of its Hub set"
     assert list(sets[1].pairs["hypothesis"]) == ["Hypothesis 0.", "Hypothesis 2.", "Hypothesis 4."]
     assert set(missing) == {"fourth", "fifth"}
-    assert "not on the Hub, or the Hub is out of reach" in missing["fourth"]
+    assert "the Hub is out of reach" in missing["fourth"]
     assert missing["fifth"] == f"there is no fifth in suite_root {root}"
     (root / "fifth").mkdir()
     _, missing = load_suite_sets(suite, EvalConfig(run="run", suite="own", suite_root=str(root)))
@@ -163,6 +163,32 @@ def test_a_suite_is_not_mixed_with_other_sources():
         EvalConfig(run="run", suite="stress", sources=["a.jsonl"])
     with pytest.raises(UserError, match="name one with --suite"):
         EvalConfig(run="run", suite_root="folder")
+
+
+def test_the_hub_is_asked_once_whether_it_answers(tmp_path, monkeypatch):
+    asked = []
+
+    class Unreachable:
+        def head(self, url, timeout):
+            asked.append((url, timeout))
+            raise OSError("no route to host")
+
+    def load(source, *_, **__):
+        raise AssertionError(f"{source} was asked for")
+
+    write_jsonl(tmp_path / "here.jsonl", rows())
+    text = f"sets: {{here: {{dataset_name: {tmp_path / 'here.jsonl'}}}, "
+    suite = suite_file(tmp_path, text + "one: {dataset_name: nobody/one}, two: {dataset_name: nobody/two}}")
+    monkeypatch.setattr(suites, "get_session", Unreachable)
+    monkeypatch.setattr(suites.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(sources, "get_dataset_split_names", load)
+    suites.hub_answers.cache_clear()
+    sets, missing = load_suite_sets(suite, EvalConfig(run="run", suite="own"))
+    suites.hub_answers.cache_clear()
+    assert [one.name for one in sets] == ["here"]
+    assert set(missing) == {"one", "two"}
+    assert missing["two"].startswith("nobody/two: the Hub is out of reach, and no such path is here")
+    assert asked == [(suites.constants.ENDPOINT, suites.HUB_SECONDS)]
 
 
 # Loads a suite as recipes/eval.py does, in a process of its own: where the Hub is cannot be changed later.
