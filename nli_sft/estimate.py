@@ -43,7 +43,7 @@ from .configs import AUTO, BATCH_TOKENS, BatchConfig
 from .launchers import launched_with
 from .models import adapter_config
 from .precision import Precision
-from .prompts import Prompt, PromptEncoder
+from .prompts import Prompt, PromptEncoder, row_lengths
 from .trainer import PairSampler, SharedBatches, TokenRows, TrieCollator
 from .trie import row_tokens, unsupported_reason
 
@@ -290,12 +290,12 @@ def measure_batches(
     config: PretrainedConfig, training_args: SFTConfig, batch_args: BatchConfig, encoder: PromptEncoder, rows: Dataset
 ) -> list[Batch]:
     """The first batches of one device, in the order of the training."""
-    longest = max(map(len, rows["input_ids"]))
+    longest = int(row_lengths(rows).max())
     length = _row_tokens(config, batch_args, longest, encoder.instruction_tokens)
     pairs, processes = training_args.per_device_train_batch_size, training_args.world_size
     if length is None:
         return [Batch(pairs, longest, pairs * max(map(len, encoder.answers)), cut=False)]
-    groups = rows["premise"] if batch_args.group_by_premise else range(len(rows))
+    groups = rows["premise"][:] if batch_args.group_by_premise else range(len(rows))
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     batches = SharedBatches(PairSampler(groups, seed), pairs * processes, 0, processes, drop_last=False)
     pack = TrieCollator(encoder.answers, length, max_batch_tokens=pairs * longest * length)  # in one part

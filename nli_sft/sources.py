@@ -260,7 +260,7 @@ def load_train_and_validation(
         train = subsample(train, args.max_train_samples, seed)
     train = _with_source(train, args.dataset_name)
     if args.train_mix:
-        train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"]), dropped=left_out)
+        train = mix(train, args.train_mix, seed=seed, held_out=set(validation["premise"][:]), dropped=left_out)
     for reasons in left_out.values():
         dropped.update(reasons)
     if args.balance is not None:
@@ -270,7 +270,7 @@ def load_train_and_validation(
         dropped["left_out_for_balance"] += before - len(train)
     if drawn is not None:
         for source, reasons in left_out.items():
-            labels = np.asarray(train["label"])[np.asarray(train["source"]) == source]
+            labels = np.asarray(train["label"][:])[np.asarray(train["source"][:]) == source]
             counts = np.bincount(labels, minlength=len(LABELS)).tolist()
             by_label = dict(zip(train.features["label"].names, counts, strict=False))
             drawn[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
@@ -283,14 +283,14 @@ def load_train_and_validation(
 def _check_labels(source: str, train: Dataset, validation: Dataset) -> None:
     """Refuse to train on one label; warn of labels that neither training nor validation pairs have."""
     names = train.features["label"].names
-    there = {names[label] for label in set(train["label"])}
+    there = {names[label] for label in set(train["label"][:])}
     if len(there) == 1:
         raise UserError(
             f"{source}: all {len(train):,} training pairs have the label {there.pop()}, so there is nothing to learn; "
             f"are label_column and label_spellings right?"
         )
     for what, pairs in (("training", train), ("validation", validation)):
-        missing = [name for index, name in enumerate(names) if index not in set(pairs["label"])]
+        missing = [name for index, name in enumerate(names) if index not in set(pairs["label"][:])]
         if missing:
             logger.warning("%s: none of the %s pairs has the label %s", source, what, " or ".join(missing))
 
@@ -331,8 +331,8 @@ def load_calibration_pairs(
     except SourceMissing as error:
         logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
         return None
-    judged = set().union(*(one.pairs["premise"] for one in sets))
-    premises = validation["premise"]
+    judged = set().union(*(one.pairs["premise"][:] for one in sets))
+    premises = validation["premise"][:]
     pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
     if len(pairs) < FEWEST_TO_CALIBRATE:
         logger.warning(
@@ -479,7 +479,7 @@ def mix(
         other = load_pairs(source, "train", dropped=dropped[source])
         if other.features["label"].num_classes != len(LABELS):
             raise UserError(f"train_mix: {source} has two labels, and training needs {', '.join(LABELS)}")
-        premises = other["premise"]
+        premises = other["premise"][:]
         fresh = other.select([index for index, premise in enumerate(premises) if premise not in held_out])
         if len(fresh) < len(other):
             dropped[source]["mixed_premise_in_validation"] += len(other) - len(fresh)
@@ -497,7 +497,7 @@ def mix(
 
 def balance_labels(pairs: Dataset, seed: int) -> Dataset:
     """As many pairs of each label as the rarest has, taken premise by premise in seeded order."""
-    counts = np.bincount(pairs["label"], minlength=pairs.features["label"].num_classes)
+    counts = np.bincount(pairs["label"][:], minlength=pairs.features["label"].num_classes)
     if counts.min() == 0:
         missing = pairs.features["label"].names[counts.argmin()]
         raise UserError(f"balance: no training pair has the label {missing}, so balancing by label leaves none at all")
@@ -507,7 +507,7 @@ def balance_labels(pairs: Dataset, seed: int) -> Dataset:
 def balance_premises(pairs: Dataset, seed: int) -> Dataset:
     """At most one pair of each label on each premise, so that no scene is told more often than others."""
     kept: dict[tuple[str, int], int] = {}
-    premises, labels = pairs["premise"], pairs["label"]
+    premises, labels = pairs["premise"][:], pairs["label"][:]
     for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         kept.setdefault((premises[index], labels[index]), index)
     return pairs.select(sorted(kept.values()))
@@ -521,7 +521,7 @@ def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
     """
     if n >= len(pairs):
         return pairs
-    labels = np.asarray(pairs["label"])
+    labels = np.asarray(pairs["label"][:])
     counts = np.bincount(labels, minlength=pairs.features["label"].num_classes)
     # Largest remainders: the quotas add up to n exactly.
     exact = n * counts / counts.sum()
@@ -532,7 +532,7 @@ def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
 
 def _take(pairs: Dataset, quotas: np.ndarray, seed: int) -> Dataset:
     """So many pairs of each label, premise by premise in seeded order."""
-    labels, quotas, chosen = np.asarray(pairs["label"]), quotas.copy(), []
+    labels, quotas, chosen = pairs["label"][:], quotas.tolist(), []
     for index in _premise_order(pairs, seed):
         if quotas[labels[index]]:
             quotas[labels[index]] -= 1
@@ -543,7 +543,7 @@ def _take(pairs: Dataset, quotas: np.ndarray, seed: int) -> Dataset:
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
     """Split into (kept, held out) such that no premise is in both; for sources that bring no validation split."""
     order = _premise_order(pairs, seed)
-    premises = list(pairs["premise"])
+    premises = pairs["premise"][:]
     cut = max(1, round(len(order) * fraction))
     while cut < len(order) and premises[order[cut]] == premises[order[cut - 1]]:
         cut += 1
@@ -564,7 +564,7 @@ def fingerprint(pairs: Dataset) -> str:
 
 def text_keys(pairs: Dataset) -> np.ndarray:
     """(n,) unsigned 64-bit numbers, the same for pairs whose texts differ in case and white space at most."""
-    texts = zip(pairs["premise"], pairs["hypothesis"], strict=True)
+    texts = zip(pairs["premise"][:], pairs["hypothesis"][:], strict=True)
     keys = ["\n".join(" ".join(text.casefold().split()) for text in pair) for pair in texts]
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, dtype=np.uint64)
@@ -572,9 +572,10 @@ def text_keys(pairs: Dataset) -> np.ndarray:
 
 def _premise_order(pairs: Dataset, seed: int) -> list[int]:
     """Row numbers with the rows of a premise together and the premises in seeded order."""
-    _, premise_ids = np.unique(np.asarray(pairs["premise"], dtype=object), return_inverse=True)
-    shuffled = np.random.default_rng(seed).permutation(premise_ids.max() + 1)
-    return np.argsort(shuffled[premise_ids], kind="stable").tolist()
+    premises = pairs["premise"][:]
+    number = {premise: number for number, premise in enumerate(sorted(set(premises)))}
+    shuffled = np.random.default_rng(seed).permutation(len(number))
+    return np.argsort(shuffled[[number[premise] for premise in premises]], kind="stable").tolist()
 
 
 def _looks_like_path(source: str) -> bool:
