@@ -36,7 +36,7 @@ from nli_sft.models import adapter_config, apply_template, count_parameters, loa
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.report.figures import speeds
 from nli_sft.sources import load_pairs, subsample
-from nli_sft.trainer import NLITrainer, PairSampler, TokenRows
+from nli_sft.trainer import NLITrainer, PairSampler, TokenRows, TrieCollator
 
 # The first three are TRL's. Compiling takes a minute before it pays.
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]
@@ -249,13 +249,14 @@ def tokens_per_pair(rows, encoder, batch, collator):
     """(nodes of the tries, what the model is fed with padding), a pair, in batches in the order of the rows."""
     tokens = TokenRows(rows, encoder.answers)
     prompts, gold = [tokens.prompt(index) for index in range(len(tokens))], tokens.gold.tolist()
+    given = tokens if isinstance(collator, TrieCollator) else rows
     nodes = fed = 0
     for start in range(0, len(rows), batch):
         part = slice(start, start + batch)
         nodes += trie.pack_training(prompts[part], [encoder.answers[label] for label in gold[part]], 2**20)[
             "trie_tokens"
         ]
-        inputs = collator([rows[index] for index in range(*part.indices(len(rows)))])
+        inputs = collator([given[index] for index in range(*part.indices(len(rows)))])
         fed += sum(piece["input_ids"].numel() for piece in inputs.get("parts", [inputs]))
     return nodes / len(rows), fed / len(rows)
 
