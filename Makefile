@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: demo setup test check
+.PHONY: demo setup test test-fast check
 
 # The main job from end to end on a bare machine: no GPU, no Hub, no account.
 demo: setup
@@ -23,6 +23,10 @@ setup: .venv/installed
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# Without the tests that launch scripts, which take most of the time.
+test-fast: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/recipes --ignore tests/test_readme.py
 
 check: setup
 	$(BIN)/ruff check .
