@@ -9,6 +9,7 @@ import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsan
 
 from pathlib import Path
 
+import datasets
 from accelerate import PartialState
 from rich.console import Console
 from transformers import TrainingArguments
@@ -31,6 +32,7 @@ from nli_sft.tracking import open_run
 
 
 def main(args):
+    datasets.disable_progress_bars()  # the bars that count are those of the evaluation
     PartialState(cpu=default_device().type == "cpu")  # accelerate joins processes on a CPU only if it is told
     resources = ResourceRecorder()
     recipe, prompt, record = read_run(args.run)
