@@ -307,6 +307,8 @@ def test_a_server_that_goes_away_midway_costs_no_training(tmp_path, monkeypatch)
     assert (tmp_path / "run" / "run.json").is_file()
 
 
+# W&B's own thread asks a service that is gone
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_tracker_that_dies_is_told_of_once_and_the_training_ends_well(tmp_path, caplog):
     def die():
         import psutil
