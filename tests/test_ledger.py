@@ -285,6 +285,7 @@ def test_every_form_says_the_same(six, tmp_path):
     assert accuracies.rows[1][1] == "81.0%\n(77.3–84.2)"
     assert len({len(row) for row in [accuracies.columns, *accuracies.rows]}) == 1
     html = page(sides)
+    assert html.count("<caption>") == html.count('<div class="scroll"><table>') > 0
     assert "other &lt;prompt&gt; | x" in html
     assert html.count("data:image/svg+xml;base64,") == 5
     assert "http://" not in html.replace("http://www.w3.org", "")

@@ -203,7 +203,9 @@ def test_only_the_surest_are_told_and_the_rest_counted(tmp_path):
 
 
 def test_one_file_that_fetches_nothing(nine):
-    page = Page(write_report(nine).read_text(encoding="utf-8"))
+    html = write_report(nine).read_text(encoding="utf-8")
+    assert html.count("<caption>") == html.count('<div class="scroll"><table') > 0
+    page = Page(html)
     assert page.images
     assert all(source.startswith("data:") for source in page.fetched)
     assert all(len(image["alt"]) > 40 for image in page.images)
