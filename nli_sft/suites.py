@@ -71,16 +71,18 @@ def load_suite(name: str, folder: Path) -> Suite:
     if not path.is_file():
         there = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise UserError(f"suite: {name!r} is neither a .yaml file that is there nor one of {there}")
-    content = read_yaml(path)
+    content, written = read_yaml(path), read_yaml(path, as_written=True)
     checks = [f.name for f in fields(Checks)]
     if not isinstance(content.get("sets"), dict) or not content["sets"]:
         raise UserError(f"{path}: a suite has the key sets, with one or more sets by name, and may have {checks}")
     _check_keys(path, content, ["sets", *checks])
     known = [f.name for f in fields(SuiteSet) if f.name != "name"]
     sets = []
-    for set_name, entry in content["sets"].items():
+    for (set_name, entry), as_written in zip(content["sets"].items(), written["sets"].values(), strict=True):
         entry = entry or {}
         _check_keys(f"{path}, set {set_name}", entry, known)
+        if entry.get("label_spellings"):  # yes and no are words here, as in recipes
+            entry = entry | {"label_spellings": as_written["label_spellings"]}
         sets.append(SuiteSet(name=set_name, **entry))
         if sets[-1].part_of not in (None, *(one.name for one in sets[:-1])):
             raise UserError(f"{path}, set {set_name}: part_of {sets[-1].part_of!r} is not a set listed before it")

@@ -289,3 +289,9 @@ def test_a_set_that_is_a_loading_script_is_told_with_where_its_tables_may_be(tmp
         sets, missing = load_apart(own, hub, tmp_path / "cache")
     assert missing["script"].startswith("owner/script is a loading script, which the datasets library no longer runs")
     assert [row["label"] for row in sets["tables"]["rows"]] == [0, 1, 2]
+
+
+def test_spellings_stay_as_they_are_written(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("sets:\n  mine: {dataset_name: mine.csv, label_spellings: [yes, maybe, no]}\n")
+    assert load_suite(str(path), tmp_path).sets[0].label_spellings == ["yes", "maybe", "no"]
