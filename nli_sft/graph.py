@@ -9,13 +9,14 @@ longer than running them, so the device waits. A CUDA graph holds the launches, 
 
 A step is some passes and one update, so accumulation of gradients and batches in parts need nothing more. A graph
 reads and writes fixed addresses: rows are padded to one of a few shapes and copied to where the graph reads them, and
-what changes from step to step (learning rate, number of labelled tokens) is a tensor. The first pass of a shape and
-the first update run without a graph: they compile, choose kernels and make the optimizer's state. The second is
+what changes from step to step (learning rate, number of labelled tokens) is a tensor. The first passes of a shape and
+the first update run without a graph: they compile, choose kernels and make the optimizer's state. The next is
 recorded. All graphs share one memory pool, since they never run at the same time.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -38,20 +39,21 @@ def round_up(count: int) -> int:
     return -(-count // step) * step
 
 
-def pass_shape(part: Mapping[str, Tensor], row_length: int) -> Shape:
+def pass_shape(part: Mapping[str, Tensor], usual: tuple[int, int]) -> Shape:
     """The shape to which a pass is padded.
 
     Args:
         part: `input_ids` of (rows, length) and `predict` of (P,).
-        row_length: the length of most rows. Longer ones are padded to a multiple of 128 of their own.
+        usual: the rows of most passes, to which somewhat smaller ones are padded too, and their length. Longer rows
+            are padded to a multiple of 128 of their own.
     """
     rows, length = part["input_ids"].shape
-    if length > row_length:
-        row_length = -(-length // 128) * 128
+    usual_rows, usual_length = usual
+    rows = usual_rows if usual_rows * 5 <= rows * 8 <= usual_rows * 8 else round_up(rows)
     labelled = 1 << (len(part["predict"]) - 1).bit_length()
     if len(part["predict"]) <= labelled * 3 // 4:
         labelled = labelled * 3 // 4
-    return round_up(rows), row_length, max(64, labelled)
+    return rows, usual_length if length <= usual_length else -(-length // 128) * 128, max(64, labelled)
 
 
 def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
@@ -112,6 +114,8 @@ class StepGraphs:
         optimizer: its `step` is replaced until `close`, and also clips and zeroes the gradients. It is recorded if it
             is fused (`torch.optim.AdamW(fused=True)`), and otherwise called as it is.
         max_grad_norm: gradients are clipped to this norm; not at all by 0 or less.
+        compiled: whether parts of the model are compiled. A shape that comes once, such as that of an epoch's last
+            batch, is not worth compiling for, so its first pass does without.
 
     Attributes:
         loss: (), the sum of the losses of the passes since `start_batch`.
@@ -127,12 +131,15 @@ class StepGraphs:
         parameters: list[torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
+        compiled: bool = False,
     ):
         self.loss_and_figures = loss_and_figures
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.optimizer = optimizer
         self.max_grad_norm = max_grad_norm
+        self._compiled = compiled
+        self._seen: dict[Shape, int] = {}
         device = self.parameters[0].device
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.loss = torch.zeros((), device=device)
@@ -177,9 +184,12 @@ class StepGraphs:
             inputs = {name: torch.empty_like(values, device=self.loss.device) for name, values in part.items()}
         for name, values in part.items():
             inputs[name].copy_(values, non_blocking=True)
-        if shape not in self._inputs:
-            self._with_gradients(lambda: self._pass(inputs))
+        seen = self._seen.setdefault(shape, 0)
+        if seen < 1 + self._compiled:
+            with torch.compiler.set_stance("force_eager") if self._compiled and seen == 0 else nullcontext():
+                self._with_gradients(lambda: self._pass(inputs))
             self._inputs[shape] = inputs
+            self._seen[shape] += 1
             return
         if shape not in self._passes:
             self._passes[shape] = self._record(lambda: self._pass(inputs))
@@ -221,6 +231,7 @@ class StepGraphs:
     def forget(self) -> None:
         """Drop the graphs with their memory, and the gradients of a step that is to be done again."""
         self._inputs.clear()
+        self._seen.clear()
         self._passes.clear()
         self._recorded_update = None
         torch._foreach_zero_(self.gradients)
@@ -281,13 +292,13 @@ class ScoringGraphs:
     Args:
         score: from the tensors of a pass, log-probabilities of (pairs, labels, longest answer).
         pairs: to this number of pairs every pass is padded.
-        row_length: as for `pass_shape`.
+        row_length: of most rows.
     """
 
     def __init__(self, score: Callable[[Mapping[str, Tensor]], Tensor], pairs: int, row_length: int):
         self.score = score
         self.pairs = pairs
-        self.row_length = row_length
+        self.usual = (1, row_length)
         self.pool = torch.cuda.graph_pool_handle()
         self._inputs: dict[Shape, dict[str, Tensor]] = {}
         self._passes: dict[Shape, tuple[Callable[[], None], Tensor]] = {}
@@ -297,7 +308,7 @@ class ScoringGraphs:
         """Pad the tensors of `trie.pack_scoring` to one of a few shapes."""
         labels = torch.full((1, len(batch["predict"])), IGNORE_INDEX)
         part = {**batch, "shift_labels": labels}
-        padded = pad_pass(part, pass_shape(part, self.row_length))
+        padded = pad_pass(part, pass_shape(part, self.usual))
         nodes = batch["answer_nodes"]
         padded["answer_nodes"] = torch.cat([nodes, nodes.new_zeros(self.pairs - len(nodes), *nodes.shape[1:])])
         padded["answer_ids"] = batch["answer_ids"]
@@ -305,7 +316,7 @@ class ScoringGraphs:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Score a batch from `pad`: (`pairs`, labels, longest answer), a new tensor on the device."""
-        shape = pass_shape(batch, self.row_length)
+        shape = pass_shape(batch, self.usual)
         inputs = self._inputs.get(shape)
         if inputs is None or self._gave_up:
             self._inputs[shape] = {name: values.to("cuda", non_blocking=True) for name, values in batch.items()}

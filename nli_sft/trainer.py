@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 from contextlib import nullcontext
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 import numpy as np
 import torch
@@ -127,7 +127,7 @@ class NLITrainer(ResumableTrainer):
             return False
         reason = self._why_no_graphs()
         if reason is None:
-            self.data_collator.row_length = self.max_row_tokens
+            self.data_collator.usual = self._usual_shape()
             self.args.logging_nan_inf_filter = False  # it waits for the device at every step
             self._checkpoint_without_random_state()
         elif wanted == "true":
@@ -154,6 +154,17 @@ class NLITrainer(ResumableTrainer):
         if args.activation_offloading:
             return "activation_offloading waits for copies within a step"
         return None
+
+    def _usual_shape(self) -> tuple[int, int]:
+        """The rows of most passes and their length, the same when a training is resumed: see `graph.pass_shape`."""
+        rows = TokenRows(self.train_dataset, self.encoder.answers)
+        batches = BatchSampler(self._get_train_sampler(), self.args.train_batch_size, drop_last=False)
+        parts = [
+            part
+            for batch in islice(batches, 32)
+            for part in self.data_collator([rows[index] for index in batch])["parts"]
+        ]
+        return max(len(part["input_ids"]) for part in parts), self.max_row_tokens
 
     def _has_dropout(self) -> bool:
         modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
@@ -270,6 +281,7 @@ class NLITrainer(ResumableTrainer):
                 list(self.model.parameters()),
                 getattr(self.optimizer, "optimizer", self.optimizer),
                 self.args.max_grad_norm,
+                self.args.torch_compile,
             )
             # To look through all modules for gradients that are not there takes longer than the rest of the step.
             self.model.zero_grad = lambda set_to_none=True: None
@@ -279,7 +291,7 @@ class NLITrainer(ResumableTrainer):
         for part in self._parts(inputs):
             self._tokens += part["tokens"]
             tensors = {name: part[name] for name in graph.PASS_TENSORS}
-            shape = graph.pass_shape(tensors, self.max_row_tokens)
+            shape = graph.pass_shape(tensors, self.data_collator.usual)
             self._graphs.run_pass(graph.pad_pass(tensors, shape), shape)
         return self._graphs.loss
 
@@ -520,7 +532,7 @@ class TrieCollator:
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
 
     Attributes:
-        row_length: set to pad the parts to the few shapes of `graph.pass_shape`.
+        usual: set to pad the parts to the few shapes of `graph.pass_shape`.
 
     Returns:
         A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
@@ -534,7 +546,7 @@ class TrieCollator:
         self.answers = answers
         self.max_row_tokens = max_row_tokens
         self.max_batch_tokens = max_batch_tokens
-        self.row_length: int | None = None
+        self.usual: tuple[int, int] | None = None
 
     def __call__(self, rows: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor | list]:
         prompts, gold = zip(*rows, strict=True)
@@ -553,8 +565,8 @@ class TrieCollator:
             )
         ]
         labels = torch.cat([part["shift_labels"] for part in parts], dim=1)
-        if self.row_length is not None:
-            parts = [part | graph.pad_pass(part, graph.pass_shape(part, self.row_length)) for part in parts]
+        if self.usual is not None:
+            parts = [part | graph.pad_pass(part, graph.pass_shape(part, self.usual)) for part in parts]
         # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
         return {"parts": parts, "labels": labels, "shift_labels": labels}
 

@@ -339,7 +339,7 @@ def start_memory_count():
 
 
 def peak_memory():
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
 
 
 def speed_table(title, methods):

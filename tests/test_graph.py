@@ -4,11 +4,13 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig
 from test_trainer import LORA, logged, trainer
 from tiny import few_pairs, tiny_llama
 from trl import SFTConfig
 
 from nli_sft import UserError, graph
+from nli_sft.decoding import score_prompts, scoring_graphs
 from nli_sft.prefetch import prefetch
 from nli_sft.prompts import PROMPTS, PromptEncoder
 from nli_sft.trainer import NLITrainer, TokenRows, TrieCollator
@@ -138,12 +140,12 @@ def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
     rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
     (part,) = TrieCollator(encoder.answers, 160, 10**6)(rows)["parts"]
     own = {name: part[name] for name in graph.PASS_TENSORS}
-    shape = graph.pass_shape(own, 256)
+    shape = graph.pass_shape(own, (1, 256))
     padded = graph.pad_pass(own, shape)
     assert shape[1] == 256
     assert padded["input_ids"].shape == shape[:2]
     assert len(padded["predict"]) == shape[2] > len(part["predict"])
-    assert graph.pass_shape(padded, 256) == shape
+    assert graph.pass_shape(padded, (1, 256)) == shape
     assert graph.pad_pass(padded, shape)["exit"] is padded["exit"]  # padded once, and not again
     model = tiny_llama(len(chatml))
     run = NLITrainer.__new__(NLITrainer)
@@ -165,8 +167,9 @@ def test_shapes_are_few():
     assert all(count <= up <= count * 9 / 8 + 1 for count, up in zip(range(1, 65), rounded, strict=True))
     assert len(set(rounded)) == 8 + 8 * 3
     rows = {"input_ids": torch.zeros(3, 300), "predict": torch.zeros(70)}
-    assert graph.pass_shape(rows, 256) == (3, 384, 96)  # a pair longer than most rows
-    assert graph.pass_shape(rows, 512) == (3, 512, 96)
+    assert graph.pass_shape(rows, (1, 256)) == (3, 384, 96)  # a pair longer than most rows
+    assert graph.pass_shape(rows, (4, 512)) == (4, 512, 96)
+    assert graph.pass_shape(rows, (5, 512)) == (3, 512, 96)  # too much padding
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true"])
@@ -205,3 +208,78 @@ def test_a_consumer_that_stops_early_ends_the_thread():
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
+
+
+GPU = {"use_cpu": False, "optim": "adamw_torch_fused", "max_steps": 12, "logging_steps": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("peft_config", "batch_options", "options"),
+    [
+        (None, {}, {}),
+        (LORA, {}, {}),
+        (None, {"max_batch_tokens": 128}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
+        (None, {}, {"gradient_checkpointing": True}),
+        (None, {}, {"torch_compile": True}),
+    ],
+    ids=["full", "lora", "parts and accumulation", "checkpointing", "compiled"],
+)
+def test_recorded_steps_train_as_others_do(chatml, tmp_path, peft_config, batch_options, options):
+    """In float32, on a GPU: the same losses, gradient norms and weights."""
+    runs = {}
+    for wanted in ("true", "false"):
+        given = {**batch_options, "cuda_graph": wanted}
+        runs[wanted] = trainer(
+            chatml, tmp_path, peft_config=peft_config, batch_options=given, **GPU, **options, learning_rate=1e-3
+        )
+        runs[wanted].train()
+    for key in ("loss", "grad_norm"):
+        assert logged(runs["true"], key) == pytest.approx(logged(runs["false"], key), rel=1e-3), key
+    for name, parameter in runs["false"].model.named_parameters():
+        torch.testing.assert_close(runs["true"].model.get_parameter(name), parameter, rtol=1e-2, atol=2e-4)
+    assert runs["true"].evaluate()["eval_loss"] == pytest.approx(runs["false"].evaluate()["eval_loss"], rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_dropout_and_noise_are_drawn_anew_at_every_replay(chatml, tmp_path):
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = GPU | {"learning_rate": 0.0, "gradient_checkpointing": False, "neftune_noise_alpha": 20.0}
+    options |= {"per_device_train_batch_size": 36}  # every step has all pairs
+    run = trainer(chatml, tmp_path, peft_config=lora, batch_options={"cuda_graph": "true"}, **options)
+    run.train()
+    assert len(set(logged(run, "loss")[4:])) == 8
+
+
+@pytest.mark.gpu
+def test_a_step_that_waits_for_the_device_is_trained_without_graphs(chatml, tmp_path, caplog):
+    run = trainer(chatml, tmp_path, **GPU)
+    compute = run._trie_loss
+    run._trie_loss = lambda *args: (lambda loss, figures: (loss * (1 if loss.item() else 2), figures))(*compute(*args))
+    run.train()
+    assert "without CUDA graphs: the step cannot be recorded" in caplog.text
+    assert run.state.global_step == 12
+    plain = trainer(chatml, tmp_path, batch_options={"cuda_graph": "false"}, **GPU)
+    plain.train()
+    assert logged(run, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-2)
+
+
+@pytest.mark.gpu
+def test_scores_by_graph_are_those_of_a_pass(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    pairs = few_pairs(6)
+    prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
+    model = tiny_llama(len(chatml)).cuda()
+    options = {"batch_size": 8, "max_row_tokens": 256}
+    expected = score_prompts(model, prompts, encoder.answers, 0, **options)
+    graphs = scoring_graphs(model, 8, 256)
+    for _ in range(2):
+        scores = score_prompts(model, prompts, encoder.answers, 0, **options, graphs=graphs)
+        torch.testing.assert_close(scores.log_probs, expected.log_probs, rtol=1e-3, atol=1e-4)
+    assert graphs._passes
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    changed = score_prompts(model, prompts, encoder.answers, 0, **options, graphs=graphs)
+    expected = score_prompts(model, prompts, encoder.answers, 0, **options)
+    torch.testing.assert_close(changed.log_probs, expected.log_probs, rtol=1e-3, atol=1e-4)
