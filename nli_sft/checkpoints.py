@@ -249,8 +249,7 @@ class ResumableTrainer(SFTTrainer):
             "metrics": dict(self._metrics["train"]),
         }
 
-    def _restore_progress(self) -> None:
-        progress = _read(Path(self._resumed_from))["progress"]
+    def _restore_progress(self, progress: Mapping[str, object]) -> None:
         self.earlier_seconds = progress["seconds"]
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
@@ -360,7 +359,7 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._trainer._sigterm = False
         if self._trainer._resumed_from is not None:
-            self._trainer._restore_progress()
+            self._trainer._restore_progress(_read(Path(self._trainer._resumed_from))["progress"])
             args.eval_on_start = False  # the base was judged when the run began
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from itertools import chain, islice, repeat
 
@@ -245,7 +246,9 @@ class NLITrainer(ResumableTrainer):
             UserError: where a single row does not fit, or where other processes wait for this one in every pass.
         """
         if self._step_ended:
-            self._step_inputs, self._before_step = [], (self._tokens, self._figures.clone())
+            counts = {name: len(kept) for name, kept in self._metrics["train"].items()}
+            self._step_inputs = []
+            self._before_step = (self._tokens, self._figures.clone(), self._total_train_tokens, counts)
         self._step_inputs.append(inputs)
         self._step_ended = self.accelerator.sync_gradients
         todo = [inputs]
@@ -267,8 +270,10 @@ class NLITrainer(ResumableTrainer):
                 self._graphs.forget()
                 self._scoring = None
             clear_device_cache(garbage_collection=True)
-            self._tokens, figures = self._before_step
+            self._tokens, figures, self._total_train_tokens, counts = self._before_step
             self._figures.copy_(figures)
+            for name, kept in self._metrics["train"].items():
+                del kept[counts.get(name, 0) :]
             todo = self._step_inputs
 
     def _run_batch(self, model, inputs, num_items_in_batch):
@@ -370,12 +375,16 @@ class NLITrainer(ResumableTrainer):
             logits = model(**trie.model_inputs(self.model, part), use_cache=False).logits[0]
         return graph.label_loss(logits, part["shift_labels"][0], labelled, self.args.loss_type)
 
+    def _summed_figures(self) -> list[float]:
+        """The sums of all processes since the last log: those of `graph.label_loss`, and the tokens."""
+        counts = torch.cat([self._figures, self._figures.new_tensor([self._tokens])])
+        return self.accelerator.reduce(counts, reduction="sum").tolist()
+
     def _collect_figures(self) -> None:
         """Pass what tries have counted on to TRL's metrics. Every process must take part."""
         if self.max_row_tokens is None:
             return
-        counts = torch.cat([self._figures, self._figures.new_tensor([self._tokens])])
-        entropy, right, labelled, tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        entropy, right, labelled, tokens = self._summed_figures()
         self._figures.zero_()
         self._tokens = 0
         self._total_train_tokens += int(tokens)
@@ -390,8 +399,14 @@ class NLITrainer(ResumableTrainer):
         super().log(logs, start_time)
 
     def _progress(self) -> dict[str, object]:
-        self._collect_figures()
-        return super()._progress()
+        return super()._progress() | {"figures": self._summed_figures()}
+
+    def _restore_progress(self, progress: Mapping[str, object]) -> None:
+        super()._restore_progress(progress)
+        if self.accelerator.is_main_process:  # the sums are of all processes
+            *figures, tokens = progress["figures"]
+            self._figures.copy_(self._figures.new_tensor(figures))
+            self._tokens = int(tokens)
 
     def evaluation_loop(
         self,
