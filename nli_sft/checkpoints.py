@@ -1,13 +1,14 @@
 """Checkpoints that survive: a training killed at any moment goes on from the newest whole one, to the same weights.
 
 A checkpoint is written under another name and renamed when all of it is on the disk. Its `checkpoint.json` lists every
-file with its size, so that one cut short in another way (a copy that broke off, a deletion that was killed) is
+file with its size and hash, so that one cut short or changed in another way (a copy that broke off, a bad disk) is
 recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens, the time
 that the training has taken so far.
 
 What ends a training leaves a run folder that can go on:
 
     SIGTERM (Slurm's preemption, a shutdown)   saved at the end of the step; exit status 143
+    Ctrl-C                                     likewise, with status 130; the second one ends at once
     SIGKILL, power, a process or worker dying  the newest whole checkpoint stands; other processes end and say so
     a full disk                                what was half written is removed, the one before stands
     a loss or gradient that is not a number    stopped before the weights are changed; the last good checkpoint stands
@@ -25,12 +26,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
 import torch
+import xxhash
 import yaml
 from torch.distributed import DistError
 from transformers import TrainerCallback
@@ -40,15 +43,30 @@ from trl import SFTTrainer
 
 from . import UserError
 from .configs import AUTO
-from .runs import read_run, write_json
+from .interrupts import command
+from .prompts import Prompt
+from .runs import read_run, write_json, write_run
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 
+# What a manifest says of the training so far.
+PROGRESS = (
+    "seconds",
+    "loss_since_log",
+    "last_logged_step",
+    "total_loss",
+    "trained_tokens",
+    "metrics",
+)
+
 # Seconds after SIGTERM in which processes must agree to stop. torchrun and accelerate, which send it to all processes
 # when one has died, follow it up with SIGKILL after 30.
 PATIENCE = 25
+
+# Seconds in which a second SIGINT under torchrun is the first one passed on.
+PASSED_ON = 3
 
 # Checkpoints in the making.
 UNFINISHED = "_unfinished"
@@ -62,7 +80,8 @@ def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
         run: the run folder.
 
     Raises:
-        UserError: if the folder named is not a checkpoint, or not a complete one.
+        UserError: if the folder named is not a checkpoint, or not a complete one; or if there are some, and none of
+            them is complete.
     """
     if wanted is None:
         return None
@@ -71,12 +90,26 @@ def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
         if flaw is not None:
             raise UserError(f"resume_from_checkpoint {wanted}: {flaw}; give a checkpoint's folder, or auto")
         return wanted
+    found, flaws = _newest_checkpoint(run)
+    if found is None and flaws:
+        raise UserError(
+            f"{run} has no checkpoint to go on from: {'; '.join(flaws)}. Start anew in another output_dir, or in this "
+            "one with --overwrite_output_dir true and without resume_from_checkpoint"
+        )
+    for flaw in flaws:
+        logger.warning("%s/%s, so that checkpoint is passed over", run, flaw)
+    return found
+
+
+def _newest_checkpoint(run: str | Path) -> tuple[str | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    flaws = []
     for folder in sorted(Path(run).glob("checkpoint-*"), key=_step, reverse=True):
         flaw = find_flaw(folder)
         if flaw is None:
-            return str(folder)
-        logger.warning("%s is passed over: %s", folder, flaw)
-    return None
+            return str(folder), flaws
+        flaws.append(f"{folder.name}: {flaw}")
+    return None, flaws
 
 
 def is_finished(run: str | Path, recipe: Mapping[str, object]) -> bool:
@@ -95,22 +128,35 @@ def find_flaw(checkpoint: Path) -> str | None:
         return f"it has no {TRAINER_STATE_NAME}"
     if not (checkpoint / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it may be half written"
-    for name, size in _read(checkpoint)["files"].items():
-        file = checkpoint / name
+    try:
+        manifest = _read(checkpoint)
+        files = {checkpoint / name: (one["bytes"], one["xxh3"]) for name, one in manifest["files"].items()}
+        missing = set(PROGRESS) - set(manifest["progress"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"its {MANIFEST} is damaged"
+    if missing:
+        return f"its {MANIFEST} lacks {', '.join(sorted(missing))}"
+    for file, (size, _) in files.items():
         if not file.is_file():
-            return f"{name} is missing"
+            return f"{file.relative_to(checkpoint)} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes, not the {size:,} that were written"
+            return (
+                f"{file.relative_to(checkpoint)} has {file.stat().st_size:,} bytes, not the {size:,} that were written"
+            )
     if not any(checkpoint.glob("rng_state*")):
         return "it was written with save_only_model, without the optimizer"
-    return None
+    hashes = zip(files, _hash_all(files), strict=True)
+    changed = next((file for file, found in hashes if found != files[file][1]), None)
+    return None if changed is None else f"{changed.relative_to(checkpoint)} holds other bytes than were written"
 
 
 def outlive_sigterm(_worker: int) -> None:
     """A data loader's `worker_init_fn`: SIGTERM to a whole process group leaves it to the trainer to end its workers.
 
-    Slurm, torchrun and `timeout` send it to all, and without workers the step could not be finished and saved.
+    So does Ctrl-C. Slurm, torchrun and `timeout` send it to all, and without workers the step could not be finished
+    and saved.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who sent a signal
         return
 
@@ -128,13 +174,17 @@ class ResumableTrainer(SFTTrainer):
 
     Attributes:
         earlier_seconds: of training that led to the checkpoint from which it resumes; else 0.
+        made_from: recipe, prompt and record of the run, as `runs.write_run` takes them, or `None`. With them every
+            checkpoint is a run folder too: it can be evaluated, and says what it was made from.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.add_callback(_Watch(self))
         self.earlier_seconds = 0.0
-        self._sigterm = False
+        self.made_from: tuple[Mapping, Prompt, Mapping] | None = None
+        self._told_by: signal.Signals | None = None
+        self._told_at = 0.0
         self._agreed_to_stop = threading.Event()
         self._saving = False
         self._loss_is_finite = True
@@ -146,7 +196,7 @@ class ResumableTrainer(SFTTrainer):
             resume_from_checkpoint: a checkpoint's folder; or, as for `Trainer`, whether to take the newest one.
 
         Raises:
-            SystemExit: with status 143, after SIGTERM, when the checkpoint is written.
+            SystemExit: with status 143, after SIGTERM, or 130, after Ctrl-C, when the checkpoint is written.
             UserError: where the disk is full, the loss is not a number, or a worker of the data loader or another
                 process of the training died.
         """
@@ -156,7 +206,8 @@ class ResumableTrainer(SFTTrainer):
         self._resumed_from = resume_from_checkpoint
         self._began = time.perf_counter()
         eval_on_start = self.args.eval_on_start
-        before = signal.signal(signal.SIGTERM, self._remember_sigterm)
+        self._told_by = None
+        handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
         passing = _PassingOverWorkers(self.args.dataloader_num_workers)
         # Under torchrun and accelerate, SIGTERM may mean that a process has died for which this one is waiting.
@@ -168,14 +219,15 @@ class ResumableTrainer(SFTTrainer):
                 if not _is_lost_process(error):
                     raise
                 if elastic:  # whose SIGTERM is about to come, before this could be said
-                    before = signal.SIG_IGN
+                    handlers[signal.SIGTERM] = signal.SIG_IGN
                 raise UserError(
                     f"another process of this training has ended, after step {self.state.global_step} (killed, or "
                     f"stopped by an error that it tells itself): {self._way_on()}, on any "
                     "number of processes"
                 ) from error
             finally:
-                signal.signal(signal.SIGTERM, before)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
                 self.args.eval_on_start = eval_on_start
         with passing:
             time.sleep(0.5)  # the second may be still to come
@@ -186,11 +238,19 @@ class ResumableTrainer(SFTTrainer):
             "resume_from_checkpoint: auto, and with fewer dataloader_num_workers if it happens again"
         )
 
-    def _remember_sigterm(self, _signal, _frame) -> None:
-        self._sigterm = True
+    def _remember(self, number, _frame) -> None:
+        # torchrun passes on what its processes have had from the terminal already.
+        passed_on = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._told_at < PASSED_ON
+        if number == signal.SIGINT and self._told_by == signal.SIGINT and not passed_on:
+            os._exit(128 + signal.SIGINT)
+        if number == signal.SIGINT and self._told_by is None and self.args.process_index == 0:
+            # Not by print, which may be what was interrupted.
+            os.write(2, b"\nStopping when the step, or evaluation, is done and saved. Ctrl-C again ends at once.\n")
+        if self._told_by is None:
+            self._told_by, self._told_at = signal.Signals(number), time.monotonic()
 
     def _way_on(self) -> str:
-        newest = find_checkpoint(AUTO, self.args.output_dir)
+        newest, _ = _newest_checkpoint(self.args.output_dir)
         start = f"from {Path(newest).name}" if newest else "from the beginning"
         return f"go on {start} with resume_from_checkpoint: {AUTO}"
 
@@ -210,6 +270,7 @@ class ResumableTrainer(SFTTrainer):
                 self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                self._write_made_from(unfinished, final, progress)
                 _seal(unfinished, progress)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(unfinished, final)
@@ -232,6 +293,51 @@ class ResumableTrainer(SFTTrainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+
+    def _write_made_from(self, folder: Path, final: Path, progress: Mapping) -> None:
+        if self.made_from is None:
+            return
+        recipe, prompt, record = self.made_from
+        history, step = self.state.log_history, self.state.global_step
+        judged = next((entry for entry in history if entry["step"] == step and "eval_accuracy" in entry), {})
+        so_far = {
+            "train": {"train_runtime": progress["seconds"]},
+            "validation": {key: value for key, value in judged.items() if key.startswith("eval_")},
+            "best_checkpoint_step": self.state.best_global_step,
+            "history": history,
+            "seconds": progress["seconds"],
+        }
+        write_run(folder, recipe=recipe, prompt=prompt, record={**record, **so_far}, name=final)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        # Shares of all steps become numbers of steps, as in the state with which a checkpoint is compared; and where
+        # they differ, those asked for now hold.
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            asked = getattr(self.args, name)
+            if asked is not None and asked < 1:
+                setattr(self.args, name, math.ceil(max_steps * asked))
+        done = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return done
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # A tied weight is one tensor with two names, of which a file holds one.
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = [name for name in load_result.missing_keys if name in named]
+        there = {id(tensor) for name, tensor in named.items() if name not in missing}
+        tied = {name for name in missing if id(named[name]) in there}
+        keys = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(keys, load_result.unexpected_keys))
+
+    def _use_learning_rate(self) -> None:
+        """Go on with the learning rate asked for; optimizer and scheduler come with that of the checkpoint."""
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        for index, before in enumerate(getattr(scheduler, "base_lrs", [])):
+            if before and before != self.args.learning_rate:
+                group = self.optimizer.param_groups[index]
+                group["lr"] = group["lr"] * self.args.learning_rate / before
+                group["initial_lr"] = scheduler.base_lrs[index] = self.args.learning_rate
+                scheduler._last_lr[index] = group["lr"]  # what the next log says
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
@@ -328,14 +434,14 @@ class _LastWord(AbstractContextManager):
 
     def _listen(self) -> None:
         while number := self._reader.recv(1):
-            if number[0] == signal.SIGTERM and not self._trainer._agreed_to_stop.wait(PATIENCE):
-                trainer = self._trainer
+            if number[0] in (signal.SIGTERM, signal.SIGINT) and not self._trainer._agreed_to_stop.wait(PATIENCE):
+                trainer, name = self._trainer, signal.Signals(number[0]).name
                 sys.stderr.write(
-                    f"error: told to stop (SIGTERM) after step {trainer.state.global_step}, but not all processes of "
+                    f"error: told to stop ({name}) after step {trainer.state.global_step}, but not all processes of "
                     f"this training answered within {PATIENCE} s, so one may have died: {trainer._way_on()}\n"
                 )
                 sys.stderr.flush()
-                os._exit(128 + signal.SIGTERM)
+                os._exit(128 + number[0])
 
 
 class _PassingOverWorkers(AbstractContextManager):
@@ -357,21 +463,21 @@ class _Watch(TrainerCallback):
         self._stopping = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer._sigterm = False
         if self._trainer._resumed_from is not None:
             self._trainer._restore_progress(_read(Path(self._trainer._resumed_from))["progress"])
+            self._trainer._use_learning_rate()
             args.eval_on_start = False  # the base was judged when the run began
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         finite, self._trainer._loss_is_finite = self._trainer._loss_is_finite, True
-        self._stopping, broken = self._trainer._any_process(self._trainer._sigterm, not finite)
+        self._stopping, broken = self._trainer._any_process(self._trainer._told_by is not None, not finite)
         if self._stopping:
             self._trainer._agreed_to_stop.set()
         if broken:
             self._refuse(state.global_step + 1, args)
 
     def _refuse(self, step: int, args) -> NoReturn:
-        last = find_checkpoint(AUTO, args.output_dir)
+        last, _ = _newest_checkpoint(args.output_dir)
         raise UserError(
             f"the loss or its gradient is not a number at step {step}, so training was stopped; "
             + (f"{Path(last).name} is the last good checkpoint. " if last else "there is no checkpoint yet. ")
@@ -394,8 +500,12 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self._stopping:
-            logger.warning("Stopped by SIGTERM after step %d, which is saved.", state.global_step)
-            sys.exit(128 + signal.SIGTERM)
+            told_by = self._trainer._told_by or signal.SIGTERM  # to another process
+            if args.process_index == 0:
+                name = "Ctrl-C" if told_by == signal.SIGINT else told_by.name
+                step, way_on = state.global_step, command(resume=True)
+                logger.warning("Stopped by %s after step %d, which is saved. Go on with: %s", name, step, way_on)
+            sys.exit(128 + told_by)
 
 
 def _seal(folder: Path, progress: Mapping[str, object]) -> None:
@@ -404,8 +514,25 @@ def _seal(folder: Path, progress: Mapping[str, object]) -> None:
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_json(folder / MANIFEST, {"files": sizes, "progress": progress})
+    told = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": found}
+        for path, found in zip(files, _hash_all(files), strict=True)
+    }
+    write_json(folder / MANIFEST, {"files": told, "progress": progress})
+
+
+def _hash_all(files: Iterable[Path]) -> list[str]:
+    """XXH3 of each file: some 10 GB a second, a fraction of what it takes to write them; several at a time."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(_hash, files))
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _read(checkpoint: Path) -> dict:

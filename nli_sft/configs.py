@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,6 +24,7 @@ import yaml
 from trl import TrlParser
 
 from . import UserError
+from .interrupts import farewell
 from .keys import REFUSED, check_paths, check_training, field_values, idle_keys, refuse_idle_keys, refuse_keys
 from .labels import LABELS
 from .precision import choose_precision, default_device
@@ -160,7 +162,7 @@ class BatchConfig:
 
 @dataclass
 class MachineConfig:
-    """What is asked of the machine."""
+    """What is asked of the machine, its disk included."""
 
     precision: str = field(
         default="auto",
@@ -172,6 +174,10 @@ class MachineConfig:
     estimate: bool = field(
         default=False,
         metadata={"help": "Only say what memory the training would take, before anything but a config is downloaded."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Clear what an earlier run wrote into output_dir, and nothing else; a used one is refused."},
     )
 
 
@@ -292,9 +298,20 @@ def run_script(main: Callable, types: Sequence[type], positional: str | None = N
     # What libraries deprecate is for those who write code, not for those who run it.
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        main(*parse_recipe(types, positional=positional))
+        configs = parse_recipe(types, positional=positional)
+        main(*configs)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one ends at once
+        training = next((config for config in configs if hasattr(config, "resume_from_checkpoint")), None)
+        if training is None or training.process_index == 0:
+            sys.stderr.write(f"\n{farewell(training and training.output_dir)}\n")
+        sys.exit(128 + signal.SIGINT)
+
+
+# What a command says once: a recipe that is run again must not clear what it made.
+ONCE = ("overwrite_output_dir",)
 
 
 def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
@@ -304,7 +321,7 @@ def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
         defaults = _untouched(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
         for f in fields(config):
             value = getattr(config, f.name)
-            if f.init and f.name not in (*SECRETS, *SYNONYMS) and value != defaults.get(f.name, MISSING):
+            if f.init and f.name not in (*SECRETS, *SYNONYMS, *ONCE) and value != defaults.get(f.name, MISSING):
                 resolved[f.name] = value.value if isinstance(value, Enum) else value
     for key in idle_keys(*field_values(configs)):
         resolved.pop(key, None)

@@ -70,12 +70,18 @@ def write_json(path: Path, content: Mapping) -> None:
     os.replace(file.name, path)
 
 
-def write_run(path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapping) -> None:
-    """Write the files of a run folder that say what the run was."""
+def write_run(
+    path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapping, name: str | Path | None = None
+) -> None:
+    """Write the files of a run folder that say what the run was.
+
+    Args:
+        name: what the folder will be called in the end, if it is not `path`.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    launch = f"# accelerate launch -q recipes/sft.py --config {path / 'recipe.yaml'}\n"
+    launch = f"# accelerate launch -q recipes/sft.py --config {Path(name or path) / 'recipe.yaml'}\n"
     (path / "recipe.yaml").write_text(launch + text, encoding="utf-8")
     write_json(path / "prompt.json", asdict(prompt))
     write_json(path / "run.json", record)

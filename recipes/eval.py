@@ -5,7 +5,7 @@ accelerate launch -q recipes/eval.py --run outputs/qwen3-0.6b-lora --sources han
 accelerate launch -q recipes/eval.py --run outputs/qwen3-0.6b-lora --suite stress
 """
 
-import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsandbytes from being printed)
+import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@
 Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
 """
 
-import nli_sft  # isort: skip  # noqa: F401 (first: it keeps a warning of bitsandbytes from being printed)
+import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)
 
 import os
 import shlex
@@ -36,6 +36,7 @@ from nli_sft.configs import (
     run_script,
 )
 from nli_sft.estimate import plan_memory
+from nli_sft.folders import check_folder, check_resumption, clear
 from nli_sft.hub import put_token_away
 from nli_sft.launchers import check_launch
 from nli_sft.ledger import run_config
@@ -121,6 +122,12 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     check_launch(model_args, training_args, precision.name)
     check_adapter(model_args, training_args.trust_remote_code)
     checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    check_folder(
+        training_args.output_dir,
+        base=model_args.model_name_or_path,
+        checkpoint=checkpoint,
+        overwrite=machine_args.overwrite_output_dir,
+    )
 
     with resources.phase("loading"):
         tokenizer = load_tokenizer(
@@ -134,6 +141,9 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             encoder.check_rendered(rendered_prompt(checkpoint), checkpoint)
         dropped, drawn = Counter(), {}
         pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
+        data = {split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs}
+        if checkpoint:
+            check_resumption(checkpoint, recipe, prompt, data)
         trained = text_keys(pairs["train"])
         repeated = int(np.isin(text_keys(pairs["validation"]), trained).sum())
         encode = partial(
@@ -169,7 +179,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             "dropped": dict(dropped),
             "sources": drawn,
             "validation_pairs_trained_on": repeated,
-            **{split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs},
+            **data,
         },
         "world_size": training_args.world_size,
         "precision": precision.as_dict(),
@@ -178,6 +188,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "versions": versions(),
         "git": git_state(),
     }
+    trainer.made_from = recipe, prompt, facts
     say("\nOne training example; the loss is on the marked tokens alone:\n")
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
@@ -193,6 +204,10 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     if training_args.resume_from_checkpoint:
         say(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
 
+    if trainer.is_world_process_zero():
+        if machine_args.overwrite_output_dir:
+            clear(training_args.output_dir)
+        write_trained_pairs(training_args.output_dir, trained)
     tracker = open_run(
         training_args.output_dir,
         report_to=training_args.report_to,
@@ -223,7 +238,6 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             "resources": used,
             "seconds": used["seconds"],
         }
-        write_trained_pairs(training_args.output_dir, trained)
         write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()

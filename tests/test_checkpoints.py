@@ -10,6 +10,7 @@ import subprocess
 import psutil
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from tiny import few_pairs, tiny_llama
 from trl import SFTConfig
@@ -18,7 +19,7 @@ from nli_sft import UserError, checkpoints
 from nli_sft.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_flaw, is_finished
 from nli_sft.configs import BatchConfig
 from nli_sft.prompts import PROMPTS, PromptEncoder
-from nli_sft.runs import write_run
+from nli_sft.runs import read_run, write_run
 from nli_sft.trainer import NLITrainer
 
 # With dropout: the states of the random generators have to be right too.
@@ -29,8 +30,12 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linea
 def trainer(chatml):
     """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, judged and saved every 3."""
 
-    def make(run, peft_config=LORA, batching="trie", **options):
+    def make(run, peft_config=LORA, batching="trie", tied=False, **options):
         encoder = PromptEncoder(PROMPTS["plain"], chatml)
+        model = tiny_llama(len(chatml))
+        if tied:
+            model.config.tie_word_embeddings = True
+            model = type(model)(model.config)
         options = {
             "output_dir": str(run),
             "use_cpu": True,
@@ -54,7 +59,7 @@ def trainer(chatml):
         return NLITrainer(
             encoder=encoder,
             batch_args=BatchConfig(batching=batching, max_row_tokens=128, max_batch_tokens=512),
-            model=tiny_llama(len(chatml)),
+            model=model,
             args=SFTConfig(**options),
             train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
             eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
@@ -203,6 +208,18 @@ def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, whole, tmp_
             "adapter_model.safetensors has 100 bytes",
         ),
         (lambda folder: (folder / MANIFEST).unlink(), "it has no checkpoint.json, so it may be half written"),
+        (
+            lambda folder: scramble(folder / "adapter_model.safetensors"),
+            "adapter_model.safetensors holds other bytes than were written",
+        ),
+        (lambda folder: scramble(folder / "optimizer.pt"), "optimizer.pt holds other bytes than were written"),
+        (lambda folder: os.truncate(folder / MANIFEST, 50), "its checkpoint.json is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "its checkpoint.json is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"a": 5}}'), "its checkpoint.json is damaged"),
+        (
+            lambda folder: (folder / MANIFEST).write_text('{"files": {}, "progress": {"metrics": {}}}'),
+            "its checkpoint.json lacks last_logged_step, ",
+        ),
         (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "it has no trainer_state.json"),
     ],
 )
@@ -215,6 +232,57 @@ def test_a_half_written_checkpoint_is_passed_over_and_written_anew(trainer, tmp_
         find_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path)
     trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def scramble(file):
+    file.write_bytes(os.urandom(file.stat().st_size))
+
+
+def test_rejected_checkpoints_are_no_start_from_the_beginning(trainer, tmp_path):
+    trainer(tmp_path, max_steps=6).train()
+    scramble(tmp_path / "checkpoint-3" / "optimizer.pt")
+    (tmp_path / "checkpoint-6" / MANIFEST).unlink()
+    said = "has no checkpoint to go on from: checkpoint-6: it has no .*; checkpoint-3: optimizer.pt holds other bytes"
+    with pytest.raises(UserError, match=said):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_a_full_model_goes_on_without_false_alarms(trainer, tmp_path, caplog, chatml):
+    """Tied weights are one tensor with two names; a share of all steps is a number of steps."""
+    options = {"logging_steps": 0.1, "save_steps": 3, "eval_steps": 0.25, "peft_config": None, "max_steps": 6}
+    transformers.logging.enable_propagation()
+    trainer(tmp_path, tied=True, **options).train()
+    trainer(tmp_path, tied=True, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "missing keys" not in caplog.text
+    assert "do not match" not in caplog.text
+    other = trainer(tmp_path, tied=True, **options | {"logging_steps": 2})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "logging_steps: 2 (from args) != 1 (from trainer_state.json)" in caplog.text, "a true one"
+    assert other.state.logging_steps == 2, "what is asked for now holds"
+    result = other.model.load_state_dict({}, strict=False)
+    other._issue_warnings_after_load(result)
+    assert "missing keys in the checkpoint model loaded" in caplog.text
+    transformers.logging.disable_propagation()
+
+
+def test_another_learning_rate_is_used_from_the_next_step_on(trainer, tmp_path):
+    options = {"logging_steps": 1, "lr_scheduler_type": "constant"}
+    kill_at(trainer(tmp_path, **options), 8)
+    resumed = trainer(tmp_path, **options | {"learning_rate": 1e-3})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    rates = [entry["learning_rate"] for entry in resumed.state.log_history if "learning_rate" in entry]
+    assert rates == [1e-2] * 6 + [1e-3] * 6
+
+
+def test_a_checkpoint_is_a_run_folder(trainer, tmp_path, chatml):
+    run = trainer(tmp_path, max_steps=3)
+    recipe = {"model_name_or_path": "base", "dataset_name": "snli"}
+    run.made_from = recipe, PROMPTS["plain"], {"model": "base", "parameters": {}, "data": {}}
+    run.train()
+    there, prompt, record = read_run(tmp_path / "checkpoint-3")
+    assert (there, prompt) == (recipe, PROMPTS["plain"])
+    assert record["validation"]["eval_accuracy"] == record["history"][-1]["eval_accuracy"]
+    assert find_flaw(tmp_path / "checkpoint-3") is None
 
 
 def test_nothing_to_go_on_from(tmp_path):
@@ -243,23 +311,30 @@ def test_a_run_folder_that_was_moved_still_knows_its_best(trainer, whole, tmp_pa
     same_run(whole, resumed)
 
 
-@pytest.mark.parametrize("step", [5, 6, 12])
-def test_sigterm_saves_and_exits(trainer, whole, tmp_path, step):
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGTERM, 143, 5), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 12), (signal.SIGINT, 130, 5)],
+)
+def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monkeypatch, number, status, step):
     """In the middle of an epoch, at its end, and in the last step."""
     run = tmp_path / "run"
     first = trainer(run)
     begin = first.callback_handler.callbacks[-1]
+    monkeypatch.setattr("sys.argv", ["recipes/sft.py", "--config", "my recipe.yaml", "--overwrite_output_dir", "true"])
 
     def terminated(args, state, control, **kwargs):
         if state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     begin.on_step_begin = terminated
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit:
         first.train()
-    assert exit.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert exit.value.code == status
+    assert signal.getsignal(number) == before
+    name = {143: "SIGTERM", 130: "Ctrl-C"}[status]
+    assert f"Stopped by {name} after step {step}, which is saved. Go on with: python" in caplog.text
+    assert "recipes/sft.py --config 'my recipe.yaml' --resume_from_checkpoint auto" in caplog.text
     assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
     resumed = trainer(run)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
@@ -431,7 +506,7 @@ def test_a_finished_run_goes_on_where_more_is_asked_of_it(trainer, tmp_path):
 
 
 def test_a_run_is_finished_by_the_recipe_that_made_it(tmp_path):
-    recipe = {"dataset_name": "snli", "num_train_epochs": 2}
+    recipe = {"model_name_or_path": "base", "dataset_name": "snli", "num_train_epochs": 2}
     assert not is_finished(tmp_path, recipe)
     write_run(tmp_path, recipe=recipe, prompt=PROMPTS["plain"], record={})
     assert is_finished(tmp_path, recipe | {"resume_from_checkpoint": "auto"})
@@ -474,4 +549,7 @@ def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(trainer, tmp_path):
     run = trainer(tmp_path, max_steps=3, save_only_model=True, load_best_model_at_end=True)
     run.train()
     assert find_flaw(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
-    assert find_checkpoint("auto", tmp_path) is None
+    with pytest.raises(
+        UserError, match="no checkpoint to go on from: checkpoint-3: it was written with save_only_model"
+    ):
+        find_checkpoint("auto", tmp_path)
