@@ -55,8 +55,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def check_base(model_args: ModelConfig, trust_remote_code: bool = False) -> PretrainedConfig:
+def check_base(model_args: ModelConfig, trust_remote_code: bool = False, *, weights: bool = True) -> PretrainedConfig:
     """The config of a recipe's base, once it is clear that it is a causal language model that can be loaded.
+
+    Args:
+        weights: whether a folder must hold the weights too. An estimate needs the config alone.
 
     Raises:
         UserError: naming the base, what is wrong with it, and what to do.
@@ -64,7 +67,8 @@ def check_base(model_args: ModelConfig, trust_remote_code: bool = False) -> Pret
     name = model_args.model_name_or_path
     path = Path(locate_model(name))
     if path.exists():
-        _check_files(name, path)
+        if weights:
+            _check_files(name, path)
     else:
         _check_hub_id(name, model_args.model_revision)
     config = load_config(model_args, trust_remote_code)

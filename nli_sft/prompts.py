@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -452,7 +453,8 @@ class PromptEncoder:
         texts = self._clean(pairs["premise"], pairs["hypothesis"])
         segments, labels, uids = self._checked_segments(texts), pairs["label"][:], pairs["uid"][:]
         batches = []
-        with tqdm(total=len(pairs), desc="Tokenizing", unit="pair", leave=None) as bar:
+        silent = datasets.are_progress_bars_disabled()  # as by disable_tqdm
+        with tqdm(total=len(pairs), desc="Tokenizing", unit="pair", leave=None, disable=silent) as bar:
             for start in range(0, len(pairs), ENCODED_AT_ONCE):
                 part = slice(start, start + ENCODED_AT_ONCE)
                 own = {slot: texts[slot][part] for slot in SLOTS}

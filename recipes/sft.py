@@ -94,7 +94,7 @@ def evaluation_command(run, trust_remote_code):
 
 def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
     """Say what memory the training would take, from the model's config alone."""
-    config = check_base(model_args, training_args.trust_remote_code)
+    config = check_base(model_args, training_args.trust_remote_code, weights=False)
     model_args = suit_base(model_args, config, training_args.trust_remote_code)
     precision = choose_precision(machine_args.precision, training_args.device)
     check_adapter(model_args, training_args.trust_remote_code)
