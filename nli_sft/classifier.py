@@ -18,10 +18,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from . import UserError, hub, trie
-from .bases import InputLimits
+from . import UserError, hub
 from .configs import BatchConfig, from_recipe
-from .decoding import deciding, score_prompts
+from .decoding import Scorer, deciding
 from .evaluation import load_encoder
 from .labels import LABELS
 from .models import is_adapter, load_model, load_tuned
@@ -68,14 +67,12 @@ class NLIClassifier:
         precision: Precision | None = None,
     ):
         self.model = model.eval()
-        self.limits = InputLimits.of(model)
         self.precision = precision
         self.encoder = encoder
         self.batch_size = batch_size
-        self._batch_args = batch_args or BatchConfig()
-        if self._batch_args.batching == "trie" and trie.unsupported_reason(model.config, longest=1):
-            # Said once in training and evaluation; here it would be said at every call.
-            self._batch_args = replace(self._batch_args, batching="padded")
+        # No graphs: they would keep to the weights of the first call, and a user may change the model.
+        self._batch_args = replace(batch_args or BatchConfig(), cuda_graph="false")
+        self._scorer = Scorer(self.model, encoder, self._batch_args, batch_size, deciding(encoder.answers))
         # Scoring hooks into the model, and a tokenizer changes its own state: one thread at a time. An untuned twin
         # (`before_tuning`) shares model and lock.
         self._lock = threading.Lock()
@@ -182,22 +179,7 @@ class NLIClassifier:
         autocast = self.precision.autocast(self.model.device) if self.precision else nullcontext()
         with self._lock, self._mode(), autocast:
             prompts = self.encoder.encode(premises, hypotheses)
-            longest = max(map(len, prompts)) + max(map(len, self.encoder.answers))
-            self.limits.check(prompts, self.encoder.tokenizer, max(map(len, self.encoder.answers)) - 1)
-            scores = score_prompts(
-                self.model,
-                prompts,
-                deciding(self.encoder.answers),
-                self.encoder.tokenizer.pad_token_id,
-                batch_size=self.batch_size,
-                max_row_tokens=trie.row_tokens(
-                    self._batch_args.batching,
-                    self._batch_args.max_row_tokens,
-                    self.model.config,
-                    longest,
-                    self.encoder.instruction_tokens,
-                ),
-            )
+            scores = self._scorer(prompts)
         scores.check_numbers(self.model, "the classifier", "take another checkpoint")
         probabilities = scores.log_probs.double().exp().tolist()
         return [

@@ -13,7 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import UserError, graph, trie
+from .bases import InputLimits
+from .configs import BatchConfig
 from .prefetch import prefetch
+from .prompts import PromptEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +280,75 @@ def scoring_graphs(model: PreTrainedModel, pairs: int, max_row_tokens: int | Non
             return score_packed(model, batch)
 
     return graph.ScoringGraphs(score, pairs, max_row_tokens)
+
+
+class Scorer:
+    """Scores prompts with one model: the one wiring for training, evaluation and `NLIClassifier`.
+
+    Args:
+        model: a causal LM, or one with an adapter, on its device.
+        encoder: the encoder of the prompts.
+        batch_args: tries or padded batches, how long their rows may be, and whether CUDA graphs are wanted. Graphs are
+            kept, and read the weights that the model held when they were recorded.
+        batch_size: prompts a forward pass, at first; halved where they do not fit in memory.
+        answers: token ids of each label's answer; those of the encoder by default.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        encoder: PromptEncoder,
+        batch_args: BatchConfig,
+        batch_size: int,
+        answers: Answers | None = None,
+    ):
+        self.model = model
+        self.encoder = encoder
+        self.batch_args = batch_args
+        self.batch_size = batch_size
+        self.answers = encoder.answers if answers is None else answers
+        self._limits = InputLimits.of(model)
+        self._graphs: tuple[int, graph.ScoringGraphs | None] | None = None  # and the length of their rows
+
+    def __call__(
+        self, prompts: list[list[int]], *, progress: str | None = None, gold: list[int] | None = None
+    ) -> LabelScores:
+        """Score any number of prompts, on this process alone; `progress` and `gold` as for `score_prompts`.
+
+        Raises:
+            UserError: if a prompt holds a token, or has a length, that the model cannot read.
+        """
+        longest_answer = max(map(len, self.answers))
+        self._limits.check(prompts, self.encoder.tokenizer, longest_answer - 1)
+        row_tokens = self._row_tokens(max(map(len, prompts), default=0) + longest_answer)
+        return score_prompts(
+            self.model,
+            prompts,
+            self.answers,
+            self.encoder.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            max_row_tokens=row_tokens,
+            progress=progress,
+            gold=gold,
+            # To record one takes as long as some passes without it.
+            graphs=self._kept_graphs(row_tokens) if len(prompts) > self.batch_size else None,
+        )
+
+    def _row_tokens(self, longest: int) -> int | None:
+        args = self.batch_args
+        row_tokens = trie.row_tokens(
+            args.batching, args.max_row_tokens, self.model.config, longest, self.encoder.instruction_tokens
+        )
+        if row_tokens is None:
+            self.batch_args = replace(args, batching="padded")  # so that the reason is logged once
+        return row_tokens
+
+    def _kept_graphs(self, row_tokens: int | None) -> graph.ScoringGraphs | None:
+        if row_tokens is None or self.batch_args.cuda_graph == "false":
+            return None
+        if self._graphs is None or self._graphs[0] != row_tokens:
+            self._graphs = row_tokens, scoring_graphs(self.model, self.batch_size, row_tokens)
+        return self._graphs[1]
 
 
 def pack_scoring(prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> dict[str, torch.Tensor]:

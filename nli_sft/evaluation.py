@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from . import UserError, metrics, trie
+from . import UserError, metrics
 from .bases import InputLimits
 from .calibration import apply_temperature, fit_temperature, reached_bound
 from .configs import BatchConfig
-from .decoding import LabelScores, gather_scores, generate_freely, named_label, score_prompts, scoring_graphs
+from .decoding import LabelScores, Scorer, gather_scores, generate_freely, named_label
 from .labels import LABELS, to_two_way
 from .models import load_model, load_tokenizer, load_tuned
 from .prompts import PromptEncoder
@@ -84,21 +84,8 @@ def predict(
         own = one.pairs.select(share)
         prompts += one.encoder.encode(own["premise"], own["hypothesis"])
         total += len(one.pairs)
-    longest = max(map(len, prompts), default=0) + max(map(len, answers))
-    encoder = asked[0].encoder
-    InputLimits.of(model).check(prompts, encoder.tokenizer, max(map(len, answers)) - 1)
-    row_tokens = trie.row_tokens(
-        batch_args.batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
-    )
-    own = score_prompts(
-        model,
-        prompts,
-        answers,
-        asked[0].encoder.tokenizer.pad_token_id,
-        batch_size=batch_size,
-        max_row_tokens=row_tokens,
-        progress=progress if state.is_local_main_process else None,
-        graphs=scoring_graphs(model, batch_size, row_tokens) if len(prompts) > batch_size else None,
+    own = Scorer(model, asked[0].encoder, batch_args, batch_size)(
+        prompts, progress=progress if state.is_local_main_process else None
     )
     scores = gather_scores(own, total, state.process_index, state.num_processes)
     ends = np.cumsum([len(one.pairs) for one in asked]).tolist()

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, islice, repeat
 
 import numpy as np
@@ -23,7 +24,7 @@ from . import UserError, graph, metrics, trie
 from .bases import batching_beside_router
 from .checkpoints import ResumableTrainer, outlive_sigterm
 from .configs import AUTO, BatchConfig
-from .decoding import LabelScores, gather_scores, score_prompts, scoring_graphs
+from .decoding import LabelScores, Scorer, gather_scores
 from .keys import field_values, refuse_keys
 from .prefetch import prefetch
 from .progress import TrainingBar
@@ -72,11 +73,10 @@ class NLITrainer(ResumableTrainer):
         if self.max_row_tokens is not None:
             kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
         self.group_by_premise = batch_args.group_by_premise
-        self.cuda_graph = batch_args.cuda_graph
         self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
         self._step_ended = True
         self._graphs: graph.StepGraphs | None = None
-        self._scoring: graph.ScoringGraphs | None = None
+        self._scorer: Scorer | None = None
         # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
@@ -95,7 +95,13 @@ class NLITrainer(ResumableTrainer):
         # Sums over the labelled tokens since the last log: see `graph.label_loss`.
         self._figures = torch.zeros(3, dtype=torch.float64, device=args.device)
         self._tokens = 0  # that separate sequences would have fed on this process since then
+        self.cuda_graph = batch_args.cuda_graph
         self._use_graphs = self._choose_graphs(batch_args.cuda_graph)
+        self._scoring_args = replace(
+            batch_args,
+            batching="padded" if self.max_row_tokens is None else "trie",
+            cuda_graph=AUTO if self._use_graphs else "false",
+        )
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingBar)
@@ -187,13 +193,8 @@ class NLITrainer(ResumableTrainer):
         finally:
             self._close_graphs()
 
-    def _scoring_graphs(self) -> graph.ScoringGraphs | None:
-        if self._use_graphs and self._scoring is None:
-            self._scoring = scoring_graphs(self.model, self.args.per_device_eval_batch_size, self.max_row_tokens)
-        return self._scoring
-
     def _close_graphs(self) -> None:
-        self._scoring = None
+        self._scorer = None
         if self._graphs is not None:
             self._graphs.close()
             self._graphs = None
@@ -268,7 +269,7 @@ class NLITrainer(ResumableTrainer):
                 model.zero_grad()
             else:
                 self._graphs.forget()
-                self._scoring = None
+                self._scorer = None
             clear_device_cache(garbage_collection=True)
             self._tokens, figures, self._total_train_tokens, counts = self._before_step
             self._figures.copy_(figures)
@@ -425,16 +426,13 @@ class NLITrainer(ResumableTrainer):
         # beyond a share that is smaller than others, and left out again.
         even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
         self.model.eval()
+        if self._scorer is None:
+            batch_size = self.args.per_device_eval_batch_size
+            self._scorer = Scorer(self.model, self.encoder, self._scoring_args, batch_size)
         with self.compute_loss_context_manager(), shares.autocast():
-            own = score_prompts(
-                self.model,
+            own = self._scorer(
                 [prompts[pair] for pair in even],
-                self.encoder.answers,
-                self.processing_class.pad_token_id,
-                batch_size=self.args.per_device_eval_batch_size,
-                max_row_tokens=self.max_row_tokens,
                 progress=None if self.args.disable_tqdm or not shares.is_local_main_process else description,
-                graphs=self._scoring_graphs(),
                 gold=[gold[pair] for pair in even],
             )
         own = LabelScores(*(values[: len(share)] for values in vars(own).values()))

@@ -21,7 +21,7 @@ from nli_sft.evaluation import judge_run, write_evaluation
 from nli_sft.ledger import run_config
 from nli_sft.precision import choose_precision, default_device
 from nli_sft.report import write_report
-from nli_sft.report.content import Evaluation, Report
+from nli_sft.report.content import Report
 from nli_sft.report.outcome import outcome_sheet
 from nli_sft.report.suite import suite_sheets
 from nli_sft.resources import ResourceRecorder
@@ -72,6 +72,7 @@ def main(args):
 
     if not PartialState().is_main_process:
         return
+    judged_now = set()
     for one, judged in zip(sets, judgements, strict=True):
         results = {model: result for model, (_, result) in judged.items()}
         seen = trained_on(args.run, text_keys(one.pairs))
@@ -93,16 +94,21 @@ def main(args):
         scores = {model: score for model, (score, _) in judged.items()}
         folder = evaluation_folder(args.run, one.name or one.source, one.split)
         write_evaluation(folder, one.pairs, scores, summary, seen)
-        if summary["pairs_trained_on"]:
-            print(
-                f"Warning: the run was trained on {summary['pairs_trained_on']:,} of the {len(one.pairs):,} pairs of "
-                f"{Evaluation(folder).name}; its answers to them say nothing of new pairs."
-            )
-        if suite is None:  # its sets are told together, below
-            Console().print(outcome_sheet(Evaluation(folder), record.get("resources", {})).rich())
+        judged_now.add(folder.name)
     if suite is not None:
         write_suite(args.run, suite, sets, missing)
-    path, report = write_report(args.run), Report(args.run)
+    report = Report(args.run)
+    for evaluation in report.evaluations:
+        if evaluation.folder.name not in judged_now:
+            continue
+        if seen := evaluation.summary["pairs_trained_on"]:
+            print(
+                f"Warning: the run was trained on {seen:,} of the {evaluation.summary['pairs']:,} pairs of "
+                f"{evaluation.name}; its answers to them say nothing of new pairs."
+            )
+        if suite is None:  # the sets of a suite share a table, below
+            Console().print(outcome_sheet(evaluation, record.get("resources", {})).rich())
+    path = write_report(report)
     if suite is not None:
         for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
             for part in sheet.parts(Console().width):

@@ -107,7 +107,8 @@ def write_past_run(
         figures = {}
         for model in ("base", "tuned"):
             chosen = [LABELS.index(label) for label in table[f"{model}_prediction"]]
-            figures[model] = compute(gold, chosen, table[[f"{model}_p_{label}" for label in LABELS]].to_numpy())
+            mass = np.exp(table[[f"{model}_joint_{label}" for label in LABELS]]).sum(axis=1)
+            figures[model] = compute(gold, chosen, table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(), mass)
         if hypothesis_only is not None:
             figures["hypothesis_only"] = {"accuracy": hypothesis_only, "accuracy_interval": [0.5, 0.7]}
         path.mkdir(parents=True)

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from nli_sft import UserError
-from nli_sft.labels import LABELS
+from nli_sft.labels import LABELS, TWO_WAY_LABELS
+from nli_sft.metrics import compute
 from nli_sft.prompts import PROMPTS
 from nli_sft.report import table as report_table
 from nli_sft.report import write_report
@@ -68,6 +69,26 @@ def predictions(golds, answers, premises=None, **columns):
     return pd.DataFrame(table)
 
 
+def figures(table):
+    """What `metrics.json` holds of each model in a table of predictions."""
+    names = TWO_WAY_LABELS if "non-entailment" in set(table["label"]) else LABELS
+    gold = [names.index(label) for label in table["label"]]
+
+    def columns(model, what):
+        return table[[f"{model}_{what}_{label}" for label in LABELS]].to_numpy(np.float64)
+
+    return {
+        model: compute(
+            gold,
+            [LABELS.index(label) for label in table[f"{model}_prediction"]],
+            columns(model, "p"),
+            np.exp(columns(model, "joint")).sum(axis=1),
+            names,
+        )
+        for model in (column.removesuffix("_prediction") for column in table if column.endswith("_prediction"))
+    }
+
+
 def many_predictions(n=240, **models):
     """`base` always says neutral; `tuned` is right on four of five."""
     rng = np.random.default_rng(0)
@@ -106,7 +127,9 @@ def make_run(folder, own, *, record=None, **others):
         table.to_parquet(evaluation / "predictions.parquet")
         free = {"n": 200, "invalid_share": 0.6, "accuracy": 0.2, "accuracy_of_valid": 0.5, "examples": []}
         summary = {"source": source, "split": split, "pairs": len(table), "data_fingerprint": "beef" * 4}
-        summary |= {m: {"seconds": 2.0, "pairs_per_second": 5.0, "free_generation": free} for m in ("base", "tuned")}
+        summary |= figures(table)
+        for model in ("base", "tuned"):
+            summary[model] |= {"seconds": 2.0, "pairs_per_second": 5.0, "free_generation": free}
         write_json(evaluation / "metrics.json", summary)
     return folder
 
@@ -167,7 +190,7 @@ def text_of(html):
 
 
 def test_the_figures_can_be_counted_by_hand(nine):
-    text = text_of(write_report(nine).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     evaluation = Report(nine).own
     c = evaluation.comparison
     assert (c.fixed, c.broken, c.both_right, c.both_wrong) == (3, 2, 2, 2)
@@ -203,7 +226,7 @@ def test_only_the_surest_are_told_and_the_rest_counted(tmp_path):
 
 
 def test_one_file_that_fetches_nothing(nine):
-    html = write_report(nine).read_text(encoding="utf-8")
+    html = write_report(Report(nine)).read_text(encoding="utf-8")
     assert html.count("<caption>") == html.count('<div class="scroll"><table') > 0
     page = Page(html)
     assert page.images
@@ -212,7 +235,7 @@ def test_one_file_that_fetches_nothing(nine):
 
 
 def test_markdown_shows_the_files_of_the_figures(nine):
-    write_report(nine)
+    write_report(Report(nine))
     markdown = (nine / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"^!\[.+\]\((figures/[^)]+)\)$", markdown, re.MULTILINE)
     assert (
@@ -225,10 +248,10 @@ def test_text_from_data_is_text(tmp_path):
     table = predictions(GOLDS, {"base": BASE, "tuned": TUNED}, premises=[HOSTILE] * 9, subset=[HOSTILE] * 9)
     run = make_run(tmp_path / "run", table, record={"model": HOSTILE})
     clean = make_run(tmp_path / "clean", predictions(GOLDS, {"base": BASE, "tuned": TUNED}))
-    html = write_report(run).read_text(encoding="utf-8")
+    html = write_report(Report(run)).read_text(encoding="utf-8")
     page = Page(html)
     assert "<script>alert" not in html
-    assert page.scripts == Page(write_report(clean).read_text(encoding="utf-8")).scripts
+    assert page.scripts == Page(write_report(Report(clean)).read_text(encoding="utf-8")).scripts
     assert "".join(page.text).count(HOSTILE) > 7  # in the lists, in the table's preview, as the model's name
     markdown = (run / "report.md").read_text(encoding="utf-8")
     assert r"\<script\>alert" in markdown
@@ -239,14 +262,14 @@ def test_text_from_data_is_text(tmp_path):
 
 
 def test_the_old_counts_and_the_true_ones_are_both_told(nine):
-    text = text_of(write_report(nine).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     assert "Trainable parameters 41,943,040 (1.49% of all)" in text
     assert "41,943,040 of 1,563,335,680 (2.68%)" in text
     assert "QLoRA r=64" in text
 
 
 def test_resources_and_provenance_are_told(nine):
-    text = text_of(write_report(nine).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     for told in (
         "Training run: wall time in all 2,522 s (42 min)",
         "2,000 s (33 min), 4 pairs/s",
@@ -286,7 +309,7 @@ def test_an_epoch_that_ends_a_little_early_is_still_that_epoch():
 
 
 def test_without_controls_it_says_how_to_run_them(nine):
-    text = text_of(write_report(nine).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     assert "is not known" in text
     assert "--prompt hypothesis_only" in text
     assert "tuned without premises – not run" in text
@@ -295,7 +318,7 @@ def test_without_controls_it_says_how_to_run_them(nine):
 def test_a_run_without_premises_is_told_to_be_a_control(nine):
     recipe, _, record = read_run(nine)
     write_run(nine, recipe=recipe, prompt=PROMPTS["hypothesis_only"], record=record)
-    write_report(nine)
+    write_report(Report(nine))
     for name in ("report.html", "report.md"):
         text = (nine / name).read_text(encoding="utf-8")
         assert "it is itself a control" in text
@@ -322,7 +345,7 @@ def test_resources_of_one_evaluation_are_told_once(tmp_path):
 
 def test_controls_are_judged(tmp_path):
     reads = make_run(tmp_path / "reads", many_predictions(shuffled=0.3, hypothesis_only=0.4))
-    text = text_of(write_report(reads).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(reads)).read_text(encoding="utf-8"))
     assert ": it uses the premise." in text
     assert "cannot come from the hypotheses alone" in text
     assert "--prompt hypothesis_only" not in text
@@ -343,7 +366,7 @@ def test_a_two_way_set_is_mapped_and_says_so(tmp_path):
     }
     hans = predictions(golds, answers, subset=["lexical_overlap"] * 60)
     run = make_run(tmp_path / "run", many_predictions(), hans=hans)
-    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(run)).read_text(encoding="utf-8"))
     report = Report(run)
     assert [evaluation.name for evaluation in report.evaluations] == ["pairs test", "hans"]  # its own first
     evaluation = report.evaluations[1]
@@ -373,7 +396,7 @@ def test_a_run_that_kept_little_still_has_a_report(tmp_path):
     record = {"history": [], "best_checkpoint_step": None, "git": None, "resources": {}, "data": {}, "versions": {}}
     one = predictions(["neutral"], {"base": [("entailment", 0.5)], "tuned": [("entailment", 0.99)]})
     run = make_run(tmp_path / "run", one, record=record)
-    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(run)).read_text(encoding="utf-8"))
     assert "keeps no log of its training" in text
     assert "wall time in all 2,522 s" in text
     assert "changed nothing" in text
@@ -384,18 +407,18 @@ def test_the_same_run_makes_the_same_files(nine):
     def files():
         return {p.name: p.read_bytes() for p in [*nine.glob("report.*"), *nine.glob("figures/*")]}
 
-    write_report(nine)
+    write_report(Report(nine))
     first = files()
-    write_report(nine)
+    write_report(Report(nine))
     assert files() == first
 
 
 def test_a_folder_without_an_evaluation_is_refused(nine):
     shutil.rmtree(nine / "eval")
     with pytest.raises(UserError, match="has not been evaluated; run recipes/eval.py"):
-        write_report(nine)
+        write_report(Report(nine))
     with pytest.raises(UserError, match="not a run folder"):
-        write_report(nine / "figures")
+        write_report(Report(nine / "figures"))
 
 
 def test_durations_read_well():
@@ -410,14 +433,14 @@ def test_durations_read_well():
 def test_snli_test_takes_less_than_ten_seconds(tmp_path):
     run = make_run(tmp_path / "run", many_predictions(9_824))
     start = time.perf_counter()
-    write_report(run)
+    write_report(Report(run))
     assert time.perf_counter() - start < 10
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_builds_the_table(tmp_path):
     run = make_run(tmp_path / "run", many_predictions(240))
-    page = write_report(run)
+    page = write_report(Report(run))
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--dump-dom"]
     dom = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120).stdout
     assert "Showing 1 to 10 of 240 entries" in dom
@@ -430,12 +453,12 @@ def test_power_and_calibration_are_told(tmp_path):
     for model, temperature in (("base", 3.0), ("tuned", 1.25)):
         summary[model]["calibrated"] = {"temperature": temperature, "nll": 0.4321, "ece": 0.0123}
     write_json(path, summary)
-    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(run)).read_text(encoding="utf-8"))
     assert "Temperature fitted on validation 3.00 1.25" in text
     assert "Calibration error at that temperature 0.012 0.012" in text
     summary["base"]["calibrated"] = {"temperature": None, "bound": 50.0}
     write_json(path, summary)
-    text = text_of(write_report(run).read_text(encoding="utf-8"))
+    text = text_of(write_report(Report(run)).read_text(encoding="utf-8"))
     assert "Temperature fitted on validation none (bound 50) 1.25" in text
     assert "Calibration error at that temperature – 0.012" in text
     evaluation = Report(run).own
@@ -452,7 +475,7 @@ def test_power_and_calibration_are_told(tmp_path):
 
 def test_a_report_says_nothing_twice(tmp_path):
     folder = make_run(tmp_path / "run", many_predictions(shuffled=0.1, hypothesis_only=0.4))
-    write_report(folder)
+    write_report(Report(folder))
     own = Report(folder).own
     page = " ".join(" ".join(Page((folder / "report.html").read_text()).text).split())
     notes = " ".join((folder / "report.md").read_text().replace("\\", "").split())
@@ -472,7 +495,7 @@ def test_a_suite_is_told_once_with_what_is_missing_by_reason(tmp_path):
         "missing": {"anli_r1": "out of reach", "anli_r2": "out of reach", "sick": "not there"},
     }
     write_json(folder / "eval" / "few.json", suite)
-    write_report(folder)
+    write_report(Report(folder))
     notes = (folder / "report.md").read_text().replace("\\", "")
     assert "| anli_r1, anli_r2 | out of reach |" in notes
     (row,) = re.findall(r"^\| pairs \| 240 \| .*$", notes, flags=re.MULTILINE)

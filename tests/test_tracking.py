@@ -53,7 +53,7 @@ def told_offline():
 
 
 def track_evaluation(folder, **about):
-    write_report(folder)
+    write_report(Report(folder))
     run = RunRecord(folder)
     tracker = open_run(
         folder, report_to="wandb", settings=settings(**about), config=run.config, job_type="eval", resumed=True

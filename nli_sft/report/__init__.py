@@ -18,16 +18,12 @@ from .suite import suite_sheets
 from .table import pairs_table
 
 
-def write_report(run: str | Path) -> Path:
-    """Write report.html (one file that needs no other), report.md and figures/ into an evaluated run folder.
+def write_report(report: Report) -> Path:
+    """Write report.html (one file that needs no other), report.md and figures/ into the folder of a run.
 
     Returns:
         The path of report.html.
-
-    Raises:
-        UserError: if `run` is not a run folder, or has not been evaluated.
     """
-    report = Report(run)
     plots = {evaluation.key: evaluation_plots(evaluation) for evaluation in report.evaluations}
     plots["training"] = training_plots(report.training)
     table, table_note = pairs_table(report.evaluations)

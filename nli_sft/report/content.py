@@ -14,7 +14,6 @@ from .. import UserError
 from ..calibration import abstention_curve, temperature_text
 from ..comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
-from ..metrics import compute
 from ..prompts import Prompt
 from ..runs import HYPOTHESIS_ONLY, evaluation_folders, read_json, read_metrics, read_predictions, read_run
 from ..slices import Slice, explain, slice_changes
@@ -69,10 +68,12 @@ class Evaluation:
         name: such as `snli test`; `key` is the same as a file name.
         summary: what metrics.json holds.
         table: what predictions.parquet holds, with the predictions of two-way sets mapped to two labels.
+        metrics: {model: what `metrics.compute` gave}, a part of `summary`.
         label_names: names of the gold labels.
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.key = re.sub(r"[^\w.-]+", "-", folder.name)
         self.summary = read_metrics(folder)
         source = self.summary.get("name") or Path(self.summary["source"]).name
@@ -82,15 +83,11 @@ class Evaluation:
         self.is_two_way = bool((self.table["label"] == TWO_WAY_LABELS[1]).any())
         self.label_names = TWO_WAY_LABELS if self.is_two_way else LABELS
         self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
-        three_way = {name: self._ids(self.table[f"{name}_prediction"], LABELS) for name in self.models}
-        gold = self._ids(self.table["label"], self.label_names)
-        self.metrics = {
-            name: compute(gold, three_way[name], self.probabilities(name), self._mass(name), self.label_names)
-            for name in self.models
-        }
+        self.metrics = {name: self.summary[name] for name in self.models}
         if self.is_two_way:
-            for name, ids in three_way.items():
-                self.table[f"{name}_prediction"] = [TWO_WAY_LABELS[to_two_way(label)] for label in ids]
+            for name in self.models:
+                three_way = self._ids(self.table[f"{name}_prediction"], LABELS)
+                self.table[f"{name}_prediction"] = [TWO_WAY_LABELS[to_two_way(label)] for label in three_way]
 
     @staticmethod
     def _ids(names: pd.Series, order: tuple[str, ...]) -> np.ndarray:
