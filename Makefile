@@ -7,8 +7,8 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
 # The main job from end to end on a bare machine: no GPU, no Hub, no account.
 demo: setup
-	$(BIN)/accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo/lora.yaml
-	$(BIN)/accelerate launch -q --config_file accelerate_configs/cpu.yaml recipes/eval.py --run outputs/demo-lora
+	$(BIN)/python recipes/sft.py --config recipes/demo/lora.yaml
+	$(BIN)/python recipes/eval.py --run outputs/demo-lora
 	@echo "Look here: open outputs/demo-lora/report.html in a browser."
 
 setup: .venv/installed

@@ -310,8 +310,8 @@ def run_script(main: Callable, types: Sequence[type], positional: str | None = N
         sys.exit(128 + signal.SIGINT)
 
 
-# What a command says once: a recipe that is run again must not clear what it made.
-ONCE = ("overwrite_output_dir",)
+# Said of one start of a training, not of the run: one that is run again starts from the beginning and clears nothing.
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint")
 
 
 def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:

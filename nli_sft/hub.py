@@ -46,7 +46,16 @@ from .comparison import compare, headline
 from .evaluation import load_encoder
 from .labels import LABELS, TWO_WAY_LABELS, to_two_way
 from .prompts import Prompt, PromptEncoder, load_prompt
-from .runs import evaluation_folders, read_json, read_metrics, read_predictions, read_recipe, read_run, versions
+from .runs import (
+    evaluation_folders,
+    launch_command,
+    read_json,
+    read_metrics,
+    read_predictions,
+    read_recipe,
+    read_run,
+    versions,
+)
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -260,6 +269,7 @@ def model_card(
         validation=_validation(record),
         figures=[path.relative_to(folder).as_posix() for path in sorted(folder.glob("figures/*")) if _is_image(path)],
         has_report=(folder / "report.html").is_file(),
+        command=launch_command("recipes/sft.py", "--config", "recipe.yaml", record=record),
         prompt=prompt,
         frame=encoder.frame,
         prefix=_prefix(encoder),

@@ -1,11 +1,14 @@
 """How a training was launched, and what cannot work under it: said before anything is loaded."""
 
+import logging
 import os
 
 from transformers.training_args import ParallelMode
 from trl import ModelConfig, SFTConfig
 
 from . import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def launched_with(training_args: SFTConfig) -> str:
@@ -19,7 +22,7 @@ def launched_with(training_args: SFTConfig) -> str:
 
 
 def check_launch(model_args: ModelConfig, training_args: SFTConfig, precision: str) -> None:
-    """Refuse a recipe that cannot be trained under its launcher.
+    """Refuse a recipe that cannot be trained under its launcher, and keep one process to one GPU.
 
     Args:
         precision: `bf16`, `fp16` or `fp32`.
@@ -28,6 +31,12 @@ def check_launch(model_args: ModelConfig, training_args: SFTConfig, precision: s
         UserError: naming both, and what would work.
     """
     launcher = launched_with(training_args)
+    if training_args.n_gpu > 1:
+        logger.warning(
+            "One of %d GPUs is used. All are with: accelerate launch --config_file accelerate_configs/ddp.yaml "
+            "--num_processes %d recipes/sft.py ...", training_args.n_gpu, training_args.n_gpu,
+        )  # fmt: skip
+        training_args._n_gpu = 1  # or the Trainer would split each batch by nn.DataParallel
     sharded = launcher in ("fsdp", "zero3")
     if model_args.load_in_4bit and launcher == "zero3":
         raise UserError(

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
@@ -61,6 +62,30 @@ BLOCKS, BLOCK = 1024, 2**18
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
+# The file in accelerate_configs/ for what `launchers.launched_with` finds.
+ACCELERATE_CONFIGS = {"ddp": "ddp", "fsdp": "fsdp2", "zero2": "deepspeed_zero2", "zero3": "deepspeed_zero3"}
+
+
+def launch_command(script: str | Path, *arguments: object, record: Mapping = {}) -> str:  # noqa: B006 (never changed)
+    """The command that starts a script of recipes/: plain `python`, or accelerate for several processes.
+
+    Args:
+        record: of a run, to start as many processes as it had; one by default.
+    """
+    launch, processes = ["python"], record.get("world_size", 1)
+    if processes > 1:
+        config = ACCELERATE_CONFIGS.get(record.get("launcher"), "ddp")
+        file = Path(script).parent.parent / "accelerate_configs" / f"{config}.yaml"
+        launch = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
+    return shlex.join([*launch, str(script), *map(str, arguments)])
+
+
+def training_command(run: str | Path, record: Mapping) -> str:
+    """The command that makes a run again, in a folder beside it: its own is taken."""
+    recipe = Path(run) / "recipe.yaml"
+    return launch_command("recipes/sft.py", "--config", recipe, "--output_dir", f"{Path(run)}-again", record=record)
+
+
 def write_json(path: Path, content: Mapping) -> None:
     """Write whole or not at all: a reader, or a crash, never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +106,7 @@ def write_run(
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-    launch = f"# accelerate launch -q recipes/sft.py --config {Path(name or path) / 'recipe.yaml'}\n"
+    launch = f"# {training_command(name or path, record)}\n"
     (path / "recipe.yaml").write_text(launch + text, encoding="utf-8")
     write_json(path / "prompt.json", asdict(prompt))
     write_json(path / "run.json", record)

@@ -1,8 +1,8 @@
 """Judge a run: base against tuned, on any source and split, by constrained generation over the three labels.
 
-accelerate launch -q recipes/eval.py --run outputs/qwen3-0.6b-lora
-accelerate launch -q recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
-accelerate launch -q recipes/eval.py --run outputs/qwen3-0.6b-lora --suite stress
+python recipes/eval.py --run outputs/qwen3-0.6b-lora
+python recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
+python recipes/eval.py --run outputs/qwen3-0.6b-lora --suite stress
 """
 
 import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)

@@ -9,7 +9,6 @@ Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_tra
 import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)
 
 import os
-import shlex
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -38,7 +37,7 @@ from nli_sft.configs import (
 from nli_sft.estimate import plan_memory
 from nli_sft.folders import check_folder, check_resumption, clear
 from nli_sft.hub import put_token_away
-from nli_sft.launchers import check_launch
+from nli_sft.launchers import check_launch, launched_with
 from nli_sft.ledger import run_config
 from nli_sft.models import (
     adapter_config,
@@ -51,7 +50,15 @@ from nli_sft.models import (
 from nli_sft.precision import choose_precision
 from nli_sft.prompts import PromptEncoder, load_prompt
 from nli_sft.resources import ResourceRecorder
-from nli_sft.runs import HYPOTHESIS_ONLY, git_state, rendered_prompt, versions, write_run, write_trained_pairs
+from nli_sft.runs import (
+    HYPOTHESIS_ONLY,
+    git_state,
+    launch_command,
+    rendered_prompt,
+    versions,
+    write_run,
+    write_trained_pairs,
+)
 from nli_sft.sources import describe_source, fingerprint, load_train_and_validation, text_keys
 from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
@@ -88,8 +95,7 @@ def say(*what):
 def evaluation_command(run, trust_remote_code):
     """What to type where this script was started."""
     script = os.path.relpath(Path(__file__).with_name("eval.py"))
-    command = ["accelerate", "launch", "-q", script, "--run", str(run)]
-    return shlex.join(command + ["--trust_remote_code", "true"] * trust_remote_code)
+    return launch_command(script, "--run", run, *["--trust_remote_code", "true"] * trust_remote_code)
 
 
 def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
@@ -182,6 +188,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
             **data,
         },
         "world_size": training_args.world_size,
+        "launcher": launched_with(training_args),
         "precision": precision.as_dict(),
         "max_batch_tokens": plan.max_batch_tokens,
         "memory_estimate": plan.estimate and plan.estimate.as_dict(),

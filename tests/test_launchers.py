@@ -122,6 +122,15 @@ def test_what_can_work_is_let_through(launched, launcher, model):
         check_launch(ModelConfig(**model), launched(launcher), "bf16")
 
 
+def test_one_process_is_kept_to_one_gpu(launched, caplog):
+    args = launched("one process")
+    args._n_gpu = 4
+    check_launch(ModelConfig(), args, "bf16")
+    assert args.n_gpu == 1
+    assert "One of 4 GPUs is used" in caplog.text
+    assert "accelerate_configs/ddp.yaml --num_processes 4" in caplog.text
+
+
 def test_the_documentation_names_every_launcher():
     pages = "".join(page.read_text() for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))))
     assert set(re.findall(r"accelerate_configs/(\w+)\.yaml", pages)) <= set(CONFIGS)

@@ -287,7 +287,7 @@ def test_resources_and_provenance_are_told(nine):
         "torch 2.11.0",
         PROMPTS["plain"].fingerprint,
         "Answer entailment, neutral or contradiction.",
-        "accelerate launch -q recipes/sft.py --config",
+        "python recipes/sft.py --config",
         "load_in_4bit: true",
     ):
         assert told in text, told

@@ -1,6 +1,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,12 +20,15 @@ from nli_sft.runs import (
     git_state,
     read_run,
     trained_on,
+    training_command,
     versions,
     weights_fingerprint,
     write_json,
     write_run,
     write_trained_pairs,
 )
+
+ROOT = Path(__file__).parents[1]
 
 RECIPE = {"model_name_or_path": "hub/tiny", "lora_r": 8, "dataset_name": "snli"}
 
@@ -37,7 +41,28 @@ def test_what_is_written_is_read_back(tmp_path):
     assert record == {"seconds": 1.5}
     assert read == prompt
     assert read.fingerprint == prompt.fingerprint
-    assert (tmp_path / "run" / "recipe.yaml").read_text().startswith("# accelerate launch -q recipes/sft.py --config ")
+    first = (tmp_path / "run" / "recipe.yaml").read_text().splitlines()[0]
+    command = f"python recipes/sft.py --config {tmp_path}/run/recipe.yaml --output_dir {tmp_path}/run-again"
+    assert first == f"# {command}"
+
+
+@pytest.mark.parametrize(
+    ("record", "command"),
+    [
+        ({}, "python"),
+        ({"world_size": 1, "launcher": "one process"}, "python"),
+        ({"world_size": 4, "launcher": "ddp"}, "accelerate_configs/ddp.yaml"),
+        ({"world_size": 4, "launcher": "fsdp"}, "accelerate_configs/fsdp2.yaml"),
+        ({"world_size": 2, "launcher": "zero3"}, "accelerate_configs/deepspeed_zero3.yaml"),
+    ],
+)
+def test_a_command_starts_as_many_processes_as_the_run_had(record, command):
+    if record.get("world_size", 1) > 1:
+        assert (ROOT / command).is_file()
+        command = f"accelerate launch --config_file {command} --num_processes {record['world_size']}"
+    assert training_command("my run", record) == (
+        f"{command} recipes/sft.py --config 'my run/recipe.yaml' --output_dir 'my run-again'"
+    )
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "prompt.json", "run.json"])

@@ -15,7 +15,16 @@ from ..calibration import abstention_curve, temperature_text
 from ..comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..prompts import Prompt
-from ..runs import HYPOTHESIS_ONLY, evaluation_folders, read_json, read_metrics, read_predictions, read_run
+from ..runs import (
+    HYPOTHESIS_ONLY,
+    evaluation_folders,
+    launch_command,
+    read_json,
+    read_metrics,
+    read_predictions,
+    read_run,
+    training_command,
+)
 from ..slices import Slice, explain, slice_changes
 from ..sources import describe_source
 from .sheets import NONE
@@ -470,7 +479,7 @@ class Report:
         rows.append(("Seed", str(self.recipe.get("seed", "the default of the Trainer, 42"))))
         rows.append(("Processes", str(self.record.get("world_size", 1))))
         rows.append(("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-        rows.append(("Command", f"accelerate launch -q recipes/sft.py --config {self.folder / 'recipe.yaml'}"))
+        rows.append(("Command", training_command(self.folder, self.record)))
         return rows
 
     def recipe_text(self) -> str:
@@ -478,11 +487,14 @@ class Report:
 
     def how_to_run_controls(self) -> list[str]:
         """Commands that train the hypothesis-only control and judge this run beside it."""
-        control = self.folder / HYPOTHESIS_ONLY
+        control = ["--prompt", HYPOTHESIS_ONLY, "--label_words", *self.prompt.label_words]
+        control += ["--output_dir", self.folder / HYPOTHESIS_ONLY]
+        if self.recipe.get("hypothesis_only_control"):
+            control += ["--hypothesis_only_control", "false"]
+        code = ["--trust_remote_code", "true"] if self.recipe.get("trust_remote_code") else []
         return [
-            f"accelerate launch -q recipes/sft.py --config {self.folder / 'recipe.yaml'} --prompt {HYPOTHESIS_ONLY} "
-            f"--output_dir {control}",
-            f"accelerate launch -q recipes/eval.py --run {self.folder}",
+            launch_command("recipes/sft.py", "--config", self.folder / "recipe.yaml", *control, record=self.record),
+            launch_command("recipes/eval.py", "--run", self.folder, *code),
         ]
 
 

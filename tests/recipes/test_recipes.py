@@ -130,7 +130,7 @@ def test_a_recipe_builds_its_model(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_opens_with_its_launch_command(path):
     text = path.read_text()
-    command = re.search(r"^# accelerate launch .*$", text, re.MULTILINE)[0]
+    command = re.search(r"^# (accelerate launch|python) .*$", text, re.MULTILINE)[0]
     for argument in command.split():
         if "/" in argument:
             assert (ROOT / argument).is_file(), argument
