@@ -31,7 +31,35 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bar
 # A quote that is never closed takes the rows after it into its field. What then stands in a text is the end of a row.
 ROW_INSIDE = re.compile(r"[,;\t|](entailment|neutral|contradiction|non[-_]entailment|not[-_]entailment)[ \r]*$", re.M)
 
-GZIP, PARQUET, LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs.github.com/spec"
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+
+ARROW_FIX = 'write it as Parquet: datasets.Dataset.from_file(name).to_parquet("pairs.parquet")'
+FEATHER_FIX = 'write it as Parquet: pandas.read_feather(name).to_parquet("pairs.parquet")'
+
+# How files begin that are no tables, whatever they are called: what they are, and what to do.
+OTHER_CONTENT = {
+    b"version https://git-lfs.github.com/spec": ("a pointer of Git LFS, not the data", "git lfs pull fetches that"),
+    b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save its sheet as CSV"),
+    b"\xd0\xcf\x11\xe0": ("an Excel workbook", "save its sheet as CSV"),
+    b"BZh": ("a bzip2 file", "unpack it, or compress it with gzip"),
+    b"\xfd7zXZ": ("an xz file", "unpack it, or compress it with gzip"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it, or compress it with gzip"),
+    b"ARROW1": ("an Arrow file", FEATHER_FIX),
+    b"\xff\xff\xff\xff": ("an Arrow file", ARROW_FIX),
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), ("a web page", "fetch the file itself")),
+}
+
+# What to do with files of other kinds, by suffix.
+OTHER_SUFFIXES = {
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save its sheet as CSV"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it, or compress it with gzip"),
+    ".arrow": ARROW_FIX,
+    ".feather": FEATHER_FIX,
+    ".ndjson": "call it .jsonl",
+}
+
+# Excel's first line that names the separator.
+SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.I)
 
 # A field is as long as its text; the csv module would stop at 131,072 characters.
 csv.field_size_limit(2**31 - 1)
@@ -102,7 +130,9 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
 def _kind(file: Path) -> str:
     """The suffix of a file, without a .gz after it."""
     if not is_data_file(file):
-        raise UserError(f"{file}: cannot read this kind of file; expected one of {FORMATS}")
+        fix = OTHER_SUFFIXES.get(file.suffix.lower())
+        expected = FORMATS + (f"; {fix}" if fix else "")
+        raise UserError(f"{file}: cannot read this kind of file; expected one of {expected}")
     return Path(file.name.lower().removesuffix(".gz")).suffix
 
 
@@ -123,7 +153,7 @@ def _parquet_rows(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[i
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{file.name}, after row {number}: cannot be read ({_one_line(error)})") from error
 
 
@@ -141,26 +171,32 @@ def _is_one_document(file: Path) -> bool:
     """Whether a JSON file holds one value, an array say, rather than a row a line: as .json and as .jsonl."""
     with _reading(file) as lines:
         first = next((line for line in lines if line.strip()), None)
+        goes_on = any(line.strip() for line in lines)
     if first is None:
         raise UserError(f"{file.name} is empty")
     try:
         value = json.loads(first)
-    except ValueError:
-        return first.lstrip().startswith("[") or _kind(file) == ".json"
-    return isinstance(value, list) or _table_in(value) is not None
+    except (ValueError, RecursionError):
+        is_start = first.strip() in ("{", "[") or first.lstrip().startswith("[")
+        return is_start or (_kind(file) == ".json" and not goes_on)
+    return not goes_on and not (_is_row(value) and _table_in(value) is None)
+
+
+def _is_row(value: object) -> bool:
+    """Whether a value is a row, rather than a table or an object of tables: something in it is neither."""
+    return isinstance(value, dict) and not all(isinstance(one, (dict, list)) for one in value.values())
 
 
 def _document_rows(file: Path) -> Iterator[tuple[int, dict]]:
     with _reading(file) as lines:
-        text = lines.read()
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file.name} row {error.lineno}: not JSON ({error.msg} at column {error.colno})") from error
-    rows = value if isinstance(value, list) else _table_in(value)
+        value = _load_json(file, 1, lines.read())
+    rows = value if isinstance(value, list) else _table_in(value) or ([value] if _is_row(value) else None)
     if rows is None:
-        found = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        raise UserError(f'{file.name}: expected JSON lines, an array of objects or {{"data": [...]}}; found {found}')
+        found = ", ".join(list(value)[:10]) if isinstance(value, dict) else type(value).__name__
+        raise UserError(
+            f'{file.name}: expected JSON lines, an array of objects or {{"data": [...]}}; found {found}; pandas '
+            f'writes JSON lines with to_json(name, orient="records", lines=True)'
+        )
     for number, row in enumerate(rows, start=1):
         yield number, _check_row(file, number, row)
 
@@ -191,11 +227,30 @@ def _first_keys(file: Path) -> list[str]:
 
 
 def _parse_row(file: Path, number: int, line: str) -> dict:
+    return _check_row(file, number, _load_json(file, number, line.rstrip()))
+
+
+def _load_json(file: Path, number: int, text: str) -> object:
+    """The value of a JSON text that begins in line `number`."""
     try:
-        row = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{file.name} row {number}: not JSON ({error.msg} at column {error.colno})") from error
-    return _check_row(file, number, row)
+        where = f"{file.name} row {number + error.lineno - 1}"
+        fix = _json_fix(error)
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}){fix and '; '}{fix}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of others
+        raise UserError(f"{file.name} row {number}: cannot be read as JSON ({_one_line(error)})") from error
+
+
+def _json_fix(error: json.JSONDecodeError) -> str:
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if before.endswith(",") and after[:1] in ("]", "}") or after.strip() == ",":
+        return "remove the comma at the end"
+    if before.endswith("{") and after.startswith("'"):
+        return "texts stand in double quotes, as json.dumps writes them"
+    if after.startswith("{") or before.strip() == "{":
+        return "JSON lines have one object a line: jq -c . makes them of other JSON"
+    return ""
 
 
 def _check_row(file: Path, number: int, row: object) -> dict:
@@ -211,6 +266,7 @@ def _separated_rows(file: Path) -> Iterator[tuple[int, dict]]:
         try:
             for fields in reader:
                 if fields and fields != [""]:
+                    _check_no_heading(file, heading, fields, before + 1)
                     yield before + 1, _named_fields(file, reader, heading, fields, before + 1)
                 before = reader.line_num
         except csv.Error as error:
@@ -218,6 +274,11 @@ def _separated_rows(file: Path) -> Iterator[tuple[int, dict]]:
                 f"{file.name} row {before + 1}: a quote is not closed, or text follows a closing one ({error}); a "
                 f'field with quotes in it stands in quotes, and those inside are doubled: "She said ""no""."'
             ) from error
+
+
+def _check_no_heading(file: Path, heading: list[str], fields: list[str], line: int) -> None:
+    if fields[-1].strip() == heading[-1] and [field.strip("\ufeff ") for field in fields] == heading:
+        raise UserError(f"{file.name} row {line}: the heading again, as in files that were joined; remove it")
 
 
 def _named_fields(file: Path, reader, heading: list[str], fields: list[str], first_line: int) -> dict[str, str]:
@@ -244,11 +305,12 @@ def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
         if line.strip():
             break
         skipped += 1
+    named = SEPARATOR_LINE.fullmatch(line)
+    if named:
+        skipped, line = skipped + 1, next(lines, "")
     if not line.strip():
         raise UserError(f"{file.name} is empty")
-    if "\0" in line:
-        raise UserError(f"{file.name} holds NUL characters, as UTF-16 does; save it as UTF-8")
-    separator = _separator(file, line)
+    separator = named[1] if named else _separator(file, line)
     # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text. Those of Kaushik et
     # al. do, see `_unquoted`. Who quotes the heading quotes all.
     quotes = separator != "\t" or _kind(file) == ".csv" or line.startswith('"')
@@ -259,11 +321,13 @@ def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
         yield line
         yield from lines
 
-    reader = csv.reader(all_lines(), delimiter=separator, quoting=quoting, strict=True)
+    reader = csv.reader(all_lines(), delimiter=separator, quoting=quoting, strict=True, skipinitialspace=quotes)
     try:
-        heading = next(fields for fields in reader if fields)
+        heading = next((fields for fields in reader if fields), [])
     except csv.Error as error:
         raise UserError(f"{file.name} row {skipped + 1}: the heading is not CSV ({error})") from error
+    if heading and all(len(name) > 1 and name[0] == name[-1] == "'" for name in map(str.strip, heading)):
+        raise UserError(f"{file.name}: its fields stand in single quotes; write the file with double ones")
     return [name.strip() for name in heading], reader
 
 
@@ -309,7 +373,13 @@ def _encoding(file: Path) -> str:
     with _open_bytes(file) as data:
         head = data.read(100)
     _check_head(file, head)
-    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as UTF-16's does
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if head.count(0) > len(head) / 4:
+        raise UserError(f"{file.name} holds NUL characters, as UTF-16 does; save it as UTF-8")
+    return "utf-8-sig"
 
 
 def _head(file: Path) -> bytes:
@@ -318,8 +388,10 @@ def _head(file: Path) -> bytes:
 
 
 def _check_head(file: Path, head: bytes) -> None:
-    if head.startswith(LFS):
-        raise UserError(f"{file.name} is a pointer of Git LFS, not the data; git lfs pull fetches that")
+    other = next((begin for begin in OTHER_CONTENT if head.lstrip().startswith(begin)), None)
+    if other is not None:
+        what, fix = OTHER_CONTENT[other]
+        raise UserError(f"{file.name} is {what}; {fix}")
     if head.startswith(PARQUET) and _kind(file) != ".parquet":
         raise UserError(f"{file.name} is a Parquet file; name it .parquet")
 

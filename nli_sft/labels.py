@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from . import UserError
@@ -14,19 +15,17 @@ TWO_WAY_LABELS = ("entailment", "non-entailment")
 
 UNLABELLED = -1
 
+# Marks without a width, which editors and web pages leave around words: zero-width spaces, the byte order mark.
+INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\u00ad"))
+
 _SPELLINGS = {
     **{name: index for index, name in enumerate(LABELS)},
     **{name[0]: index for index, name in enumerate(LABELS)},
     **{str(index): index for index in range(len(LABELS))},
+    "contradictory": 2,  # as XNLI's training files have it
 }
-_TWO_WAY_SPELLINGS = {
-    "entailment": 0,
-    "non-entailment": 1,
-    "non_entailment": 1,
-    "not_entailment": 1,
-    "not-entailment": 1,
-}
-_UNLABELLED_SPELLINGS = {"", "-", "-1", "none", "nan"}
+_TWO_WAY_SPELLINGS = {"entailment": 0, **{f"{no}{sign}entailment": 1 for no in ("non", "not") for sign in "-_ "}}
+_UNLABELLED_SPELLINGS = {"", "-", "-1", "none", "nan", "null", "<na>"}
 
 
 def parse_label(value: object, spellings: Sequence[str] | None = None, two_way: bool = False) -> int:
@@ -77,14 +76,22 @@ def is_id(value: object) -> bool:
     return not isinstance(value, bool) and _normal(value) in ("0", "1", "2")
 
 
+def is_name(value: object) -> bool:
+    """Whether `value` is the name of a label, of a set with three or with two."""
+    return not is_id(value) and (_normal(value) in _SPELLINGS or is_two_way_name(value))
+
+
 def _normal(value: object) -> str:
     """How a label is compared: `1`, `1.0`, `"1"` and `"1.0"` are one, and so are `"No"` and `"no "`."""
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(value).strip().lower())
+    text = str(value)
+    if not text.isascii():  # accents in one code point or two, full-width letters, marks without a width
+        text = unicodedata.normalize("NFKC", text).translate(INVISIBLE)
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", text.strip().lower())
 
 
 def is_two_way_name(value: object) -> bool:
     """Whether `value` is a name that only two-way sets use."""
-    return _TWO_WAY_SPELLINGS.get(str(value).strip().lower()) == 1
+    return _TWO_WAY_SPELLINGS.get(_normal(value)) == 1
 
 
 def to_two_way(label: int) -> int:

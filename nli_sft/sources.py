@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import reprlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +42,7 @@ from . import UserError
 from .configs import DataConfig, EvalConfig, TrainDataConfig
 from .demo import DEMO, PAIRS, is_demo
 from .files import FORMATS, is_data_file, label_names, read_columns, read_rows
-from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, check_spellings, is_id, is_two_way_name, parse_label
+from .labels import LABELS, TWO_WAY_LABELS, UNLABELLED, check_spellings, is_id, is_name, is_two_way_name, parse_label
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ SLICE_NAMES = {
 }
 # What single annotators said: how many gave each label, in the order of LABELS, or the labels that they gave.
 COUNT_NAMES = ("label_counts", "label_count")
+# The name of a gold label, where the label itself is an id.
+LABEL_TEXT_NAMES = ("label_text", "label_name", "gold_label", "label")
 ANNOTATOR_NAMES = ("annotator_labels", "label0", "label1", "label2", "label3", "label4", "label5")
 
 # All that a pair may carry beside uid, premise, hypothesis and label.
@@ -79,6 +82,9 @@ EXTRA_COLUMNS = {
     "agreement": Value("string"),  # how many of them gave the gold label
 }
 
+# Of characters, in Unicode.
+BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+
 URL = re.compile(r"(https?|zip)://")
 HUB_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?]+)")
 
@@ -87,6 +93,10 @@ READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_colu
 
 # With fewer pairs a temperature says more of them than of the model.
 FEWEST_TO_CALIBRATE = 100
+
+# Of the sets that annotators gave no label in places, SNLI and MNLI lack 2 % at most. More for each labelled pair than
+# this is worth a warning.
+MANY_UNLABELLED = 0.1
 
 # Single files that hold several splits name them in a column.
 SPLIT_COLUMNS = ("SemEval_set",)
@@ -146,22 +156,35 @@ def load_pairs(
     wanted = _wanted(found, extras, there)
     if table is None:
         names = label_names(files[0], found["label"])
-        rows = _file_rows(files, found, wanted, label_spellings)
-        split_column = next((name for name in SPLIT_COLUMNS if name in there), None)
-        if split_column is not None and split is not None:
-            rows = _rows_of_split(rows, path, split_column, split)
     else:
         feature = table.features.get(found["label"])
         names = feature.names if isinstance(feature, ClassLabel) else None
-        rows = _table_rows(source, table.select_columns(wanted))
-        rows = _name_labels(rows, found["label"], names, label_spellings)
-    two_way = any(map(is_two_way_name, names or ()))
-    uid_prefix = f"{path.stem}-{split or 'all'}"
-    pairs, unlabelled = _check_rows(source, rows, found, extras, label_spellings, two_way, uid_prefix)
+    split_column = next((name for name in SPLIT_COLUMNS if name in there), None)
+
+    def read(spellings: list[str] | None) -> tuple[dict[str, list], int]:
+        if table is not None:
+            rows = _name_labels(
+                _table_rows(source, table.select_columns(wanted)), found["label"], names, label_spellings
+            )
+        else:
+            rows = _file_rows(files, found, wanted, label_spellings)
+            if split_column is not None and split is not None:
+                rows = _rows_of_split(rows, path, split_column, split)
+        two_way = any(map(is_two_way_name, names or ()))
+        return _check_rows(source, rows, found, extras, spellings, two_way, f"{path.stem}-{split or 'all'}")
+
+    try:
+        pairs, unlabelled = read(label_spellings)
+    except _IdsExplained as ids:
+        pairs, unlabelled = read(ids.spellings)
     if not pairs["uid"]:
-        raise SourceMissing(f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label)")
+        raise SourceMissing(
+            f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label); "
+            f"labels are read from the column {found['label']}"
+        )
     if unlabelled:
-        logger.info("%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
+        level = logging.WARNING if unlabelled > len(pairs["uid"]) * MANY_UNLABELLED else logging.INFO
+        logger.log(level, "%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
     if dropped is not None:
         dropped["unlabelled"] += unlabelled
     return pairs_dataset(pairs)
@@ -779,8 +802,21 @@ def find_columns(
             + f"; it has {', '.join(map(str, there))}; name "
             + ("it" if len(missing) == 1 else "them")
             + f" with {' and '.join(f'{role}_column' for role in missing)}"
+            + ("; is the first line the heading?" if any(map(is_name, there)) else "")
         )
+    roles_of: dict[str, str] = {}
     for role, column in found.items():
+        if column in roles_of:
+            raise UserError(
+                f"{source}: the column {column} is named for {roles_of[column]} and {role}; give each its own with "
+                f"{roles_of[column]}_column and {role}_column"
+            )
+        roles_of[column] = role
+        alike = [name for name in there if name != column and _plain(name) == _plain(column)]
+        if alike and column not in ((named or {}).get(role), *COLUMN_NAMES[role]):
+            raise UserError(
+                f"{source}: {column} and {alike[0]} could each be the {role}; rename one, or give {role}_column"
+            )
         if there.count(column) > 1:
             raise UserError(
                 f"{source}: the heading has {column} {there.count(column)} times; rename those that are not the {role}"
@@ -803,12 +839,12 @@ def _match(name: str, there: Sequence[str]) -> str | None:
 
 
 def _plain(column: str) -> str:
-    return re.sub(r"[\W_]", "", column.casefold())
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", column).casefold())
 
 
 def _find_extras(there: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """For each optional column, the names under which it may be in a row, as they are written there."""
-    usual = SLICE_NAMES | {"label_counts": COUNT_NAMES, "annotators": ANNOTATOR_NAMES}
+    usual = SLICE_NAMES | {"label_counts": COUNT_NAMES, "annotators": ANNOTATOR_NAMES, "label_text": LABEL_TEXT_NAMES}
     return {role: tuple(_match(name, there) or name for name in names) for role, names in usual.items()}
 
 
@@ -827,12 +863,21 @@ def column_value(row: dict, column: str | None) -> object:
     return row[outer].get(inner) if inner and isinstance(row.get(outer), dict) else None
 
 
+class _IdsExplained(Exception):
+    """Ids that names beside them explain: `spellings` has them in the order of the labels."""
+
+    def __init__(self, spellings: list[str]):
+        super().__init__(spellings)
+        self.spellings = spellings
+
+
 class _Labels:
     """Reads the labels of a set, and remembers what a mistake shows in.
 
     Attributes:
         two_way: whether the set has two labels; known from its first label that only such sets have.
         ids: those of SNLI's ids that were read as such. has_names: whether names were read too.
+        named: how often an id stood beside a name: of the gold label, or of one that an annotator gave.
     """
 
     def __init__(self, spellings: list[str] | None, two_way: bool):
@@ -840,6 +885,7 @@ class _Labels:
         self.two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else two_way
         self.ids: set[int] = set()
         self.has_names = False
+        self.named: Counter[tuple[int, str]] = Counter()
         self._read: dict[tuple[type, object], int] = {}
 
     def read(self, value: object) -> int:
@@ -864,14 +910,45 @@ class _Labels:
             return None if is_id(value) else parse_label(value)
         return None
 
+    def note_names(self, value: object, row: dict, columns: Mapping[str, Sequence[str]]) -> None:
+        """Count the names that stand beside a label that is an id."""
+        if self.spellings is not None or not is_id(value):
+            return
+        for column in (*columns["label_text"], *columns["annotators"]):
+            given = row.get(column)
+            for name in given if isinstance(given, list) else (given,):
+                if isinstance(name, str) and is_name(name):
+                    self.named[int(float(value)), name] += 1
+
+    def _explained(self) -> list[str] | None:
+        """The ids in the order of the labels that they mostly stand beside; `None` where that is not one for each."""
+        names = TWO_WAY_LABELS if any(is_two_way_name(name) for _, name in self.named) else LABELS
+        votes = np.zeros((len(LABELS), len(names)), dtype=int)
+        for (id, name), count in self.named.items():
+            votes[id, parse_label(name, two_way=len(names) == 2)] += count
+        ids = sorted(self.ids)
+        most = votes[ids].argmax(1).tolist()
+        if sorted(most) != list(range(len(names))) or (2 * votes[ids].max(1) <= votes[ids].sum(1)).any():
+            return None
+        return [str(ids[most.index(label)]) for label in range(len(names))]
+
     def check_ids(self, source: str) -> None:
         """Say how ids without names are read, where that is SNLI's way; stop where it cannot be known.
 
         Raises:
+            _IdsExplained: where names beside the ids say what these mean.
             UserError: for a set with other ids than all of SNLI's.
         """
         if not self.ids:
             return
+        explained = None if self.has_names else self._explained()
+        if explained == list(map(str, range(len(LABELS)))):
+            return
+        if explained is not None:
+            names = LABELS if len(explained) == len(LABELS) else TWO_WAY_LABELS
+            said = ", ".join(f"{id} is {name}" for id, name in zip(explained, names, strict=True))
+            logger.warning("%s: the names beside the labels say what these mean: %s", source, said)
+            raise _IdsExplained(explained)
         if not self.has_names and len(self.ids) < len(LABELS):
             raise UserError(
                 f"{source}: the labels are {' and '.join(map(str, sorted(self.ids)))} alone, and what they mean "
@@ -879,10 +956,29 @@ class _Labels:
                 f"0 1 2 for SNLI's ids, or what stands for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
             )
         logger.warning(
-            "%s: the labels 0, 1, 2 are read as SNLI's: %s; label_spellings says so, or otherwise",
+            "%s: the labels are read as SNLI's ids: %s; if they mean something else, label_spellings says what stands "
+            "for %s, in that order",
             source,
+            ", ".join(f"{index} is {name}" for index, name in enumerate(LABELS)),
             ", ".join(LABELS),
         )
+
+
+class _Uids:
+    """Makes every uid another one: predictions of two models are joined by uid."""
+
+    def __init__(self):
+        self._taken: set[str] = set()
+        self._count: Counter = Counter()
+
+    def take(self, uid: str) -> str:
+        """`uid`, or where it is taken, `uid#2` and so on."""
+        free = uid
+        while free in self._taken:
+            self._count[uid] += 1
+            free = f"{uid}#{self._count[uid] + 1}"
+        self._taken.add(free)
+        return free
 
 
 def _check_rows(
@@ -899,11 +995,17 @@ def _check_rows(
     extras: dict[str, list] = {}
     labels = _Labels(spellings, two_way)
     unfit: dict[str, list] = defaultdict(list)
-    seen: Counter = Counter()
+    uids = _Uids()
     unlabelled = 0
     for index, (where, row) in enumerate(rows):
+        value = column_value(row, columns["label"])
+        if value is None and columns["label"].partition(".")[0] not in row:
+            raise UserError(
+                f"{where} has no {columns['label']}, only {', '.join(map(str, row))}; a pair without a label has null "
+                f"or - there"
+            )
         try:
-            label = labels.read(column_value(row, columns["label"]))
+            label = labels.read(value)
         except UserError as error:
             raise UserError(f"{where}, column {columns['label']}: {error}") from None
         if label == UNLABELLED:
@@ -914,12 +1016,11 @@ def _check_rows(
                 check_text(column_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}")
             )
         uid = column_value(row, columns.get("uid"))
-        uid = _encodable(uid) if uid not in (None, "") else f"{uid_prefix}-{index + 1}"
-        seen[uid] += 1
-        # Predictions of two models are joined by uid, so a repeated one is told apart by its count.
-        pairs["uid"].append(uid if seen[uid] == 1 else f"{uid}#{seen[uid]}")
+        is_named = uid not in (None, "") and uid == uid  # which NaN is not
+        pairs["uid"].append(uids.take(_encodable(uid) if is_named else f"{uid_prefix}-{index + 1}"))
         pairs["label"].append((TWO_WAY_LABELS if labels.two_way else LABELS)[label])
         extra = _slice_values(row, extra_columns)
+        labels.note_names(value, row, extra_columns)
         if not labels.two_way:
             extra |= _annotators(row, extra_columns, labels, label, unfit)
         for name in extra:
@@ -941,7 +1042,7 @@ def check_text(text: object, what: str) -> str:
     Raises:
         UserError: beginning with `what`, if it is no text, has nothing in it, or has half a character in it.
     """
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or _is_blank(text):
         raise UserError(f"{what} is {'missing' if text is None else reprlib.repr(text)}; expected text")
     if not text.isascii():
         try:
@@ -952,6 +1053,11 @@ def check_text(text: object, what: str) -> str:
                 f"cannot be encoded; remove it"
             ) from None
     return text.strip()
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing in a text can be seen: white space, control characters, marks without a width."""
+    return not re.search(r"\w", text) and all(unicodedata.category(one) in BLANK_CATEGORIES for one in text)
 
 
 def _encodable(value: object) -> str:

@@ -1,6 +1,8 @@
+import bz2
 import codecs
 import gzip
 import json
+import lzma
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +44,12 @@ def rows(path):
         ("comma.tsv", separated(",").encode()),
         ("semicolon.txt", separated(";").encode()),
         ("quoted.tsv", separated("\t", '"').encode()),
+        ("utf32.csv", separated(",").encode("utf-32")),
+        ("spaces.csv", separated(",", '"').replace('",', '", ').encode()),
+        ("excel.csv", b"sep=|\r\n" + separated("|").encode()),
+        ("old-mac.tsv", separated("\t").replace("\n", "\r").encode()),
+        ("old-mac.jsonl", LINES.replace("\n", "\r").encode()),
+        ("blank.jsonl", b"\n" + LINES.replace("\n", "\n  \n").encode()),
         ("returns.csv", separated(",").replace("\n", "\r\n").encode()),
         ("blank.csv", b"\n\n" + separated(",").encode() + b"\n"),
         ("UPPER.CSV", separated(",").encode()),
@@ -100,6 +108,46 @@ LONE = 'uid,premise,label\n1,"Stop! he said.,entailment\n2,A dog.,neutral\n3,A c
         ("table.csv", b"PAR1...", "table.csv is a Parquet file; name it .parquet"),
         ("book.xlsx", "", "cannot read this kind of file; expected one of .jsonl, .json, .csv"),
         ("gone.csv", None, "gone.csv: cannot be read"),
+        ("book.xlsx", "", r"; save its sheet as CSV$"),
+        ("pairs.csv.zip", "", r"; unpack it, or compress it with gzip$"),
+        ("data-00000-of-00001.arrow", "", r"; write it as Parquet: datasets.Dataset.from_file"),
+        ("pairs.ndjson", "", r"; call it .jsonl$"),
+        (
+            "renamed.csv",
+            b"PK\x03\x04" + b"\0" * 99,
+            "is a zip archive or an Excel workbook; unpack it, or save its sheet",
+        ),
+        ("renamed.csv", b"\xd0\xcf\x11\xe0" + b"\0" * 99, "is an Excel workbook; save its sheet as CSV"),
+        ("renamed.jsonl", bz2.compress(LINES.encode()), "renamed.jsonl is a bzip2 file; unpack it"),
+        ("renamed.jsonl", lzma.compress(LINES.encode()), "renamed.jsonl is an xz file; unpack it"),
+        ("renamed.parquet", b"ARROW1\0\0", "renamed.parquet is an Arrow file; write it as Parquet"),
+        ("renamed.parquet", b"\xff\xff\xff\xff\0\0", "renamed.parquet is an Arrow file; write it as Parquet"),
+        ("moved.csv", "\n<!doctype html>\n<title>404</title>", "moved.csv is a web page; fetch the file itself"),
+        ("nul.jsonl", LINES.encode("utf-16-le"), "nul.jsonl holds NUL characters, as UTF-16 does; save it as UTF-8"),
+        ("joined.csv", separated(",") * 2, "joined.csv row 4: the heading again, as in files that were joined"),
+        ("joined.tsv", separated("\t") + "\ufeff" + separated("\t"), "joined.tsv row 4: the heading again"),
+        ("single.csv", "'premise','label'\n'A.','0'\n", "single.csv: its fields stand in single quotes"),
+        ("comma.json", '[{"premise": "A."},\n]', "comma.json row 2: not JSON .*; remove the comma at the end"),
+        ("comma.jsonl", '{"premise": "A."},\n{"premise": "B."},\n', "row 1: not JSON .*; remove the comma at the end"),
+        (
+            "python.jsonl",
+            f"{ROWS[0]}\n",
+            "row 1: not JSON .*; texts stand in double quotes, as json.dumps writes them",
+        ),
+        (
+            "pretty.jsonl",
+            json.dumps(ROWS[0], indent=1) * 2,
+            "row 5: not JSON .*; JSON lines have one object a line: jq",
+        ),
+        ("half.jsonl", LINES + '{"premise": \n', "half.jsonl row 3: not JSON"),
+        ("lists.jsonl", '["A.", 0]\n["B.", 1]\n', "lists.jsonl row 1: expected a JSON object, found list"),
+        ("columns.json", '{"premise": {"0": "A."}, "label": {"0": 1}}', 'found premise, label; .*orient="records"'),
+        ("split.json", '{"columns": ["premise"], "data": [["A."]]}', "expected JSON lines.*found columns, data"),
+        ("splits.json", json.dumps({"train": ROWS, "test": ROWS}), "expected JSON lines.*found train, test"),
+        ("by-id.json", json.dumps({"a1": ROWS[0], "a2": ROWS[1]}, indent=1), "expected JSON lines.*found a1, a2"),
+        ("word.json", '"premise"', "expected JSON lines.*found str"),
+        ("deep.json", "[" * 100_000, "deep.json row 1: cannot be read as JSON"),
+        ("digits.jsonl", f'{{"id": {"9" * 5000}}}\n', "digits.jsonl row 1: cannot be read as JSON"),
         ("cut.csv.gz", gzip.compress(LONE.encode(), mtime=0)[:-12], "not a whole gzip file"),
     ],
 )
@@ -119,6 +167,29 @@ def test_a_text_may_be_long_and_go_over_lines(tmp_path):
         (2, {"premise": text, "label": "neutral"}),
         (20_003, {"premise": "A cat.", "label": "neutral"}),
     ]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_object_is_one_row(tmp_path, indent):
+    (tmp_path / "one.json").write_text(json.dumps(ROWS[0], indent=indent))
+    assert read_columns(tmp_path / "one.json") == HEADING
+    assert rows(tmp_path / "one.json") == ROWS[:1]
+
+
+def test_words_for_nothing_and_numbers_are_texts(tmp_path):
+    words = ["None", "NA", "nan", "NULL", "007", "1e5", "true", "\u2028x\x0b\x85y", "a\0b"]
+    (tmp_path / "words.csv").write_text("premise\n" + "".join(f"{word}\n" for word in words), newline="")
+    assert [row["premise"] for row in rows(tmp_path / "words.csv")] == words
+
+
+def test_types_of_arrow(tmp_path):
+    texts = pa.array(["A.", "B.", None])
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):
+        pq.write_table(pa.table({"premise": texts.cast(kind)}), tmp_path / "typed.parquet")
+        assert [row["premise"] for row in rows(tmp_path / "typed.parquet")] == ["A.", "B.", None]
+    pq.write_table(pa.table({"day": pa.array([2**40], pa.timestamp("s"))}), tmp_path / "far.parquet")
+    with pytest.raises(UserError, match=r"far.parquet, after row 0: cannot be read \(.*out of range"):
+        rows(tmp_path / "far.parquet")
 
 
 def test_repeated_keys_and_headings_are_told(tmp_path):

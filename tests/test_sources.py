@@ -297,10 +297,37 @@ def test_two_spellings_make_a_two_way_set(tmp_path):
     assert list(pairs["label"]) == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("labels", "beside"),
+    [
+        ([2, 1, 0], {"label_text": ["entailment", "neutral", "contradiction"]}),
+        ([2, 1.0, "0"], {"label_name": ["Entailment", "Neutral", "contradictory"]}),
+        ([0, 2, 1], {"gold": [0, 2, 1], "annotator_labels": [["entailment"] * 4 + ["neutral"], "n", ["c", "c", "e"]]}),
+    ],
+)
+def test_names_beside_the_ids_say_what_these_mean(tmp_path, caplog, labels, beside):
+    pairs = load_pairs(labelled(tmp_path / "ids.jsonl", labels * 3, **{k: v * 3 for k, v in beside.items()}))
+    assert list(pairs["label"]) == [0, 1, 2] * 3
+    assert "the names beside the labels say what these mean: " in caplog.text
+    assert "agreement" not in pairs.column_names or set(pairs["agreement"]) == {"80 to 99 %", "60 to 79 %", None}
+
+
+def test_names_beside_two_ids_make_a_two_way_set(tmp_path):
+    path = labelled(tmp_path / "rte.jsonl", [1, 0], label_text=["entailment", "not entailment"])
+    pairs = load_pairs(path)
+    assert [pairs.features["label"].names[label] for label in pairs["label"]] == ["entailment", "non-entailment"]
+
+
+@pytest.mark.parametrize("names", [["entailment"] * 3, ["sports", "news", "fiction"], ["neutral", "entailment", None]])
+def test_names_that_explain_no_ids_are_let_be(tmp_path, caplog, names):
+    assert list(load_pairs(labelled(tmp_path / "ids.jsonl", [0, 1, 2], label_text=names))["label"]) == [0, 1, 2]
+    assert "read as SNLI's ids: 0 is entailment" in caplog.text
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2, -1], ["2.0", "1.0", "0.0"], ["entailment", 1, 1]])
 def test_how_ids_are_read_is_told(tmp_path, caplog, labels):
     load_pairs(labelled(tmp_path / "ids.jsonl", labels))
-    assert "the labels 0, 1, 2 are read as SNLI's: entailment, neutral, contradiction" in caplog.text
+    assert "read as SNLI's ids: 0 is entailment, 1 is neutral, 2 is contradiction; if they mean" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -362,7 +389,7 @@ def test_headings_with_capitals_and_spaces(tmp_path):
     path.write_text("Pair ID, Sentence 1 ,SENTENCE2,Gold Label,Genre\n0,A.,B.,neutral,slate\n")
     pair = {"uid": "0", "premise": "A.", "hypothesis": "B.", "label": 1, "genre": "slate"}
     assert load_pairs(str(path)).to_list() == [pair]
-    assert load_pairs(str(path), columns={"premise": "sentence2"})["premise"][0] == "B."
+    assert load_pairs(str(path), columns={"premise": "sentence2", "hypothesis": "sentence_1"})["premise"][0] == "B."
 
 
 def test_all_that_is_missing_is_told_at_once(tmp_path):
@@ -482,9 +509,69 @@ def test_splits_of_other_names_on_the_hub(tmp_path):
     assert labels == "[0, 1, 2] [0, 1, 2]"
 
 
-def test_repeated_uids_are_told_apart(tmp_path):
-    pairs = load_pairs(str(write_jsonl(tmp_path / "train.jsonl", [ROWS[0], ROWS[0]])))
-    assert list(pairs["uid"]) == ["a", "a#2"]
+@pytest.mark.parametrize(
+    ("ids", "uids"),
+    [
+        (["a", "a"], ["a", "a#2"]),
+        (["a", "a", "a#2", "a"], ["a", "a#2", "a#2#2", "a#3"]),
+        (["a", "a#2", "a"], ["a", "a#2", "a#3"]),
+        (["own-all-2", "", float("nan")], ["own-all-2", "own-all-2#2", "own-all-3"]),
+    ],
+)
+def test_repeated_uids_are_told_apart(tmp_path, ids, uids):
+    pairs = load_pairs(labelled(tmp_path / "own.jsonl", ["neutral"] * len(ids), id=ids))
+    assert list(pairs["uid"]) == uids
+
+
+def test_a_row_without_a_label_column_is_not_one_without_a_label(tmp_path):
+    renamed = {"sentence1": "A.", "sentence2": "B.", "gold_label": "neutral"}
+    for row in (renamed, {"premise": "A.", "hypothesis": "B."}):
+        path = write_jsonl(tmp_path / "joined.jsonl", [ROWS[0], row])
+        with pytest.raises(
+            ValueError, match=r"joined.jsonl row 2 has no label, only .*; a pair without a label has null"
+        ):
+            load_pairs(str(path))
+
+
+def test_many_pairs_without_a_label_are_worth_a_warning(tmp_path, caplog):
+    load_pairs(labelled(tmp_path / "some.jsonl", ["neutral"] * 20 + ["-"]))
+    assert not caplog.messages
+    load_pairs(labelled(tmp_path / "some.jsonl", ["neutral"] * 20 + ["-", None, -1.0, "null", "<NA>"]))
+    assert "5 rows have no gold label and are left out" in caplog.text
+
+
+def test_columns_that_could_be_meant_twice(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("Premise,PREMISE,hypothesis,label\nA.,B.,C.,neutral\n")
+    with pytest.raises(ValueError, match="Premise and PREMISE could each be the premise; rename one"):
+        load_pairs(str(path))
+    assert load_pairs(str(path), columns={"premise": "PREMISE"})["premise"][0] == "B."
+    with pytest.raises(ValueError, match="the column hypothesis is named for premise and hypothesis"):
+        load_pairs(str(path), columns={"premise": "hypothesis"})
+    path.write_text("A man sleeps.,He rests.,entailment\nA dog.,A cat.,neutral\n")
+    with pytest.raises(ValueError, match=r"label_column; is the first line the heading\?$"):
+        load_pairs(str(path))
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\ufeff", "\xa0\u3000", "\x01\x02", "\u202e\u202c"])
+def test_a_text_has_something_to_see_in_it(tmp_path, blank):
+    with pytest.raises(ValueError, match="blank.jsonl row 1, column premise: the premise is .*; expected text"):
+        load_pairs(str(write_jsonl(tmp_path / "blank.jsonl", [{**ROWS[0], "premise": blank}])))
+
+
+def test_whatever_can_be_seen_is_text(tmp_path):
+    texts = [
+        "\u0301",
+        "...",
+        "\N{ROCKET}",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "e\u0301",
+        "\u00e9",
+        "\u202eabc",
+        "x" * 300_000,
+    ]
+    path = write_jsonl(tmp_path / "seen.jsonl", [{**ROWS[0], "uid": text, "premise": text} for text in texts])
+    assert list(load_pairs(str(path))["premise"]) == texts
 
 
 @pytest.mark.parametrize(
