@@ -372,6 +372,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = {}
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise RecipeError(f"line {key_node.start_mark.line + 1}: <<: is not supported; write its keys out")
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key; write key: value")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +45,10 @@ TEMPLATE_ARGUMENTS = {
 TEMPLATE_DATE = "2024-07-26"
 _DATE = {"Y": "2024", "y": "24", "m": "07", "-m": "7", "b": "Jul", "B": "July", "d": "26", "-d": "26", "e": "26"}
 _DATE |= {"a": "Fri", "A": "Friday", "j": "208", "F": TEMPLATE_DATE, "D": "07/26/24", "p": "AM", "T": "00:00:00"}
-_DATE |= {"H": "00", "-H": "0", "I": "12", "-I": "12", "M": "00", "S": "00", "%": "%"}
+_DATE |= {"H": "00", "-H": "0", "I": "12", "-I": "12", "M": "00", "-M": "0", "S": "00", "-S": "0", "f": "000000"}
+_DATE |= {"c": "Fri Jul 26 00:00:00 2024", "x": "07/26/24", "X": "00:00:00", "r": "12:00:00 AM", "R": "00:00"}
+_DATE |= {"h": "Jul", "C": "20", "G": "2024", "g": "24", "u": "5", "w": "5", "U": "29", "V": "30", "W": "30"}
+_DATE |= {"-j": "208", "k": " 0", "l": "12", "P": "am", "Z": "", "z": "", "n": "\\n", "t": "\\t", "%": "%"}
 _CLOCK = "{% macro strftime_now(format) %}{{ format"
 _FIXED_CLOCK = (
     _CLOCK + "".join(f".replace('%{sign}', '{value}')" for sign, value in _DATE.items()) + " }}{% endmacro +%}"
@@ -57,14 +61,18 @@ FEW = 100  # prompts are tokenised sooner than segments are found
 HYPOTHESIS_ONLY = "hypothesis_only"
 SLOTS = ("premise", "hypothesis")
 # What looks like a placeholder: one word in braces, or what people add to it who know other templates.
-_PLACEHOLDER = re.compile(r"\{\{\s*[\w.-]+\s*\}\}|\{\s*[\w-]*(?:[.:!]\w*|\[\w*\])?\s*\}")
+_PLACEHOLDER = re.compile(r"\$\{\w+\}|\{\{\s*[\w.-]+\s*\}\}|\{\s*[\w-]*(?:[.:!]\w*|\[\w*\])?\s*\}")
 
 # Texts as data sets hold them, which a template might escape, shorten or rewrite.
 _PROBES = (
     ("A dog's \"bone\" <b>costs</b> 5 & 10 €;  {x}\nC:\\new  'It's", "nobody's HERE!\n\n50% of 'em; <2 \"men\" & É"),
     ("2 men (in red) sing", "<i>A</i> dog &amp; a cat"),
+    (f"{string.printable.strip()} a\tb", "a\u00a0b\u2009c « – — ‘ ’ “ ” … ¿ ß ñ e\u0301 \u200b 日本語。！ عربي अब 😀"),
+    ("The men walk. They talk... " * 1000, "http://a.b/?c=1#d " * 1000 + "end"),  # longer than any that is cut
+    *((f"It ends{end}", f"So does this{end}") for end in (".", "?", "!", ",", ":", '"', ")", "*", "`", "-")),
 )
 _ANOTHER_TEMPLATE = "name another template with chat_template_path: a .jinja file, or a model that has one"
+_MOVE_SYSTEM = ", or move the system text to the user text"
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,16 @@ class Prompt:
     examples: tuple[tuple[str, str, str], ...] = ()  # (premise, hypothesis, label name), shown before the pair
 
     def __post_init__(self):
+        if not self.name:
+            raise UserError("a prompt needs a name; its own is empty")
+        texts = (
+            self.user,
+            self.system or "",
+            *self.label_words,
+            *(text for example in self.examples for text in example),
+        )
+        if re.search(r"[\ud800-\udfff]", "".join(texts)):
+            raise UserError(f"prompt {self.name}: it holds half of a character (a lone surrogate); remove it")
         _check_placeholders(self.name, "user", self.user, (*SLOTS, "labels", *LABELS))
         _check_placeholders(self.name, "system", self.system or "", ("labels", *LABELS))
         self._check_slots()
@@ -138,7 +156,7 @@ def _check_placeholders(prompt: str, key: str, text: str, known: Sequence[str]) 
     """Refuse what would stay in the prompt as it stands."""
     for found in _PLACEHOLDER.findall(text):
         if found[1:-1] not in known:
-            near = difflib.get_close_matches(re.sub(r"[{}\s]", "", found).lower(), known, n=1)
+            near = difflib.get_close_matches(re.sub(r"[${}\s]", "", found).lower(), known, n=1)
             hint = (
                 f"did you mean {{{near[0]}}}?" if near else f"there are {', '.join(f'{{{name}}}' for name in known)}"
             )
@@ -184,7 +202,7 @@ def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
     if name in PROMPTS:
         prompt = PROMPTS[name]
     elif Path(name).suffix.lower() in (".yaml", ".yml", ".json"):
-        prompt = _read_prompt(Path(name))
+        prompt = _read_prompt(Path(name).expanduser())
     else:
         raise UserError(f"prompt: {name!r} is neither built in ({', '.join(PROMPTS)}) nor a .yaml or .json file")
     return replace(prompt, label_words=tuple(label_words)) if label_words else prompt
@@ -194,8 +212,10 @@ def _read_prompt(path: Path) -> Prompt:
     # Twice, as in recipes: YAML takes the words yes, no and 1.0 for values, and here they are words.
     fields, written = _read_json(path) if path.suffix.lower() == ".json" else (read_yaml(path), read_yaml(path, True))
     known = {"name", "user", "label_words", "system", "examples"}
-    if "user" not in fields or not set(fields) <= known:
-        raise UserError(f"{path}: a prompt has the keys user and, if wanted, {', '.join(sorted(known - {'user'}))}")
+    unknown = [key for key in fields if key not in known]
+    if "user" not in fields or unknown:
+        wrong = f"unknown key {unknown[0]!r}" if unknown else "the key user is missing"
+        raise UserError(f"{path}: {wrong}; a prompt has user and, if wanted, {', '.join(sorted(known - {'user'}))}")
     for key in fields.keys() & {"name", "user", "system"}:
         if not isinstance(fields[key], str) and not (key == "system" and fields[key] is None):
             raise UserError(f"{path}: {key} is {fields[key]!r}; expected text, in quotes")
@@ -284,11 +304,15 @@ class PromptEncoder:
             _fix_date(tokenizer)
         self.frame, answers, end = _chat_frame(prompt, tokenizer) if self.is_chat else _plain_frame(prompt, tokenizer)
         if train_on_end and not end:
-            raise UserError("train_on_end: this tokenizer has no end-of-sequence token to train on")
+            lacks = (
+                "chat template ends an answer with no token" if self.is_chat else "tokenizer has no end-of-sequence"
+            )
+            raise UserError(f"train_on_end: the {lacks}{'' if self.is_chat else ' token'} to train on; leave it out")
         self.answer_texts = [answer + end if train_on_end else answer for answer in answers]
         # A template writes its own beginning-of-sequence token; plain text leaves it to the tokenizer.
         self._prefix = [] if self.is_chat else _beginning(tokenizer)
         self._data_must_not_hold = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
+        self._check_texts()
         self.answers = self._encode_answers()
 
     def text(self, premise: str, hypothesis: str) -> str:
@@ -382,6 +406,19 @@ class PromptEncoder:
             marked.append(f"[{self.tokenizer.decode([token])}]", style="bold reverse")
         return marked
 
+    def _check_texts(self) -> None:
+        """See that the prompt's own texts hold no control token: a template writes these, and no answer has one.
+
+        Without a template they may stand in the texts around a pair, which nothing else writes.
+        """
+        texts = [turn["content"] for turn in self.prompt.turns()] if self.is_chat else []
+        for text in (*self.prompt.label_words, *texts):
+            if found := self._data_must_not_hold.search(text):
+                raise UserError(
+                    f"prompt {self.prompt.name}: {text!r} holds {found[0]!r}, a control token of this tokenizer; "
+                    f"remove it{', since the chat template writes it' if self.is_chat else ''}"
+                )
+
     def _clean(self, premises: Sequence[str], hypotheses: Sequence[str]) -> Texts:
         """The texts of pairs by slot, stripped as in `text`, once they are known to hold no control token."""
         premises, hypotheses = premises[:], hypotheses[:]  # a column of a Dataset is slow to go through
@@ -437,8 +474,15 @@ class PromptEncoder:
             answer, other = full[len(prompt) :], other_full[len(other_prompt) :]
             if full[: len(prompt)] != prompt or answer != other or not answer:
                 raise UserError(
-                    f"prompt {self.prompt.name}: the tokens of the prompt are not a prefix of those of the prompt and "
-                    f"{word!r}, so a token spans the boundary; end the user text with a line break or another sign"
+                    f"prompt {self.prompt.name}: a token spans the boundary between {self.frame[-20:]!r}, where the "
+                    f"prompt ends, and {text!r}; "
+                    + (_ANOTHER_TEMPLATE if self.is_chat else "take another label word or another tokenizer")
+                )
+            unknown = self.tokenizer.unk_token_id
+            if unknown in answer and unknown != self.tokenizer.eos_token_id:  # which are one in GPT-2
+                raise UserError(
+                    f"prompt {self.prompt.name}: the tokenizer has no tokens for the label word {word!r} "
+                    f"(it writes {self.tokenizer.unk_token}); choose other label_words"
                 )
             answers.append(answer)
         for i, j in ((i, j) for i in range(len(answers)) for j in range(len(answers)) if i != j):
@@ -525,8 +569,10 @@ def _chat_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_ARGUMENTS, **arguments)
         except Exception as error:  # jinja2's errors, and those that templates raise on roles they do not know
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({error}); {_ANOTHER_TEMPLATE}"
+                f"prompt {prompt.name}: the chat template of the tokenizer refuses it ({reason}); "
+                f"{_ANOTHER_TEMPLATE}{_MOVE_SYSTEM if prompt.system else ''}"
             ) from error
 
     turns = prompt.turns()
@@ -540,10 +586,13 @@ def _chat_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str
         if not full.startswith(frame) or not found or answer.strip():
             asked = turns[-1]["content"].strip()
             start = min(frame.rfind(asked) + len(asked), len(os.path.commonprefix([frame, full])))
+            bridge, _, _ = full[start:].partition(word)
+            copy = f", such as a .jinja copy of this one that asks with {bridge!r}"
             raise UserError(
                 f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r}: "
                 f"after the pair it asks with {frame[start:]!r}, and answers with {full[start:]!r}, so the model "
                 f"would be trained on another text than it is asked; {_ANOTHER_TEMPLATE}"
+                f"{_MOVE_SYSTEM if asked in bridge else copy}"
             )
         answers.append(answer + word)
     end_tokens = [token for token in control_tokens(tokenizer) if token in end]
@@ -565,7 +614,7 @@ def _check_turns(prompt: Prompt, render: Callable[..., str]) -> None:
         times = rendered.count(mark)
         what = {0: "leaves out or changes", 1: "changes"}.get(times, "repeats")
         role = {"system": "system text", "user": "user text", "assistant": "answer of an example"}[turn["role"]]
-        move = ", or move it to the user text" if turn["role"] == "system" else ""
+        move = _MOVE_SYSTEM if turn["role"] == "system" else ""
         raise UserError(
             f"prompt {prompt.name}: the chat template of the tokenizer {what} the {role} "
             f"{turn['content'].removesuffix(mark).strip()!r}; {_ANOTHER_TEMPLATE}{move}"
@@ -580,9 +629,10 @@ def _check_slots_stay_open(prompt: Prompt, frame: str, render: Callable[..., str
         rendered = render([*before, last | {"content": _fill(last["content"], pair)}], add_generation_prompt=True)
         filled = _fill(frame, pair)
         if rendered != filled:
+            start = max(len(os.path.commonprefix([rendered, filled])) - 20, 0)
             raise UserError(
                 f"prompt {prompt.name}: the chat template of the tokenizer changes the text of a pair: it writes "
-                f"{rendered!r}, not {filled!r}; {_ANOTHER_TEMPLATE}"
+                f"{rendered[start : start + 60]!r}, not {filled[start : start + 60]!r}; {_ANOTHER_TEMPLATE}"
             )
 
 

@@ -3,7 +3,14 @@ import time
 from collections import Counter
 
 import pytest
-from tiny import CHATML, byte_level_tokenizer, chatml_tokenizer, few_pairs
+from tiny import (
+    CHATML,
+    byte_level_tokenizer,
+    chatml_tokenizer,
+    few_pairs,
+    sentencepiece_tokenizer,
+    wordpiece_tokenizer,
+)
 
 from nli_sft import UserError
 from nli_sft.labels import LABELS
@@ -18,7 +25,7 @@ def supervised(row):
 @pytest.mark.parametrize("train_on_end", [False, True])
 def test_the_mask_token_by_token(any_tokenizer, name, train_on_end):
     if train_on_end and any_tokenizer.eos_token is None:
-        with pytest.raises(ValueError, match="train_on_end: this tokenizer has no end-of-sequence token"):
+        with pytest.raises(ValueError, match="train_on_end: the tokenizer has no end-of-sequence token"):
             PromptEncoder(PROMPTS[name], any_tokenizer, train_on_end=True)
         return
     encoder = PromptEncoder(PROMPTS[name], any_tokenizer, train_on_end=train_on_end)
@@ -115,7 +122,7 @@ def test_template_without_system_role_says_so(chatml):
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     )
-    with pytest.raises(ValueError, match="the chat template of the tokenizer refuses it .no system"):
+    with pytest.raises(ValueError, match="refuses it .no system.*, or move the system text to the user text$"):
         PromptEncoder(Prompt("hypothesis_only", "{hypothesis}", system="Be brief."), tokenizer)
 
 
@@ -173,7 +180,7 @@ def test_own_prompt_files(tmp_path):
     assert (prompt.name, prompt.label_words) == ("mine", ("yes", "perhaps", "no"))
     path.write_text("text: hello\n")
     with pytest.raises(
-        ValueError, match=r"mine.yaml: a prompt has the keys user and, if wanted, examples, label_words"
+        ValueError, match=r"mine.yaml: unknown key 'text'; a prompt has user and, if wanted, examples, label_words"
     ):
         load_prompt(str(path))
     with pytest.raises(
@@ -221,7 +228,7 @@ def test_a_template_that_reads_the_clock_is_given_a_fixed_date(tmp_path, monkeyp
 
 def test_the_fixed_date_is_what_strftime_writes():
     moment = time.strptime("2024-07-26", "%Y-%m-%d")
-    for sign in "YymbBdeaAjFDpTHIMS%":
+    for sign in "YymbBdeaAjFDpTHIMScxXrRhCGguwUVWklP%":
         template = "{{ strftime_now('%" + sign + "') }}|" + CHATML
         assert PromptEncoder(PROMPTS["plain"], with_template(template)).frame.split("|")[0] == time.strftime(
             f"%{sign}", moment
@@ -237,8 +244,8 @@ SYSTEM = Prompt("mine", "{premise} {hypothesis}", system="Be brief & kind.")
         (
             CHATML.replace("%}<|im_start|>{{", "if m['role'] != 'system' %}<|im_start|>{{", 1),
             SYSTEM,
-            "leaves out or changes the system text .Be brief & kind.*chat_template_path: .*, or move it to the user "
-            "text",
+            "leaves out or changes the system text .Be brief & kind.*chat_template_path: .*, or move the system text "
+            "to the user text",
         ),
         (
             CHATML.replace("in messages", "in messages[-1:]"),
@@ -264,9 +271,24 @@ SYSTEM = Prompt("mine", "{premise} {hypothesis}", system="Be brief & kind.")
                 "striptags",
                 "title",
                 "urlencode",
+                "truncate(3000)",
+                "wordwrap(500)",
+                "replace('#', '')",
+                "replace('\t', ' ')",
+                "replace('\u00a0', ' ')",
+                "replace('…', '...')",
+                "replace('。', '.')",
+                "replace('http://', '')",
             )
         ),
         (CHATML.replace("m['content']", "m['content'].split()[0]"), SYSTEM, "leaves out|changes"),
+        (CHATML.replace("m['content'] }}", "m['content'].rstrip('.') }}"), SYSTEM, "changes the text of a pair"),
+        (
+            CHATML.replace("m['content'] }}", "m['content'] }}{% if m['content'][-1] not in '.?!' %}.{% endif %}"),
+            PROMPTS["plain"],
+            "changes the ",
+        ),
+        ({"tool_use": CHATML, "rag": CHATML}, PROMPTS["plain"], "multiple chat templates with no default"),
         (
             "{{ nothing.at_all }}",
             PROMPTS["plain"],
@@ -317,6 +339,11 @@ def test_every_added_token_is_refused_in_data_and_text_is_not():
         ("user: '{{premise}} {premise} {hypothesis}'", "user holds {{premise}}, which"),
         ("user: '{ premise } {premise} {hypothesis}'", "user holds { premise }, .* did you mean {premise}"),
         ("user: '{Premise} {premise} {hypothesis}'", "user holds {Premise}, .* did you mean {premise}"),
+        ("user: '${premise} ${hypothesis}'", r"user holds \${premise}, which nothing fills; did you mean {premise}"),
+        ("user: '{premise} {hypothesis}'\nname: ''", "a prompt needs a name"),
+        ('user: "{premise} {hypothesis} \\ud800"', "half of a character"),
+        ("a: &a {user: x}\n<<: *a", "mine.yaml: line 2: <<: is not supported; write its keys out"),
+        ("label_words: [a, b, c]", "mine.yaml: the key user is missing; a prompt has user and"),
         ("user: '{premise} {hypothesis} {}'", "user holds {}, which nothing fills; there are {premise}, {hypothesis}"),
         ("user: '{premise} {hypothesis!r} {hypothesis}'", "user holds {hypothesis!r}"),
         ("user: '{premise}{hypothesis}'\nsystem: '{premise}'", "system holds {premise}, which nothing fills"),
@@ -410,3 +437,159 @@ def test_a_prompt_that_is_asked_otherwise_than_trained_is_noticed(chatml):
     ended = PromptEncoder(PROMPTS["plain"], chatml, train_on_end=True)
     with pytest.raises(UserError, match="run: the answers' token ids differ"):
         ended.check_rendered(encoder.rendered, "run")
+
+
+# Templates as model families have them, short of tools and images.
+
+LLAMA_2 = (
+    "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0].content %}"
+    "{% else %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ '<s>' + '[INST] ' }}"
+    "{% if loop.first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}{{ m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+PHI_3 = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+ALPACA = (
+    "{% for m in messages %}### {{ 'Response' if m.role == 'assistant' else 'Instruction' }}:\n{{ m.content }}\n\n"
+    "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+VICUNA = (
+    "{% for m in messages %}{{ {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}[m.role] }}"
+    "{{ m.content.strip() }}"
+    "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+SMOLLM_3 = (
+    "<|im_start|>system\nToday Date: {{ strftime_now('%d %B %Y') }}\nReasoning Mode: "
+    "{{ '/think' if enable_thinking is not defined or enable_thinking else '/no_think' }}<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "<think>\n\n</think>\n"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n{% endif %}"
+)
+GPT_OSS = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+DEEPSEEK_R1 = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+MISTRAL_V3 = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and system %}{{ system }}\n\n"
+    "{% endif %}{{ m.content }}[/INST]{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["plain", "few_shot"])
+@pytest.mark.parametrize(
+    ("template", "asks", "answers"),
+    [
+        (LLAMA_2, "[/INST]", " entailment <|im_end|>"),
+        (PHI_3, "<|assistant|>\n", "entailment<|end|>\n<|im_end|>"),
+        (VICUNA, "ASSISTANT:", " entailment<|im_end|>"),
+        (SMOLLM_3, "</think>\n", "entailment<|im_end|>"),
+        (MISTRAL_V3, "[/INST]", " entailment<|im_end|>"),
+        (CHATML.replace("<|im_end|>", "<|im_end|>{{ eos_token }}"), "assistant\n", "entailment<|im_end|>"),
+        ({"default": CHATML, "tool_use": "{{ tools[0] }}"}, "assistant\n", "entailment<|im_end|>"),
+    ],
+)
+def test_templates_of_known_families(name, template, asks, answers):
+    encoder = PromptEncoder(PROMPTS[name], with_template(template), train_on_end=True)
+    assert encoder.frame.endswith(asks)
+    assert encoder.answer_texts[0] == answers
+
+
+@pytest.mark.parametrize(
+    ("template", "asks"),
+    [
+        (GPT_OSS, r"'<\|end\|><\|start\|>assistant<\|channel\|>final<\|message\|>'"),
+        (DEEPSEEK_R1, r"'<\|assistant\|>'"),
+    ],
+)
+def test_a_template_that_thinks_first_is_refused_with_what_its_copy_must_write(template, asks):
+    with pytest.raises(
+        UserError, match=rf"trained on another text .* a \.jinja copy of this one that asks with {asks}$"
+    ):
+        PromptEncoder(PROMPTS["plain"], with_template(template))
+
+
+def test_a_system_text_in_the_last_user_turn_is_refused():
+    with pytest.raises(UserError, match="or move the system text to the user text$"):
+        PromptEncoder(SYSTEM, with_template(MISTRAL_V3))
+
+
+def test_an_answer_without_an_end_has_none_to_train(chatml):
+    assert PromptEncoder(PROMPTS["plain"], with_template(ALPACA)).frame.endswith("### Response:\n")
+    with pytest.raises(UserError, match="train_on_end: the chat template ends an answer with no token"):
+        PromptEncoder(PROMPTS["plain"], with_template(ALPACA), train_on_end=True)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        load_prompt("plain", ["yes<|im_end|>", "maybe", "no"]),
+        Prompt("mine", "<|im_start|>user\n{premise} {hypothesis}"),
+        Prompt("mine", "{premise} {hypothesis}", system="Be brief.<|im_end|>"),
+        Prompt("mine", "{premise} {hypothesis}", examples=(("A<|im_end|>", "B", "neutral"),)),
+    ],
+)
+def test_control_tokens_in_a_prompt_are_refused(chatml, prompt):
+    with pytest.raises(UserError, match=r"a control token of this tokenizer; remove it, since the chat template"):
+        PromptEncoder(prompt, chatml)
+
+
+def test_without_a_template_a_prompt_may_write_control_tokens_but_an_answer_may_not():
+    tokenizer = byte_level_tokenizer()
+    prompt = Prompt("mine", "<|endoftext|>{premise} {hypothesis}")
+    assert "<|endoftext|>" in PromptEncoder(prompt, tokenizer).frame
+    with pytest.raises(UserError, match="holds '<.endoftext.>', a control token of this tokenizer; remove it$"):
+        PromptEncoder(load_prompt("plain", ["<|endoftext|>", "maybe", "no"]), tokenizer)
+
+
+@pytest.mark.parametrize("words", [["蕴含", "neutral", "contradiction"], ["[yes]", "[maybe]", "[no]"]])
+def test_label_words_that_a_tokenizer_cannot_write(words):
+    with pytest.raises(UserError, match=r"no tokens for the label word .* \(it writes \[UNK\]\); choose other"):
+        PromptEncoder(load_prompt("plain", words), wordpiece_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["E", "N", "C"],
+        ["0", "1", "2"],
+        ["1", "0", "-1"],
+        ["(A)", "(B)", "(C)"],
+        ["蕴含", "中立", "矛盾"],
+        ["نعم", "ربما", "لا"],
+        ["да", "может быть", "нет"],
+        ["✅", "🤷", "❌"],
+    ],
+)
+@pytest.mark.parametrize("train_on_end", [False, True])
+def test_label_words_of_any_script(words, train_on_end):
+    for make in (chatml_tokenizer, byte_level_tokenizer, sentencepiece_tokenizer):
+        tokenizer = make()
+        encoder = PromptEncoder(load_prompt("plain", words), tokenizer, train_on_end=train_on_end)
+        end = tokenizer.eos_token if train_on_end else ""
+        assert [tokenizer.decode(answer).strip() for answer in encoder.answers] == [word + end for word in words]
+
+
+def test_an_unknown_token_that_is_also_the_end_is_no_unknown_word():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2
+    assert PromptEncoder(PROMPTS["plain"], tokenizer, train_on_end=True).answers
+
+
+def test_a_generation_prompt_that_ends_in_a_space_is_named():
+    numbered = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    with pytest.raises(
+        UserError, match=r"a token spans the boundary between '.*assistant: ', where .* and 'entail.*path"
+    ):
+        PromptEncoder(
+            PROMPTS["plain"], with_template(numbered + "{% if add_generation_prompt %}assistant: {% endif %}")
+        )
