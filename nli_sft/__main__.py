@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             predict(args, stdout)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write("\nStopped by Ctrl-C.\n")
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader had enough, as head has
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for the flush at the end of the process
         sys.exit(SIGPIPE_STATUS)
@@ -145,9 +149,12 @@ def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
         yield stdout
         return
     partial = output.with_name(f"{output.name}.partial")
-    with partial.open("w", **encoding) as lines:
-        yield lines
-    partial.replace(output)
+    try:
+        with partial.open("w", **encoding) as lines:
+            yield lines
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _as_json(value: object) -> object:

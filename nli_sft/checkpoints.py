@@ -43,7 +43,7 @@ from trl import SFTTrainer
 
 from . import UserError
 from .configs import AUTO
-from .interrupts import command
+from .interrupts import command, end_launcher
 from .prompts import Prompt
 from .runs import read_run, write_json, write_run
 
@@ -242,6 +242,7 @@ class ResumableTrainer(SFTTrainer):
         # torchrun passes on what its processes have had from the terminal already.
         passed_on = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._told_at < PASSED_ON
         if number == signal.SIGINT and self._told_by == signal.SIGINT and not passed_on:
+            end_launcher()
             os._exit(128 + signal.SIGINT)
         if number == signal.SIGINT and self._told_by is None and self.args.process_index == 0:
             # Not by print, which may be what was interrupted.

@@ -24,7 +24,7 @@ import yaml
 from trl import TrlParser
 
 from . import UserError
-from .interrupts import farewell
+from .interrupts import end_launcher, is_elastic, say_goodbye
 from .keys import REFUSED, check_paths, check_training, field_values, idle_keys, refuse_idle_keys, refuse_keys
 from .labels import LABELS
 from .precision import choose_precision, default_device
@@ -297,17 +297,22 @@ def run_script(main: Callable, types: Sequence[type], positional: str | None = N
     """Call a script's `main` with its parsed configs; what the user got wrong ends in a sentence, not a traceback."""
     # What libraries deprecate is for those who write code, not for those who run it.
     warnings.simplefilter("ignore", FutureWarning)
+    configs = ()
     try:
         configs = parse_recipe(types, positional=positional)
         main(*configs)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second one ends at once
+        # The second one ends at once; but torchrun passes on the first, after the terminal has sent it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN if is_elastic() else signal.SIG_DFL)
         training = next((config for config in configs if hasattr(config, "resume_from_checkpoint")), None)
-        if training is None or training.process_index == 0:
-            sys.stderr.write(f"\n{farewell(training and training.output_dir)}\n")
+        say_goodbye(training and training.output_dir)
         sys.exit(128 + signal.SIGINT)
+    except SystemExit as stop:  # the trainer has said it all
+        if stop.code == 128 + signal.SIGINT:
+            end_launcher()
+        raise
 
 
 # Said of one start of a training, not of the run: one that is run again starts from the beginning and clears nothing.

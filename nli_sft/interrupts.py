@@ -1,7 +1,9 @@
 """Ctrl-C: what a script says when it is stopped, and the command that goes on."""
 
+import os
 import shlex
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +20,34 @@ def farewell(output_dir: str | Path | None = None) -> str:
     if not saved:
         return f"Stopped by Ctrl-C. Start it again with: {command()}"
     return f"Stopped by Ctrl-C; what was saved stays. Go on with: {command(resume=True)}"
+
+
+def say_goodbye(output_dir: str | Path | None = None) -> None:
+    """Write `farewell`, once for all processes, and see that the launcher adds no traceback to it."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"\n{farewell(output_dir)}\n")
+        sys.stderr.flush()
+    end_launcher()
+
+
+def end_launcher(patience: float = 10) -> None:
+    """End torchrun, or accelerate with several processes, before it answers Ctrl-C with a traceback.
+
+    It would when the last process has ended; the first one waits for the others, `patience` seconds at most.
+    """
+    if not is_elastic() or os.environ.get("LOCAL_RANK") != "0":
+        return
+    launcher, end = psutil.Process().parent(), time.monotonic() + patience
+    while time.monotonic() < end:
+        if all(child.pid == os.getpid() or child.status() == psutil.STATUS_ZOMBIE for child in launcher.children()):
+            launcher.kill()  # it handles every other signal with a traceback
+            return
+        time.sleep(0.05)
+
+
+def is_elastic() -> bool:
+    """Whether torchrun, which accelerate uses for several processes, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def command(resume: bool = False) -> str:

@@ -12,21 +12,21 @@ import threading
 
 import psutil
 
-from .interrupts import command, farewell
+from .interrupts import command, is_elastic, say_goodbye
 
 
 def _hook(kind, error, traceback, before=sys.excepthook) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         before(kind, error, traceback)
         return
-    sys.stderr.write(f"\n{farewell()}\n")
-    sys.stderr.flush()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, after the terminal has sent it
+    say_goodbye()
     os._exit(128 + signal.SIGINT)
 
 
 def _silence_launcher() -> None:
     parent = psutil.Process().parent()
-    if parent is None or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun waits until all processes have ended
+    if parent is None or is_elastic():  # torchrun waits until all processes have ended
         return
     if not any("accelerate" in part for part in parent.cmdline()[:3]):
         return

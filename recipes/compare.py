@@ -5,6 +5,8 @@ python recipes/compare.py outputs/* --html compare.html --json compare.json --fi
 python recipes/compare.py entity/project --filters '{"group": "qwen3-0.6b-snli", "config.lora_r": 64}'
 """
 
+import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C ends quietly)
+
 import json
 import re
 import tempfile

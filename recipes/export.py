@@ -12,6 +12,9 @@ A GGUF file does not carry the restriction to the label words: give it to llama.
 --grammar 'root ::= "entailment" | "neutral" | "contradiction"'
 """
 
+import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C ends quietly)
+
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +51,12 @@ def main(args):
     before = NLIClassifier.from_pretrained(args.run, device=device, dtype=dtype)(*texts)
     # Only what has passed gets the name that was asked for.
     unchecked = output.with_name(f"{output.name}.unchecked")
-    write_merged(args.run, unchecked, replace(model_args, dtype=dtype), device, args.dequantize)
-    after = NLIClassifier.from_pretrained(unchecked, device=device, dtype=dtype)(*texts)
+    try:
+        write_merged(args.run, unchecked, replace(model_args, dtype=dtype), device, args.dequantize)
+        after = NLIClassifier.from_pretrained(unchecked, device=device, dtype=dtype)(*texts)
+    except BaseException:
+        shutil.rmtree(unchecked, ignore_errors=True)
+        raise
     parity = Parity.between(before, after)
 
     print(f"Merged against adapter: {parity}.")

@@ -6,6 +6,8 @@ python recipes/push.py --run outputs/qwen3-0.6b-lora --hub_model_id me/qwen3-0.6
 The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
 """
 
+import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C ends quietly)
+
 from nli_sft.configs import run_script
 from nli_sft.hub import PushConfig, push
 

@@ -281,7 +281,16 @@ def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, caps
     monkeypatch.setattr(NLIClassifier, "__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         predict(run, pairs, "--output", output)
-    assert not output.exists()
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NLIClassifier, "__call__", stopped)
+    with pytest.raises(SystemExit) as ended:
+        predict(run, pairs, "--output", output)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("\nStopped by Ctrl-C.\n")
+    assert list(tmp_path.iterdir()) == [pairs], "half a file, under any name"
 
 
 def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):

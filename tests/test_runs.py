@@ -65,6 +65,13 @@ def test_a_command_starts_as_many_processes_as_the_run_had(record, command):
     )
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_json(tmp_path / "run.json", {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["recipe.yaml", "prompt.json", "run.json"])
 def test_an_incomplete_folder_names_what_is_missing(tmp_path, name):
     write_run(tmp_path, recipe={}, prompt=PROMPTS["plain"], record={})

@@ -1,0 +1,83 @@
+"""Ctrl-C, outside a training too: one sentence, status 130, no traceback."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nli_sft import configs
+from nli_sft.configs import EvalConfig, run_script
+
+# As torchrun does: it passes SIGINT on, and raises an error of its own when its processes have ended.
+LAUNCHER = """
+import os, signal, subprocess, sys
+def pass_on(number, frame):
+    for child in children:
+        child.send_signal(number)
+    raise RuntimeError("the launcher's traceback")
+own = os.environ | {"TORCHELASTIC_RUN_ID": "none"}
+ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+children = [subprocess.Popen([sys.executable, "-c", sys.argv[1], rank["RANK"]], env=own | rank) for rank in ranks]
+signal.signal(signal.SIGINT, pass_on)
+try:
+    signal.pause()
+finally:
+    for child in children:
+        child.wait()
+"""
+
+# The first rank is the first to end.
+WORKER = """
+import nli_sft.script, sys, time
+print("ready", flush=True)
+try:
+    time.sleep(30)
+finally:
+    time.sleep(0.5 * int(sys.argv[1]))
+"""
+
+
+def interrupt(*command, ready):
+    """What a command writes that is interrupted, with all that it started, when it has said that it is ready."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", *command], **pipes, start_new_session=True)
+    for _ in range(ready):
+        assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=30)[1], process.returncode
+
+
+def test_a_script_ends_in_one_sentence_while_it_is_imported():
+    said, status = interrupt(WORKER, "0", ready=1)
+    assert status == 130
+    assert said.strip().startswith("Stopped by Ctrl-C. Start it again with: python ")
+    assert said.count("\n") == 2
+
+
+def test_of_several_processes_one_speaks_and_the_launcher_does_not():
+    said, status = interrupt(LAUNCHER, WORKER, ready=2)
+    assert said.count("Stopped by Ctrl-C") == 1
+    assert "Traceback" not in said
+    assert status == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", ["parse_recipe", "main"])
+def test_run_script_ends_in_one_sentence(monkeypatch, capsys, moment):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["recipes/eval.py", "--run", "outputs/mine"])
+    if moment == "parse_recipe":
+        monkeypatch.setattr(configs, moment, stopped)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_script(stopped, (EvalConfig,))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert "Stopped by Ctrl-C. Start it again with: python " in capsys.readouterr().err
