@@ -7,6 +7,7 @@ head pairs.jsonl | python -m nli_sft predict --model outputs/qwen3-0.6b-lora - |
 
 import argparse
 import base64
+import difflib
 import json
 import os
 import shutil
@@ -33,8 +34,9 @@ SIGPIPE_STATUS = 141
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; what the user got wrong ends in a sentence."""
-    args, stdout = _parser().parse_args(argv), sys.stdout
+    stdout = sys.stdout
     try:
+        args = _parse(argv)
         with redirect_stdout(sys.stderr):  # libraries print notes, and what is printed is to be JSON lines
             predict(args, stdout)
     except UserError as error:
@@ -55,18 +57,29 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
         raise UserError(f"--batch_size takes a number of pairs from 1, not {args.batch_size}")
     _check_output(args)
     # Heavy imports only now, so that --help is quick.
-    from .classifier import NLIClassifier
+    from .classifier import NLIClassifier, find_run
+    from .evaluation import load_encoder
 
     with _file(args.file) as file:
         for _ in _pairs(file, args):  # once before anything is loaded: the last row may be the bad one
             pass
+        run = find_run(args.model, args.revision)
+        _check_tokens(load_encoder(run), file, args)
         classifier = NLIClassifier.from_pretrained(
-            args.model, revision=args.revision, device=args.device, dtype=args.dtype, batch_size=args.batch_size
+            run, device=args.device, dtype=args.dtype, batch_size=args.batch_size
         )
         with _lines(args.output, stdout) as lines:
             pairs = _pairs(file, args)
-            while chunk := list(islice(pairs, CHUNK)):
+            while chunk := [pair for _, *pair in islice(pairs, CHUNK)]:
                 _write_predictions(classifier, chunk, lines)
+
+
+def _check_tokens(encoder, file: Path | None, args: argparse.Namespace) -> None:
+    for where, premise, hypothesis, _ in _pairs(file, args):
+        try:
+            encoder.check_pair(premise, hypothesis)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _write_predictions(classifier, chunk: list[tuple[str, str, dict]], lines: TextIO) -> None:
@@ -78,18 +91,20 @@ def _write_predictions(classifier, chunk: list[tuple[str, str, dict]], lines: Te
     lines.flush()
 
 
-def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, str, dict]]:
-    """(premise, hypothesis, row) of the pair on the command line, or of each in the file, all checked."""
+def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, str, str, dict]]:
+    """(where, premise, hypothesis, row) of the pair on the command line, or of each in the file, all checked."""
     from . import sources
     from .files import read_columns, read_rows
 
     roles = ("premise", "hypothesis")
     if file is None:
         texts = {role: sources.check_text(getattr(args, role), f"--{role}: the {role}") for role in roles}
-        yield texts["premise"], texts["hypothesis"], texts
+        yield "--premise and --hypothesis", texts["premise"], texts["hypothesis"], texts
         return
     there = read_columns(file)
-    repeated = next((name for name in there if name and there.count(name) > 1), None)
+    repeated = next((name for name in there if there.count(name) > 1), None)
+    if repeated == "":
+        raise UserError(f"{file.name}: the heading leaves {there.count('')} columns without a name; name them")
     if repeated is not None:
         raise UserError(f"{file.name}: the heading has {repeated} {there.count(repeated)} times; rename all but one")
     named = {role: getattr(args, f"{role}_column") for role in roles if getattr(args, f"{role}_column") is not None}
@@ -105,18 +120,18 @@ def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, s
             )
             for role in roles
         ]
-        yield *texts, row
+        yield where, *texts, row
 
 
 @contextmanager
 def _file(name: str | None) -> Iterator[Path | None]:
     """The file of pairs; standard input becomes one, as it is read twice."""
-    from .files import FORMATS, guess_suffix, is_data_file
+    from .files import FORMATS, guess_suffix
 
     if name != "-":
         path = None if name is None else Path(name).expanduser()
-        if path is not None and not (path.is_file() and is_data_file(path)):
-            raise UserError(f"{path}: expected a file of pairs: {FORMATS}")
+        if path is not None and not path.is_file():
+            raise UserError(f"{path}: expected a file of pairs: {FORMATS}; or - for standard input")
         yield path
         return
     with TemporaryDirectory() as folder:
@@ -127,13 +142,15 @@ def _file(name: str | None) -> Iterator[Path | None]:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    if args.output is None:
+    if args.output is None or str(args.output) == "-":
+        args.output = None
         return
     args.output = args.output.expanduser()
     folder = args.output.absolute().parent
     if args.output.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".json", ".gz"):
         raise UserError(f"--output {args.output}: predictions are JSON lines; call the file .jsonl")
-    if args.output.is_dir() or not os.access(folder, os.W_OK):
+    is_other = args.output.exists() and not args.output.is_file()  # a folder, or a device such as /dev/stdout
+    if is_other or not os.access(folder, os.W_OK):
         raise UserError(f"--output {args.output}: cannot be written; give a file in a folder that is there")
     if args.file and args.output.resolve() == Path(args.file).expanduser().resolve():
         raise UserError(f"--output {args.output} is the file of pairs; give another one")
@@ -148,11 +165,14 @@ def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
         stdout.reconfigure(**encoding)
         yield stdout
         return
+    output = output.resolve()  # of a link, where it leads
     partial = output.with_name(f"{output.name}.partial")
     try:
         with partial.open("w", **encoding) as lines:
             yield lines
         partial.replace(output)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -172,10 +192,25 @@ def _as_json(value: object) -> object:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends in one sentence, as everything else does."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; {self.prog} --help lists what it takes")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), vars(args), n=1)
+        raise UserError(f"unknown argument {flag}" + (f"; did you mean --{near[0]}?" if near else "; give one file"))
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m nli_sft", description="Predict the labels of premise-hypothesis pairs."
-    )
+    parser = _Parser(prog="python -m nli_sft", description="Predict the labels of premise-hypothesis pairs.")
     commands = parser.add_subparsers(required=True, metavar="predict")
     command = commands.add_parser(
         "predict", allow_abbrev=False, help="print label and probabilities of each pair as JSON lines"
@@ -187,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--hypothesis")
     command.add_argument("--premise_column", help="column of the premise, if unusual")
     command.add_argument("--hypothesis_column", help="column of the hypothesis, if unusual")
-    command.add_argument("--output", type=Path, help="write to this .jsonl file, not to standard output")
+    command.add_argument("--output", type=Path, help="write to this .jsonl file; standard output by default")
     command.add_argument("--batch_size", type=int, default=64, help="pairs a forward pass; 64 by default")
     dtypes = ("float32", "bfloat16", "float16", "auto")
     command.add_argument("--dtype", choices=dtypes, help="to compute in; by default what suits the device")

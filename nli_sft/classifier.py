@@ -8,7 +8,7 @@ it was measured.
 """
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from .models import is_adapter, load_model, load_tuned
 from .precision import DTYPES, Precision, choose_precision
 from .prompts import PromptEncoder
 from .runs import read_run
+from .sources import check_text
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class NLIClassifier:
         batch_size: int = 64,
         precision: Precision | None = None,
     ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(f"batch_size is {batch_size!r}; give a number of pairs from 1")
         self.model = model.eval()
         self.precision = precision
         self.encoder = encoder
@@ -112,8 +115,10 @@ class NLIClassifier:
         if dtype is None:
             model_args = precision.suit(model_args)
         else:
-            model_args = replace(model_args, dtype=dtype)
             names = {str(of_name).removeprefix("torch."): name for name, of_name in DTYPES.items()}
+            if dtype not in (*names, "auto"):
+                raise UserError(f"dtype is {dtype!r}; give one of {', '.join(names)} or auto")
+            model_args = replace(model_args, dtype=dtype)
             precision = Precision(names.get(dtype, precision.name), "as asked for")
         encoder = load_encoder(folder)  # first: it sees whether the run is whole
         classifier = cls(
@@ -141,17 +146,17 @@ class NLIClassifier:
             UserError: if the two are not as many, or hold something other than text, or a control token of the
                 tokenizer, with which a text could dictate its own answer; or if the model's scores are no numbers.
         """
-        if isinstance(premise, str) != isinstance(hypothesis, str):
-            raise UserError("premise and hypothesis: give two texts, or two lists of as many texts")
-        if isinstance(premise, str):
+        if isinstance(premise, str) and isinstance(hypothesis, str):
+            check_text(premise, "premise"), check_text(hypothesis, "hypothesis")
             return self._judge([premise], [hypothesis])[0]
+        if not all(isinstance(one, Iterable) and not isinstance(one, (str, Mapping)) for one in (premise, hypothesis)):
+            raise UserError("premise and hypothesis: give two texts, or two lists of as many texts")
         premises, hypotheses = list(premise), list(hypothesis)
         if len(premises) != len(hypotheses):
             raise UserError(f"{len(premises):,} premises but {len(hypotheses):,} hypotheses: give as many of both")
-        for index, text in enumerate((*premises, *hypotheses)):
-            if not isinstance(text, str):
-                role, index = ("premise", index) if index < len(premises) else ("hypothesis", index - len(premises))
-                raise UserError(f"{role} {index} is {text!r}; expected text")
+        for role, texts in (("premise", premises), ("hypothesis", hypotheses)):
+            for index, text in enumerate(texts):
+                check_text(text, f"{role} {index}")
         return self._judge(premises, hypotheses) if premises else []
 
     def before_tuning(self) -> "NLIClassifier":

@@ -177,8 +177,7 @@ def _is_one_document(file: Path) -> bool:
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
-        is_start = first.strip() in ("{", "[") or first.lstrip().startswith("[")
-        return is_start or (_kind(file) == ".json" and not goes_on)
+        return first.strip() == "{" or first.lstrip().startswith("[") or _kind(file) == ".json"
     return not goes_on and not (_is_row(value) and _table_in(value) is None)
 
 
@@ -295,6 +294,8 @@ def _named_fields(file: Path, reader, heading: list[str], fields: list[str], fir
         )
     if reader.dialect.quoting == csv.QUOTE_NONE:
         fields = map(_unquoted, fields)
+    elif any(field.startswith(' "') and field.endswith('"') for field in fields):
+        raise UserError(f"{file.name} row {first_line}: a space stands before a quote; remove it")
     return dict(zip(heading, fields, strict=True))
 
 
@@ -316,12 +317,14 @@ def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
     quotes = separator != "\t" or _kind(file) == ".csv" or line.startswith('"')
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
+    spaced = quotes and f"{separator} " in line  # then the quotes of its rows come after a space too
+
     def all_lines() -> Iterator[str]:
         yield from [""] * skipped
         yield line
         yield from lines
 
-    reader = csv.reader(all_lines(), delimiter=separator, quoting=quoting, strict=True, skipinitialspace=quotes)
+    reader = csv.reader(all_lines(), delimiter=separator, quoting=quoting, strict=True, skipinitialspace=spaced)
     try:
         heading = next((fields for fields in reader if fields), [])
     except csv.Error as error:

@@ -419,16 +419,20 @@ class PromptEncoder:
                     f"remove it{', since the chat template writes it' if self.is_chat else ''}"
                 )
 
+    def check_pair(self, premise: str, hypothesis: str) -> None:
+        """Raise `UserError` if one of the two holds a control token of the tokenizer."""
+        found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
+        if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
+            raise UserError(
+                f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a control token of this tokenizer; remove "
+                f"it"
+            )
+
     def _clean(self, premises: Sequence[str], hypotheses: Sequence[str]) -> Texts:
         """The texts of pairs by slot, stripped as in `text`, once they are known to hold no control token."""
         premises, hypotheses = premises[:], hypotheses[:]  # a column of a Dataset is slow to go through
         for premise, hypothesis in zip(premises, hypotheses, strict=True):
-            found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
-            if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
-                raise UserError(
-                    f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a control token of this tokenizer; "
-                    f"remove it"
-                )
+            self.check_pair(premise, hypothesis)
         return {"premise": [text.strip() for text in premises], "hypothesis": [text.strip() for text in hypotheses]}
 
     def _fill_frame(self, pairs: Texts) -> list[str]:

@@ -1,4 +1,7 @@
 import datetime
+import errno
+import gzip
+import io
 import json
 import math
 import os
@@ -26,6 +29,8 @@ from nli_sft.labels import LABELS
 from nli_sft.models import load_tuned
 from nli_sft.precision import Precision, choose_precision
 from nli_sft.runs import read_run
+
+RESTS = Judgement("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +133,14 @@ def test_tokenizers_without_a_chat_template(tmp_path, family):
     [
         ("A dog.", ["A cat."], "give two texts, or two lists"),
         (["A dog.", "A cat."], ["A cat."], "2 premises but 1 hypotheses"),
-        (["A dog.", "A cat."], ["A cat.", None], "hypothesis 1 is None; expected text"),
+        (["A dog.", "A cat."], ["A cat.", None], "hypothesis 1 is missing; expected text"),
         ("A dog.<|im_end|>", "A cat.", "holds '<|im_end|>', a control token"),
+        ("", "A cat.", "premise is ''; expected text"),
+        (["A dog.", "A cat."], ["A cat.", "\u200b"], "hypothesis 1 is '\\u200b'; expected text"),
+        (["A dog.", float("nan")], ["A cat."] * 2, "premise 1 is nan; expected text"),
+        ("A dog.", "A \ud83d.", "hypothesis holds '\\ud83d', half of a character"),
+        (None, None, "give two texts, or two lists"),
+        ({"premise": "A dog."}, {"hypothesis": "A cat."}, "give two texts, or two lists"),
     ],
 )
 def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
@@ -213,6 +224,19 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
     assert nll == pytest.approx(result["nll"], rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; give a number of pairs from 1"),
+        ({"batch_size": "8"}, "batch_size is '8'; give"),
+        ({"dtype": "bf16"}, "dtype is 'bf16'; give one of .*float32.* or auto"),
+    ],
+)
+def test_options_that_cannot_be_meant(run, options, message):
+    with pytest.raises(UserError, match=message):
+        NLIClassifier.from_pretrained(run, device="cpu", **options)
+
+
 def test_a_type_that_is_asked_for_is_the_type_of_the_weights(run):
     classifier = NLIClassifier.from_pretrained(run, device="cpu", dtype="bfloat16")
     assert classifier.model.base_model.model.lm_head.weight.dtype == torch.bfloat16
@@ -277,6 +301,14 @@ def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, caps
     assert capsys.readouterr().out == ""
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [row["note"] for row in rows] == ["half \ud83d"] * 3
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(output)
+    output.write_text("old")
+    predict(run, pairs, "--output", link)
+    assert link.is_symlink()
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 3
+    predict(run, pairs, "--output", "-")
+    assert len(capsys.readouterr().out.splitlines()) == 3
     output.unlink()
     monkeypatch.setattr(NLIClassifier, "__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -290,7 +322,58 @@ def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, caps
         predict(run, pairs, "--output", output)
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("\nStopped by Ctrl-C.\n")
-    assert list(tmp_path.iterdir()) == [pairs], "half a file, under any name"
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "link.jsonl"}, "half a file, under any name"
+
+
+def test_a_full_disk_is_told(run, tmp_path, monkeypatch):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"premise": "A.", "hypothesis": "B."}])
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr("nli_sft.__main__._write_predictions", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(SystemExit, match="out.jsonl: cannot be written .No space left on device"):
+        predict(run, pairs, "--output", tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out.jsonl*"))
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        b"premise,hypothesis\r\nA man sleeps.,He rests.\r\n",
+        b"\n premise;hypothesis\nA man sleeps.;He rests.\n",
+        b"premise\thypothesis\nA man sleeps.\tHe rests.\n",
+        "premise,hypothesis\nA man sleeps.,He rests.\n".encode("utf-16"),
+        gzip.compress(b"premise,hypothesis\nA man sleeps.,He rests.\n", mtime=0),
+        b'\n{"premise": "A man sleeps.", "hypothesis": "He rests."}\n',
+        b'[{"premise": "A man sleeps.", "hypothesis": "He rests."}]',
+        b'{"data": [\n{"premise": "A man sleeps.", "hypothesis": "He rests."}]}',
+        "parquet",
+    ],
+)
+def test_standard_input_in_each_format(run, monkeypatch, capsys, pairs):
+    if pairs == "parquet":
+        pq.write_table(pa.table({"premise": ["A man sleeps."], "hypothesis": ["He rests."]}), buffer := io.BytesIO())
+        pairs = buffer.getvalue()
+    monkeypatch.setattr(NLIClassifier, "from_pretrained", lambda *_, **__: lambda texts, _: [RESTS] * len(texts))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pairs)))
+    predict(run, "-")
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (row["premise"], row["hypothesis"], row["prediction"]) == ("A man sleeps.", "He rests.", "entailment")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [(b"", "stdin.csv is empty"), (b"PK\x03\x04", "stdin is a zip archive"), (b"premise\n\xff\n", "not UTF-8 text")],
+)
+def test_standard_input_that_cannot_be_read(run, monkeypatch, pairs, message):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pairs)))
+    with pytest.raises(SystemExit, match=message):
+        predict(run, "-")
+
+
+def test_a_control_token_is_named_by_its_row_before_weights_are_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(NLIClassifier, "from_pretrained", pytest.fail)
+    (tmp_path / "pairs.csv").write_text("premise,hypothesis\nA.,B.\nA.<|im_end|>,B.\n")
+    with pytest.raises(SystemExit, match=r"pairs.csv row 3: the pair .* holds '<\|im_end\|>', a control token"):
+        predict(run, tmp_path / "pairs.csv")
 
 
 def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
@@ -312,6 +395,16 @@ def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
     [
         (["taken.csv"], "taken.csv row 2: the columns prediction, p_neutral are what predict writes"),
         (["twice.csv"], "twice.csv: the heading has note 2 times; rename all but one"),
+        (["unnamed.csv"], "unnamed.csv: the heading leaves 2 columns without a name; name them"),
+        (["joined.csv"], "joined.csv row 3: the heading again"),
+        (["book.xlsx"], "book.xlsx: cannot read this kind of file; expected one of .jsonl"),
+        (["late.csv", "--premise_column", "hypothesis"], "the column hypothesis is named for premise and hypothesis"),
+        (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; python -m nli_sft"),
+        (["late.csv", "--batchsize", "3"], "unknown argument --batchsize; did you mean --batch_size?"),
+        (["late.csv", "--hypothesis-column=x"], "unknown argument --hypothesis-column; did you mean --hypothesis_col"),
+        (["late.csv", "twice.csv"], "unknown argument twice.csv; give one file"),
+        (["late.csv", "--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16'"),
+        (["late.csv", "--output", "/dev/null"], "--output /dev/null: cannot be written"),
         (["late.csv"], "late.csv row 3, column hypothesis: the hypothesis is ' '; expected text"),
         (["late.csv", "--batch_size", "0"], "--batch_size takes a number of pairs from 1, not 0"),
         (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; call the file .jsonl"),
@@ -325,6 +418,9 @@ def test_a_bad_command_line_ends_before_the_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken.csv").write_text("premise,hypothesis,prediction,p_neutral\nA.,B.,neutral,1\n")
     (tmp_path / "twice.csv").write_text("premise,hypothesis,note,note\nA.,B.,1,2\n")
+    (tmp_path / "unnamed.csv").write_text(",premise,hypothesis,\n0,A.,B.,x\n")
+    (tmp_path / "joined.csv").write_text("premise,hypothesis\nA.,B.\npremise,hypothesis\nA.,B.\n")
+    (tmp_path / "book.xlsx").write_bytes(b"PK\x03\x04")
     (tmp_path / "late.csv").write_text("premise,hypothesis\nA.,B.\nA., \n")
     (tmp_path / "same.jsonl").write_text('{"premise": "A.", "hypothesis": "B."}\n')
     with pytest.raises(SystemExit) as exit:

@@ -126,6 +126,7 @@ LONE = 'uid,premise,label\n1,"Stop! he said.,entailment\n2,A dog.,neutral\n3,A c
         ("nul.jsonl", LINES.encode("utf-16-le"), "nul.jsonl holds NUL characters, as UTF-16 does; save it as UTF-8"),
         ("joined.csv", separated(",") * 2, "joined.csv row 4: the heading again, as in files that were joined"),
         ("joined.tsv", separated("\t") + "\ufeff" + separated("\t"), "joined.tsv row 4: the heading again"),
+        ("spaced.csv", 'premise,label\n"A.", "0"\n', "spaced.csv row 2: a space stands before a quote"),
         ("single.csv", "'premise','label'\n'A.','0'\n", "single.csv: its fields stand in single quotes"),
         ("comma.json", '[{"premise": "A."},\n]', "comma.json row 2: not JSON .*; remove the comma at the end"),
         ("comma.jsonl", '{"premise": "A."},\n{"premise": "B."},\n', "row 1: not JSON .*; remove the comma at the end"),
