@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -361,10 +362,36 @@ class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         # argparse names all spellings of a flag; a recipe knows one.
         message = re.sub(r"^argument --(\w+)(/\S+)?: ", r"\1: ", message)
+        for pattern, plain in _PLAIN_ERRORS.items():
+            message = re.sub(pattern, plain, message)
         missing = re.match(r"the following arguments are required: --(\w+)", message)
         raise RecipeError(
             f"{missing[1]} is missing; give it in the recipe or as --{missing[1]}" if missing else message
         )
+
+
+_PLAIN_ERRORS = {
+    r": invalid int value: '(.*)'$": r" is '\1'; it must be a whole number",
+    r": invalid float value: '(.*)'$": r" is '\1'; it must be a number",
+    r": Truthy value expected: got (.*) but expected one of .*$": r" is '\1'; it must be true or false",
+    r": expected one argument$": " has no value; write it as --key value",
+    r": expected at least one argument$": " has no values; give some, or leave it out",
+}
+
+# What keys of other versions of TRL and transformers, or of PEFT and bitsandbytes, are called here.
+_OTHER_NAMES = {
+    "warmup_ratio": "warmup_steps, which below 1 is a share of all steps",
+    "torch_dtype": "dtype",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "no_cuda": "use_cpu",
+    "revision": "model_revision",
+    "bnb_4bit_compute_dtype": "precision",
+    "learning_rate_scheduler": "lr_scheduler_type",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -521,6 +548,8 @@ def read_yaml(path: Path, as_written: bool = False) -> dict[str, object]:
 def _check_known(flag: str, actions: dict[str, argparse.Action]) -> None:
     if flag in actions:
         return
+    if flag[2:] in _OTHER_NAMES:
+        raise RecipeError(f"unknown key {flag[2:]!r}; here it is {_OTHER_NAMES[flag[2:]]}")
     near = difflib.get_close_matches(flag, actions, n=5, cutoff=0.6)
     near.sort(key=lambda name: -len(os.path.commonprefix([name, flag])))  # lora_rank means lora_r, not local_rank
     raise RecipeError(f"unknown key {flag[2:]!r}{f'; did you mean {near[0][2:]!r}?' if near else ''}")
@@ -529,7 +558,7 @@ def _check_known(flag: str, actions: dict[str, argparse.Action]) -> None:
 def _as_flags(key: str, value: object, written: object, actions: dict[str, argparse.Action]) -> list[str]:
     """One line of a recipe as command line flags, so that file and flags are checked by the same rules.
 
-    Lists, and single values of a key that takes text, stay as they are `written`: yes, on, 1.0, 0123456.
+    Lists, numbers, and single values of a key that takes text, stay as they are `written`: yes, on, 1.0, 0123456.
     """
     flag = f"--{key}"
     if isinstance(value, dict) and flag not in actions:
@@ -556,10 +585,18 @@ def _as_flags(key: str, value: object, written: object, actions: dict[str, argpa
         word = "no" if value is False else "yes"
         raise RecipeError(f'{key}: YAML reads an unquoted {word} as {str(value).lower()}; write {key}: "{word}"')
     if isinstance(value, dict):
-        value = json.dumps(value)
-    elif takes_list or (action.type is str and not isinstance(value, bool)):
+        value = json.dumps({name: _as_number(item) for name, item in value.items()})
+    elif takes_list or (action.type is str and not isinstance(value, bool)) or type(value) in (int, float):
         value = written
     return [flag, str(value)] if takes_list else [f"{flag}={value}"]
+
+
+def _as_number(value: object) -> object:
+    """YAML takes 1e-4 for a text, for want of a dot."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _stand_ins(parser: _Parser, tokens: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ Most keys of a recipe are TRL's and transformers'. `REFUSED` lists those that ca
 harm; tests/test_keys.py lists the others, and fails when an installed TRL has a key that is in neither list.
 """
 
+import copy
 import difflib
 import json
 import math
@@ -113,6 +114,19 @@ _SWITCHES: tuple[tuple[str, str, Callable[[object], bool], tuple[str, ...]], ...
             *("lora_modules_to_save", "use_rslora", "use_dora"),
         ),
     ),
+    ("max_steps", "-1", lambda value: value < 1, ("num_train_epochs",)),
+    (
+        "lr_scheduler_type",
+        "a schedule that warms up, such as constant_with_warmup",
+        lambda value: _as_yaml(value) not in ("constant", "reduce_lr_on_plateau"),
+        ("warmup_steps",),
+    ),
+    (
+        "optim",
+        "an optimizer of the Adam family",
+        lambda value: _as_yaml(value) not in ("sgd", "adafactor", "adagrad", "rmsprop"),
+        ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    ),
     ("load_in_4bit", "true", bool, ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")),
     ("eval_strategy", "steps", lambda value: value == "steps", ("eval_steps",)),
     (
@@ -211,6 +225,8 @@ def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) ->
             raise UserError(f"{key} is {value}; it must be one of {', '.join(_CHOICES[key])}")
         if key.endswith("_kwargs") and isinstance(value, str):
             _check_json(key, value)
+        if key == "ddp_backend" and "RANK" not in os.environ:
+            raise UserError("ddp_backend is for several processes; use accelerate launch, or remove ddp_backend")
 
 
 def refuse_idle_keys(
@@ -257,6 +273,7 @@ def check_training(args: "SFTConfig") -> None:
     _check_best_model(args)
     _check_trackers(args)
     _check_schedule(args)
+    _check_step(args)
 
 
 def check_paths(values: Mapping[str, object]) -> None:
@@ -363,6 +380,8 @@ def _check_trackers(args: "SFTConfig") -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             if name in ("all", "none"):
                 raise UserError(f"report_to: {name} goes with no other tracker")
+            if "," in name:
+                raise UserError(f"report_to is {name!r}; give several trackers as a list: [{name}]")
             known = [*INTEGRATION_TO_CALLBACK]
             near = difflib.get_close_matches(name, known, n=1) or [f"one of {', '.join(known)}, all or none"]
             raise UserError(f"report_to: no tracker is called {name!r}; did you mean {near[0]}?")
@@ -378,14 +397,36 @@ def _check_schedule(args: "SFTConfig") -> None:
     if args.optim_args is not None and not re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", args.optim_args):
         raise UserError(f"optim_args is {args.optim_args!r}; write it as name=value,name=value")
     try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
+        made = Trainer.get_optimizer_cls_and_kwargs(args)
+        without = copy.copy(args)
+        without.optim_args = None
+        idle = args.optim_args is not None and made == Trainer.get_optimizer_cls_and_kwargs(without)
     except ImportError as error:
         raise UserError(f"optim: {args.optim.value} is not installed ({' '.join(str(error).split())})") from error
     except ValueError:  # some ask for the model
-        pass
+        idle = False
+    if idle:
+        raise UserError(f"optim_args does nothing with optim: {args.optim.value}; remove optim_args")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     name, options = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
     try:
         get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(options or {}))
     except (TypeError, ValueError) as error:
         raise UserError(f"lr_scheduler_kwargs do not go with lr_scheduler_type: {name} ({error})") from error
+
+
+def _check_step(args: "SFTConfig") -> None:
+    """See that PyTorch knows how the step is to be checkpointed and compiled."""
+    import torch
+
+    known = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
+    for key in args.gradient_checkpointing_kwargs or {}:
+        if key not in known:
+            raise UserError(f"gradient_checkpointing_kwargs has no key {key!r}; there are {', '.join(known)}")
+    for key, names in (
+        ("torch_compile_backend", torch.compiler.list_backends(exclude_tags=())),
+        ("torch_compile_mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]),
+    ):
+        value = getattr(args, key)
+        if args.torch_compile and value not in (None, *names):
+            raise UserError(f"{key} is {value}; it must be one of {', '.join(names)}")

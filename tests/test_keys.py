@@ -209,6 +209,15 @@ def test_numbers_of_an_export(key, value):
             ["--group_by_premise", "--train_sampling_strategy=group_by_length"],
             "group_by_premise does nothing with train_sampling_strategy: group_by_length; set",
         ),
+        (
+            ["--max_steps=5", "--num_train_epochs=2"],
+            "num_train_epochs does nothing with max_steps: 5; set max_steps: -1",
+        ),
+        (
+            ["--lr_scheduler_type=constant", "--warmup_steps=5"],
+            "warmup_steps does nothing with lr_scheduler_type: constant; set",
+        ),
+        (["--optim=sgd", "--adam_beta2=0.95"], "adam_beta2 does nothing with optim: sgd; set"),
         (["--optim_target_modules=q_proj"], "optim_target_modules does nothing with optim: adamw_torch_fused; set"),
     ],
 )
@@ -250,6 +259,22 @@ def test_the_command_line_may_make_what_a_recipe_says_idle(tmp_path):
         (['--lr_scheduler_kwargs={"foo": 1}'], "do not go with lr_scheduler_type: linear .*'foo'"),
         (["--lr_scheduler_type=cosine_with_min_lr"], "do not go with lr_scheduler_type: cosine_with_min_lr"),
         (["--optim=galore_adamw"], "optim: galore_adamw is not installed"),
+        (["--optim_args=momentum=0.9"], "optim_args does nothing with optim: adamw_torch_fused; remove optim_args"),
+        (["--ddp_backend=gloo"], "ddp_backend is for several processes; use accelerate launch, or remove ddp_backend"),
+        (["--torch_compile_backend=fast"], "torch_compile_backend is fast; it must be one of .*inductor"),
+        (["--torch_compile_mode=fast"], "torch_compile_mode is fast; it must be one of default, reduce-overhead"),
+        (
+            ["--gradient_checkpointing", '--gradient_checkpointing_kwargs={"use_rentrant": true}'],
+            "gradient_checkpointing_kwargs has no key 'use_rentrant'; there are use_reentrant",
+        ),
+        (["--report_to=wandb,tensorboard"], r"give several trackers as a list: \[wandb,tensorboard\]"),
+        (
+            ["--warmup_ratio=0.1"],
+            "unknown key 'warmup_ratio'; here it is warmup_steps, which below 1 is a share of all",
+        ),
+        (["--torch_dtype=bfloat16"], "unknown key 'torch_dtype'; here it is dtype"),
+        (["--bf16=off"], "bf16 is 'off'; it must be true or false"),
+        (["--max_steps=1e3"], "max_steps is '1e3'; it must be a whole number"),
         (["--optim_args=fast"], "optim_args is 'fast'; write it as name=value,name=value"),
         (["--bf16=true", "--fp16=true"], "bf16 and fp16 are both true; keep one of them"),
     ],
@@ -280,3 +305,30 @@ def test_what_is_written_must_be_writable(tmp_path):
         parse("--output_dir=")
     parse("--output_dir", tmp_path / "new" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is made yet"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # which YAML takes for a text
+        ("seed: 042", "seed", 42),  # and this for 34
+        ("max_steps: 1_000", "max_steps", 1000),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}",
+            "lr_scheduler_kwargs",
+            {"min_lr": 1e-5},
+        ),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(tmp_path, line, key, value):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(line)
+    assert getattr(parse("--config", recipe)[-2], key) == value
+
+
+@pytest.mark.parametrize("line", ["num_train_epochs: 1:30", "max_steps: 0x10", "max_steps: 2024-01-01"])
+def test_what_yaml_alone_takes_for_a_number_is_refused(tmp_path, line):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(line)
+    with pytest.raises(UserError, match="it must be a (whole )?number"):
+        parse("--config", recipe)
