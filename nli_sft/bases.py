@@ -17,13 +17,14 @@ from unittest import mock
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, SFTConfig, get_peft_config
 
@@ -74,6 +75,8 @@ def check_base(model_args: ModelConfig, trust_remote_code: bool = False, *, weig
     config = load_config(model_args, trust_remote_code)
     _check_kind(name, config)
     _check_quantization(model_args, config)
+    if weights:
+        _check_packages(name, config)
     return config
 
 
@@ -94,7 +97,7 @@ def load_config(model_args: ModelConfig, trust_remote_code: bool = False) -> Pre
     except Exception as error:  # also of code that comes with a model
         raise UserError(f"model_name_or_path {name}: cannot load its config ({one_line(error)})") from error
     text_config = config.get_text_config()
-    if (getattr(text_config, "pad_token_id", None) or 0) >= text_config.vocab_size:
+    if (getattr(text_config, "pad_token_id", None) or 0) >= getattr(text_config, "vocab_size", float("inf")):
         text_config.pad_token_id = None  # an embedding cannot be made with it
     return config
 
@@ -120,6 +123,11 @@ def _check_files(name: str, path: Path) -> None:
     if not (path / "config.json").is_file():
         checkpoints = sorted(path.glob("checkpoint-*"), key=lambda checkpoint: checkpoint.stat().st_mtime)
         there = f"; its newest checkpoint is {checkpoints[-1]}" if checkpoints else ""
+        inside = [
+            file.parent for pattern in ("*/", "snapshots/*/") for file in sorted(path.glob(f"{pattern}config.json"))
+        ]
+        if inside and not checkpoints:
+            there = f"; there is one in {inside[0]}"
         raise UserError(
             f"{_base(name)} has no config.json, so it is no model folder{there}; a base holds config.json, "
             "model.safetensors and the files of its tokenizer"
@@ -154,7 +162,9 @@ def _check_weights(name: str, path: Path) -> None:
                 f"{_base(name)} has its weights as pickles, which can run code and are not read; convert it once: "
                 f"AutoModelForCausalLM.from_pretrained({name!r}).save_pretrained(...) writes safetensors"
             )
-        raise UserError(f"{_base(name)} has no weights: there is no model.safetensors in it")
+        others = sorted(file.name for file in path.glob("*.safetensors") if file.name not in shards)
+        only = f", only {others[0]}; give the files that transformers saves" if others else ""
+        raise UserError(f"{_base(name)} has no weights: there is no model.safetensors in it{only}")
     if missing:
         raise UserError(
             f"{_base(name)} lacks {len(missing)} of the {len(shards)} files that {index.name} lists, such as "
@@ -208,11 +218,29 @@ def quantization_of(config: PretrainedConfig) -> str | None:
 
 def _check_quantization(model_args: ModelConfig, config: PretrainedConfig) -> None:
     kind = quantization_of(config)
+    if kind == "None":
+        raise UserError(
+            f"{_base(model_args.model_name_or_path)} has a quantization_config without a quant_method, as MLX writes "
+            "it; give the model that it was made from"
+        )
     for bits in (4, 8):
         if kind is not None and getattr(model_args, f"load_in_{bits}bit") and kind != f"bitsandbytes {bits}-bit":
             raise UserError(
                 f"{_base(model_args.model_name_or_path)} is quantised already ({kind}); leave load_in_{bits}bit out"
             )
+
+
+def _check_packages(name: str, config: PretrainedConfig) -> None:
+    """See that the packages are there which the quantisation of a base needs."""
+    if quantization_of(config) is None or not AutoHfQuantizer.supports_quant_method(config.quantization_config):
+        return
+    try:
+        quantizer = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+        quantizer.validate_environment(dtype=torch.bfloat16, device_map=None)
+    except ImportError as error:
+        raise UserError(f"{_base(name)}: a package is missing for its weights ({one_line(error)})") from error
+    except Exception:  # what a device cannot do is said where it is known
+        return
 
 
 def suit_base(model_args: ModelConfig, config: PretrainedConfig, trust_remote_code: bool = False) -> ModelConfig:
@@ -263,11 +291,21 @@ def _suit_experts(model_args: ModelConfig, config: PretrainedConfig, trust_remot
 
 
 def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without content, as its config describes it."""
+    """A model without content, as its config describes it.
+
+    Raises:
+        UserError: if there is no such model, or not with its `attn_implementation`.
+    """
     # Under ZeRO-3 transformers would give each process a part, and the meta device has none.
     whole = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", return_value=False)
-    with whole, torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with whole, torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # also of code that comes with a model
+        attention = config._attn_implementation
+        plain = attention in (None, "eager", "sdpa")
+        key = _base(config.name_or_path) if plain else f"attn_implementation {attention}"
+        raise UserError(f"{key}: the base cannot be built from its config ({one_line(error)})") from error
 
 
 def batching_beside_router(batching: str, training_args: SFTConfig, config: PretrainedConfig) -> str:
@@ -305,9 +343,9 @@ class InputLimits:
     @classmethod
     def of(cls, model: torch.nn.Module) -> "InputLimits":
         """Look them up in a model, on any device, the meta device included."""
-        positions = [len(table) for name, table in model.named_buffers() if POSITION_TABLES.search(name)]
+        positions = [len(table) for name, table in model.named_buffers() if _is_position_table(name)]
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Embedding) and POSITION_TABLES.search(name):
+            if isinstance(module, torch.nn.Embedding) and _is_position_table(name):
                 if module.padding_idx is not None:
                     raise UserError(
                         "the base counts positions from its padding token on, as RoBERTa does, which is not "
@@ -372,16 +410,29 @@ class InputLimits:
             )
 
 
+def _is_position_table(name: str) -> bool:
+    return bool(POSITION_TABLES.search(name)) and not re.search("vision|visual|image|audio", name)
+
+
 def _base(name: str) -> str:
     return f"model_name_or_path {name}"
 
 
 def _is_adapter(name: str, path: Path | None) -> str:
+    if path is not None and _is_prompt_learning(path):
+        return f"{_base(name)} is an adapter of learned prompts, which no model can be merged with; give its base"
     if path is not None and (path / "recipe.yaml").is_file():
         merge = f"python recipes/export.py --run {name} --output_dir {os.path.normpath(name)}-merged"
     else:
         merge = f"AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload().save_pretrained(...)"
     return f"{_base(name)} is an adapter, not a whole model; merge it into its base and give the result: {merge}"
+
+
+def _is_prompt_learning(path: Path) -> bool:
+    try:
+        return PeftConfig.from_pretrained(path).is_prompt_learning
+    except Exception:  # a damaged one is an adapter still
+        return False
 
 
 def _is_gguf(name: str) -> str:

@@ -223,7 +223,7 @@ def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
         UserError: as `check_adapter`.
     """
     modules = dict(model.named_modules())
-    layers = [name for name, module in modules.items() if name and not list(module.children())]
+    layers = [name for name, module in modules.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
     head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
     targets = args.lora_target_modules or []
     targets = [targets] if _is_plain_name(targets) else targets
@@ -231,7 +231,8 @@ def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
         is_pattern = targets.lower() != "all-linear"
         matched = [name for name in modules if is_pattern and re.fullmatch(targets, name)]
         if is_pattern and not matched:
-            raise UserError(f"lora_target_modules: the pattern {targets} matches the whole name of no module")
+            hint = "; give several modules as a list" if re.search(r"[,\s]", targets) else ""
+            raise UserError(f"lora_target_modules: the pattern {targets} matches the whole name of no module{hint}")
     else:
         matched = [name for target in targets for name in _find(target, modules, layers, "lora_target_modules")]
     if head in matched:
@@ -255,7 +256,7 @@ def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
     found = [name for name in names if name == wanted or name.endswith(f"{ending}{wanted}")]
     if not found:
         last = sorted({name.rpartition(".")[2] for name in nearby})
-        near = difflib.get_close_matches(wanted.rpartition(".")[2], last, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(wanted.rpartition(".")[2].lower(), last, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(last)}"
         raise UserError(f"{key}: no part of the model is called {wanted!r}; {hint}")
     return found
@@ -306,4 +307,6 @@ def _from_pretrained(auto_class: type, name: str, key: str = "model_name_or_path
         return auto_class.from_pretrained(locate_model(name), **arguments)
     except Exception as error:  # also of tokenizers, safetensors, and packages that a format needs
         what = "tokenizer" if auto_class is AutoTokenizer else "model"
+        if "ignore_mismatched_sizes" in str(error):  # which points at a table above it
+            error = ValueError("its weights have other shapes than config.json says; download both again")
         raise UserError(f"{key} {name}: cannot load the {what} ({one_line(error)})") from error

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import chatml_tokenizer, few_pairs, tiny_llama
 from tiny_bases import make_base
@@ -112,6 +112,24 @@ def an_unknown_kind(folder):
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama9"}))
 
 
+def another_name(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+
+
+def a_folder_of_the_cache(folder):
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "config.json").rename(folder / "snapshots" / "abc" / "config.json")
+
+
+def learned_prompts(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).save_pretrained(folder)
+
+
+def a_vision_model(folder):
+    AutoConfig.for_model("vit").save_pretrained(folder)
+
+
 def only_tokenizer_model(folder):
     for file in folder.iterdir():
         file.unlink()
@@ -135,6 +153,13 @@ def only_tokenizer_model(folder):
         (no_config, r"has no config\.json, so it is no model folder"),
         (a_broken_config, r"cannot load its config \(.*not a valid JSON file.*\)$"),
         (an_unknown_kind, r"cannot load its config \(.*llama9.*\)$"),
+        (
+            another_name,
+            r"no model\.safetensors in it, only model\.fp16\.safetensors; give the files that transformers",
+        ),
+        (a_folder_of_the_cache, r"no config\.json.*; there is one in \S+snapshots\Sabc"),
+        (learned_prompts, r"is an adapter of learned prompts, which no model can be merged with; give its base"),
+        (a_vision_model, r"is no causal language model of transformers \(vit\)"),
         (only_tokenizer_model, r"has no config\.json"),
     ],
 )
@@ -191,6 +216,34 @@ def test_a_model_without_its_head_would_begin_at_random(base):
     LlamaModel.from_pretrained(base).save_pretrained(base)
     with pytest.raises(UserError, match=r"lacks 1 weights, such as lm_head\.weight, which would begin at random"):
         load_model(model_args(base))
+
+
+def test_weights_of_another_shape_than_the_config_says(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    with pytest.raises(UserError, match=r"its weights have other shapes than config\.json says; download both again"):
+        load_model(model_args(base))
+
+
+@pytest.mark.parametrize("attention", ["flash", "kernels-community/none"])
+def test_an_attention_that_cannot_be_had_is_named_before_the_weights_load(base, attention):
+    config = check_base(model_args(base, attn_implementation=attention))
+    with pytest.raises(UserError, match=f"^attn_implementation {attention}: the base cannot be built"):
+        skeleton(config)
+
+
+def test_a_type_that_modules_cannot_be_made_in(base):
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
+    assert skeleton(check_base(model_args(base))).dtype == torch.float32
+
+
+def test_positions_of_an_image_are_no_limit(tmp_path):
+    text = {"vocab_size": 400, "head_dim": 16, "num_key_value_heads": 2} | ENCODER
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=ENCODER | {"image_size": 32, "patch_size": 16}
+    )
+    assert InputLimits.of(skeleton(config)).positions is None
 
 
 def test_a_folder_without_a_tokenizer(base):
@@ -254,22 +307,43 @@ def test_what_quantised_weights_cannot_do(quantized):
 def test_other_quantisations_are_known_from_the_config(base, method):
     with_quantization(base, {"quant_method": method, "bits": 4})
     with pytest.raises(UserError, match=rf"is quantised \({method}\), .* cannot be trained in full"):
-        suit_base(model_args(base), check_base(model_args(base)))
+        suit_base(model_args(base), check_base(model_args(base), weights=False))
     with pytest.raises(UserError, match=rf"is quantised already \({method}\); leave load_in_4bit out"):
-        check_base(model_args(base, use_peft=True, load_in_4bit=True))
+        check_base(model_args(base, use_peft=True, load_in_4bit=True), weights=False)
     args = model_args(base, use_peft=True)
-    assert suit_base(args, check_base(args)).dtype == "bfloat16"
+    assert suit_base(args, check_base(args, weights=False)).dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(("method", "package"), [("gptq", "optimum"), ("awq", "gptqmodel")])
-def test_a_package_that_a_quantisation_needs_is_named(base, method, package):
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [
+        ("gptq", "optimum"),
+        ("awq", "gptqmodel"),
+        ("aqlm", "AQLM"),
+        ("hqq", "HQQ"),
+        ("compressed-tensors", "compressed-t"),
+    ],
+)
+def test_a_package_that_a_quantisation_needs_is_named_before_the_weights_load(base, method, package):
     with_quantization(base, {"quant_method": method, "bits": 4, "group_size": 64})
-    with pytest.raises(UserError, match=rf"^model_name_or_path .*cannot load the model \(.*requires {package}.*\)$"):
-        load_model(model_args(base, use_peft=True))
+    with pytest.raises(
+        UserError, match=rf"^model_name_or_path .*: a package is missing for its weights \(.*{package}"
+    ):
+        check_base(model_args(base, use_peft=True))
+    check_base(model_args(base, use_peft=True), weights=False)  # an estimate needs none
+
+
+def test_a_quantisation_without_a_method_is_that_of_mlx(base):
+    with_quantization(base, {"bits": 4, "group_size": 64})
+    with pytest.raises(
+        UserError, match="without a quant_method, as MLX writes it; give the model that it was made from"
+    ):
+        check_base(model_args(base, use_peft=True))
 
 
 def test_the_quantisation_of_a_config_is_not_overridden(base, monkeypatch):
     with_quantization(base, {"quant_method": "gptq", "bits": 4})
+    monkeypatch.setattr("nli_sft.bases._check_packages", lambda *_: None)
     passed = {}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **given: passed.update(given) or 1 / 0)
     with pytest.raises(UserError):

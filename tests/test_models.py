@@ -182,7 +182,7 @@ def adapted(base, **options):
         (
             "untied",
             {"lora_target_modules": ["query"]},
-            "no part of the model is called 'query'; it has act_fn, down_p",
+            "no part of the model is called 'query'; it has down_proj, ",
         ),
         ("untied", {"lora_target_modules": ["q_prj"]}, r"called 'q_prj'; did you mean q_proj\?"),
         ("untied", {"lora_target_modules": ["q_proj", "w_proj"]}, r"'w_proj'; did you mean \w_proj\?"),
