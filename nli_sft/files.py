@@ -163,7 +163,7 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
         return
     with _reading(file) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
+            if line := line.strip():
                 yield number, _parse_row(file, number, line)
 
 
@@ -226,7 +226,7 @@ def _first_keys(file: Path) -> list[str]:
 
 
 def _parse_row(file: Path, number: int, line: str) -> dict:
-    return _check_row(file, number, _load_json(file, number, line.rstrip()))
+    return _check_row(file, number, _load_json(file, number, line.strip()))
 
 
 def _load_json(file: Path, number: int, text: str) -> object:

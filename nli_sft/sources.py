@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -82,7 +83,8 @@ EXTRA_COLUMNS = {
     "agreement": Value("string"),  # how many of them gave the gold label
 }
 
-# Of characters, in Unicode.
+# What shows, and the Unicode categories of what does not.
+WORD = re.compile(r"\w")
 BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 URL = re.compile(r"(https?|zip)://")
@@ -238,7 +240,10 @@ def pairs_dataset(pairs: dict[str, list]) -> Dataset:
     features = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
     features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else LABELS))
     features |= {name: feature for name, feature in EXTRA_COLUMNS.items() if name in pairs}
-    return Dataset.from_dict({name: pairs[name] for name in features}, features=Features(features))
+    ids = {label: id for id, label in enumerate(features["label"].names)}
+    columns = {name: pairs[name] for name in features} | {"label": [ids[label] for label in pairs["label"]]}
+    # `Dataset.from_dict` would encode every text by itself.
+    return Dataset(pa.table(columns, schema=Features(features).arrow_schema))
 
 
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
@@ -533,7 +538,7 @@ def balance_premises(pairs: Dataset, seed: int) -> Dataset:
     premises, labels = pairs["premise"][:], pairs["label"][:]
     for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
         kept.setdefault((premises[index], labels[index]), index)
-    return pairs.select(sorted(kept.values()))
+    return pairs.select(np.sort(list(kept.values())))
 
 
 def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
@@ -560,7 +565,7 @@ def _take(pairs: Dataset, quotas: np.ndarray, seed: int) -> Dataset:
         if quotas[labels[index]]:
             quotas[labels[index]] -= 1
             chosen.append(index)
-    return pairs.select(sorted(chosen))
+    return pairs.select(np.sort(chosen))  # of an array: datasets hashes a list number by number
 
 
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -574,7 +579,7 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
         raise UserError(
             f"{len(pairs)} pairs on too few premises to hold some out for validation; give a validation split"
         )
-    return pairs.select(sorted(order[cut:])), pairs.select(sorted(order[:cut]))
+    return pairs.select(np.sort(order[cut:])), pairs.select(np.sort(order[:cut]))
 
 
 def fingerprint(pairs: Dataset) -> str:
@@ -595,10 +600,11 @@ def text_keys(pairs: Dataset) -> np.ndarray:
 
 def _premise_order(pairs: Dataset, seed: int) -> list[int]:
     """Row numbers with the rows of a premise together and the premises in seeded order."""
-    premises = pairs["premise"][:]
-    number = {premise: number for number, premise in enumerate(sorted(set(premises)))}
-    shuffled = np.random.default_rng(seed).permutation(len(number))
-    return np.argsort(shuffled[[number[premise] for premise in premises]], kind="stable").tolist()
+    premises = pairs.with_format("arrow")[:]["premise"].dictionary_encode().unify_dictionaries().combine_chunks()
+    place = np.empty(len(premises.dictionary), dtype=np.int64)  # of each premise among the sorted ones
+    place[pc.array_sort_indices(premises.dictionary)] = np.arange(len(place))
+    shuffled = np.random.default_rng(seed).permutation(len(place))
+    return np.argsort(shuffled[place[premises.indices.to_numpy()]], kind="stable").tolist()
 
 
 def _looks_like_path(source: str) -> bool:
@@ -748,7 +754,8 @@ def _file_rows(
     files: list[Path], found: dict[str, str], wanted: Sequence[str], spellings: list[str] | None
 ) -> Iterator[tuple[str, dict]]:
     for file in files:
-        rows = ((f"{file.name} row {number}", row) for number, row in read_rows(file, wanted))
+        name = file.name
+        rows = ((f"{name} row {number}", row) for number, row in read_rows(file, wanted))
         yield from _name_labels(rows, found["label"], label_names(file, found["label"]), spellings)
 
 
@@ -912,7 +919,7 @@ class _Labels:
 
     def note_names(self, value: object, row: dict, columns: Mapping[str, Sequence[str]]) -> None:
         """Count the names that stand beside a label that is an id."""
-        if self.spellings is not None or not is_id(value):
+        if not self.ids or not is_id(value):
             return
         for column in (*columns["label_text"], *columns["annotators"]):
             given = row.get(column)
@@ -993,6 +1000,7 @@ def _check_rows(
     """Check every row; return lists by column (label as a name) and the number of rows without a label."""
     pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
     extras: dict[str, list] = {}
+    extras_of: dict[tuple[str, ...], dict[str, list[str]]] = {}  # the optional columns of rows with such keys
     labels = _Labels(spellings, two_way)
     unfit: dict[str, list] = defaultdict(list)
     uids = _Uids()
@@ -1012,17 +1020,22 @@ def _check_rows(
             unlabelled += 1
             continue
         for role in ("premise", "hypothesis"):
-            pairs[role].append(
-                check_text(column_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}")
-            )
+            try:
+                pairs[role].append(check_text(column_value(row, columns[role]), role))
+            except UserError as error:
+                raise UserError(f"{where}, column {columns[role]}: the {error}") from None
         uid = column_value(row, columns.get("uid"))
         is_named = uid not in (None, "") and uid == uid  # which NaN is not
         pairs["uid"].append(uids.take(_encodable(uid) if is_named else f"{uid_prefix}-{index + 1}"))
         pairs["label"].append((TWO_WAY_LABELS if labels.two_way else LABELS)[label])
-        extra = _slice_values(row, extra_columns)
-        labels.note_names(value, row, extra_columns)
+        keys = tuple(row)
+        if keys not in extras_of:
+            extras_of[keys] = {name: [one for one in names if one in row] for name, names in extra_columns.items()}
+        columns_of_extras = extras_of[keys]
+        extra = _slice_values(row, columns_of_extras)
+        labels.note_names(value, row, columns_of_extras)
         if not labels.two_way:
-            extra |= _annotators(row, extra_columns, labels, label, unfit)
+            extra |= _annotators(row, columns_of_extras, labels, label, unfit)
         for name in extra:
             extras.setdefault(name, [None] * (len(pairs["uid"]) - 1))
         for name, values in extras.items():
@@ -1057,7 +1070,7 @@ def check_text(text: object, what: str) -> str:
 
 def _is_blank(text: str) -> bool:
     """Whether nothing in a text can be seen: white space, control characters, marks without a width."""
-    return not re.search(r"\w", text) and all(unicodedata.category(one) in BLANK_CATEGORIES for one in text)
+    return not WORD.search(text) and all(unicodedata.category(one) in BLANK_CATEGORIES for one in text)
 
 
 def _encodable(value: object) -> str:
@@ -1065,12 +1078,16 @@ def _encodable(value: object) -> str:
 
 
 def _slice_values(row: dict, columns: dict[str, tuple[str, ...]]) -> dict[str, str | bool]:
-    values = {name: next((row[n] for n in columns[name] if row.get(n) is not None), None) for name in SLICE_NAMES}
+    values = {name: _first_given(row, columns[name]) for name in SLICE_NAMES if columns[name]}
     return {
         name: str(value).strip().lower() in ("1", "1.0", "true", "yes") if name == "hard" else _encodable(value)
         for name, value in values.items()
         if value not in (None, "") and value == value  # which NaN is not
     }
+
+
+def _first_given(row: dict, names: Iterable[str]) -> object:
+    return next((row[name] for name in names if row[name] is not None), None)
 
 
 def _annotators(
@@ -1081,6 +1098,8 @@ def _annotators(
     Args:
         unfit: {column: values}, to which goes what is neither counts nor labels.
     """
+    if not columns["label_counts"] and not columns["annotators"]:
+        return {}
     counts = None
     for name in columns["label_counts"]:
         if row.get(name) not in (None, ""):

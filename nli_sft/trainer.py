@@ -28,7 +28,7 @@ from .decoding import LabelScores, Scorer, gather_scores
 from .keys import field_values, refuse_keys
 from .prefetch import prefetch
 from .progress import TrainingBar
-from .prompts import PromptEncoder
+from .prompts import PromptEncoder, row_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class NLITrainer(ResumableTrainer):
         if batch_args.max_batch_tokens == AUTO:
             raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
         self.encoder = encoder
-        longest = max(map(len, train_dataset["input_ids"]))
+        longest = int(row_lengths(train_dataset).max())
         batching = batching_beside_router(batch_args.batching, args, model.config)
         self.max_row_tokens = trie.row_tokens(
             batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
@@ -238,7 +238,7 @@ class NLITrainer(ResumableTrainer):
         # Not the data set that is handed over: it has lost the column of premises.
         rows = self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(rows["premise"] if self.group_by_premise else range(len(rows)), seed)
+        return PairSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and back. Where that does not fit in memory, the step is done again, in smaller parts.
