@@ -153,7 +153,8 @@ def load_pairs(
     table = _open_table(source, path, config, split, revision)
     files = [] if table is not None else _split_files(path, split)
     there = read_columns(files[0]) if table is None else table.column_names
-    found = find_columns(source, there, columns)
+    in_folder = f"/{files[0].name}" if files and path.is_dir() else ""
+    found = find_columns(f"{source}{in_folder}", there, columns)
     extras = _find_extras(there)
     wanted = _wanted(found, extras, there)
     if table is None:

@@ -405,6 +405,13 @@ def test_all_that_is_missing_is_told_at_once(tmp_path):
         load_pairs(str(tmp_path / "own.csv"), columns=named)
 
 
+def test_a_split_with_other_columns_is_named(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [ROWS[0]])
+    (tmp_path / "dev.csv").write_text("text,claim,label\nA.,B.,neutral\n")
+    with pytest.raises(ValueError, match=r"/dev.csv: no premise column .* it has text, claim, label; name them with"):
+        load_train_and_validation(TrainDataConfig(dataset_name=str(tmp_path)), seed=0)
+
+
 def test_a_heading_may_repeat_what_is_not_read(tmp_path):
     (tmp_path / "own.csv").write_text("premise,hypothesis,label,note,note\nA.,B.,neutral,x,y\n")
     assert len(load_pairs(str(tmp_path / "own.csv"))) == 1
