@@ -133,10 +133,10 @@ def change_p_value(change: np.ndarray, groups: np.ndarray) -> float:
 def smallest_difference(
     pairs: int, changed: int, *, design_effect: float = 1.0, power: float = 0.8, level: float = 0.05
 ) -> float | None:
-    """The smallest difference of two accuracies that McNemar's test would find in `power` of such comparisons.
+    """The smallest difference of two accuracies that `change_p_value` finds in a share `power` of such comparisons.
 
     The formula of Connor (1987), "Sample size for testing differences in proportions for the paired-sample design",
-    solved for the difference.
+    solved for the difference, with as many pairs as would tell as much if each had a premise of its own.
 
     Args:
         pairs: how many were judged by both.
@@ -201,9 +201,8 @@ def choice_warning(pairs: int) -> str | None:
         return None
     low, high = accuracy_interval(0.8, pairs)
     return (
-        f"Warning: {pairs:,} validation pairs are few to choose a checkpoint by: the 95% interval of an accuracy of "
-        f"80% would be {low:.0%} to {high:.0%}, and checkpoints within it cannot be told apart. Validate on "
-        f"{FEWEST_TO_CHOOSE} pairs or more."
+        f"Warning: {pairs:,} validation pairs are too few to choose a checkpoint reliably: an accuracy of 80% has a "
+        f"95% interval of {low:.0%} to {high:.0%}. Use at least {FEWEST_TO_CHOOSE} pairs."
     )
 
 
@@ -250,13 +249,13 @@ def headline(
     """
     c = comparison
     low, high = c.interval
-    figures = f"from {c.before:.1%} to {c.after:.1%} of {c.pairs:,} {pairs}"
+    figures = f"from {c.before:.1%} to {c.after:.1%} on {c.pairs:,} {pairs}"
     interval = f"95% interval {points(low)} to {points(high)}"
     if c.fixed + c.broken == 0:
         return f"{subject} changed nothing: {c.before:.1%} of {c.pairs:,} {pairs} are right {before} and {after}."
     if c.premises < FEWEST_PREMISES:
         return (
-            f"Too few to claim a difference: accuracy went {figures}, which stand on {c.premises} different "
+            f"Too few to claim a difference: accuracy went {figures}, which have only {c.premises} different "
             f"{'premise' if c.premises == 1 else 'premises'}."
         )
     if low > 0:
@@ -265,7 +264,7 @@ def headline(
         return f"{subject} lowered accuracy {figures}: {points(c.difference)} points ({interval})."
     return (
         f"No difference can be claimed: accuracy went {figures}, {points(c.difference)} points, and the {interval} "
-        f"holds zero."
+        f"includes zero."
     )
 
 

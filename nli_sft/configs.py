@@ -203,10 +203,11 @@ class EvalConfig(DataConfig):
 
     run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, folder, file or URL to judge on; the source of the run by default."}
+        default=None,
+        metadata={"help": "Hub id, folder, file or URL to evaluate on; by default the run's source."},
     )
     split: str | None = field(
-        default=None, metadata={"help": "Split to judge on: test by default, or all of a single file."}
+        default=None, metadata={"help": "Split to evaluate on: test by default, or all of a single file."}
     )
     sources: list[str] | None = field(
         default=None,
@@ -214,7 +215,7 @@ class EvalConfig(DataConfig):
     )
     suite: str | None = field(
         default=None,
-        metadata={"help": "Judge on the sets of a suite instead: one of recipes/suites, or a .yaml file of your own."},
+        metadata={"help": "Evaluate on a suite of sets instead: one of recipes/suites, or a .yaml file of your own."},
     )
     suite_root: str | None = field(
         default=None, metadata={"help": "A folder with the sets of the suite by name; the others are fetched."}
@@ -225,7 +226,7 @@ class EvalConfig(DataConfig):
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Judge on so many pairs, taken by premise, with the label shares of the whole."},
+        metadata={"help": "Evaluate on so many pairs, taken by premise, with the label shares of the whole."},
     )
     free_samples: int = field(
         default=200, metadata={"help": "So many pairs are also answered without constraints, to see what is said."}

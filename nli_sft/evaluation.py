@@ -220,7 +220,7 @@ def judge_run(
         if calibration_pairs is not None:
             beside["calibration"] = Asked("calibration", calibration_pairs, encoder)
         if name == "tuned" and encoder.prompt.reads_premise:
-            beside["shuffled"] = Asked("premises exchanged", exchange_premises(first), encoder)
+            beside["shuffled"] = Asked("shuffled premises", exchange_premises(first), encoder)
         variants, refused = _variants(encoder, first, checks) if checks is not None else ({}, {})
         judged = judge_all(model, [*asked, *beside.values(), *variants.values()], name=name, **options)
         for result, one in zip(results, judged, strict=False):
@@ -319,7 +319,7 @@ def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:
     """The same pairs, each premise exchanged for another one, the same for all pairs that share it."""
     premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"])))
     successor = dict(zip(premises.tolist(), np.roll(premises, 1).tolist(), strict=True))
-    return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Exchanging premises")
+    return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Shuffling premises")
 
 
 def write_evaluation(

@@ -83,8 +83,8 @@ KNOWN_LICENSES = {"stanfordnlp/snli": "cc-by-sa-4.0"}
 MODEL_NAMES = {
     "base": "before tuning",
     "tuned": "**after tuning**",
-    "shuffled": "after tuning, premises shuffled",
-    "hypothesis_only": "tuned without premises",
+    "shuffled": "after tuning, shuffled premises",
+    "hypothesis_only": "hypothesis-only baseline",
 }
 
 

@@ -341,7 +341,7 @@ class PairedTest:
         c = self.comparison
         p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         figures = (
-            f"{c.after:.1%} against {c.before:.1%} of the {c.pairs:,} {self.evaluation} pairs that both judged, "
+            f"{c.after:.1%} against {c.before:.1%} on the {c.pairs:,} shared {self.evaluation} pairs, "
             f"{points(c.difference)} points (95% interval {points(c.interval[0])} to {points(c.interval[1])}; "
             f"{p}{f', corrected for {self.tests} tests' if self.tests > 1 else ''})"
         )
@@ -439,7 +439,7 @@ def judged_apart(ranking: Ranking) -> list[str]:
             groups = "; ".join(", ".join(names) for names in by_data.values())
             sentences.append(
                 f"Accuracies on {key} are not of the same pairs: {' and '.join(sorted(names))} differs between "
-                f"{groups}. Only the paired tests, on the pairs that both judged, compare them."
+                f"{groups}. Only the paired tests, on shared pairs, compare them."
             )
     return sentences
 

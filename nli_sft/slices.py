@@ -154,7 +154,7 @@ def told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray
     """The slices of `describe` that come from what the source says of its pairs."""
     members = {}
     if "trained_on" in pairs:
-        members[("Training data", "not in it", "the pair was not trained on")] = ~pairs["trained_on"].to_numpy()
+        members[("Training data", "unseen", "the pair is not in the training data")] = ~pairs["trained_on"].to_numpy()
     if "hard" in pairs:
         hard = pairs["hard"].eq(True).to_numpy()
         members[("Difficulty", "hard", "the pair belongs to the hard subset")] = hard
@@ -266,7 +266,7 @@ def explain(slices: list[Slice]) -> list[str]:
         return [
             f"Nothing can be said about where tuning helped: on none of the {len(slices)} slices is a change, or a "
             f"difference from the other pairs, larger than chance allows.",
-            "More pairs would tell more.",
+            "More pairs would show more.",
         ]
 
     sentences = [f"Of {len(slices)} slices, accuracy rose on {len(rose)} and fell on {len(fell)} by more than chance."]
@@ -278,13 +278,13 @@ def explain(slices: list[Slice]) -> list[str]:
     if not contrasts:
         sentences.append("On none does the change differ from that on the other pairs by more than chance.")
     if contrasts and contrasts[-1].change > contrasts[-1].rest_change:
-        sentences.append(_contrast_sentence("best", contrasts[-1]))
+        sentences.append(_contrast_sentence("most", contrasts[-1]))
     if contrasts and contrasts[0].change < contrasts[0].rest_change and contrasts[0] not in fell[:1]:
-        sentences.append(_contrast_sentence("worst", contrasts[0]))
+        sentences.append(_contrast_sentence("least", contrasts[0]))
     if uneven and uneven[0].after < uneven[0].rest_after:
         weakest = uneven[0]
         sentences.append(
-            f"The tuned model stands furthest behind where {weakest.where}: {weakest.after:.1%} right, against "
+            f"The tuned model is weakest where {weakest.where}: {weakest.after:.1%} right, against "
             f"{weakest.rest_after:.1%} on all other pairs."
         )
     return sentences
@@ -292,6 +292,6 @@ def explain(slices: list[Slice]) -> list[str]:
 
 def _contrast_sentence(rank: str, s: Slice) -> str:
     return (
-        f"Against the other pairs it did {rank} where {s.where}: {points(s.change)} points, against "
-        f"{points(s.rest_change)} on all others."
+        f"Tuning helped {rank} where {s.where}: {points(s.change)} points, against {points(s.rest_change)} on all "
+        f"other pairs."
     )

@@ -38,7 +38,7 @@ class SuiteSet(DataConfig):
 
     name: str = ""
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder, file or URL of a file."})
-    split: str | None = field(default=None, metadata={"help": "Split to judge on; of a single file, all of it."})
+    split: str | None = field(default=None, metadata={"help": "Split to evaluate on; of a single file, all of it."})
     part_of: str | None = field(
         default=None, metadata={"help": "A set listed before, of which this is the part that `where` marks."}
     )
@@ -244,7 +244,7 @@ def write_suite(run: str | Path, suite: Suite, sets: list[EvaluationSet], missin
     order = [one.name for one in suite.sets]
     if not (Path(run) / HYPOTHESIS_ONLY).is_dir():
         order.append(HYPOTHESIS_ONLY)
-        reason = "the run has no control without premises; hypothesis_only_control: true trains one"
+        reason = "the run has no hypothesis-only baseline; hypothesis_only_control: true trains one"
         missing = missing | {HYPOTHESIS_ONLY: reason}
     keys = {one.name: evaluation_folder(run, one.name, one.split).name for one in sets}
     content = {"suite": suite.name, "order": order, "judged": keys, "missing": missing}

@@ -25,7 +25,7 @@ EXAMPLES = [
     ["Two women carry paper bags out of a shop.", "The women have bought shoes."],
     ["Two women carry paper bags out of a shop.", "The women are asleep at home."],
 ]
-TITLES = {"fixed": "Corrected by tuning", "both_wrong": "Not corrected", "broken": "Newly broken"}
+TITLES = {"fixed": "Corrected by tuning", "both_wrong": "Not corrected", "broken": "Regressed"}
 
 
 @dataclass
@@ -57,7 +57,7 @@ def main(args):
         gr.Markdown(f"# Does it follow?\n{Path(args.model).name}: entailment, neutral or contradiction.")
         premise = gr.Textbox(label="Premise", lines=2, elem_id="premise")
         hypothesis = gr.Textbox(label="Hypothesis", lines=2, elem_id="hypothesis")
-        button = gr.Button("Judge", variant="primary", elem_id="judge")
+        button = gr.Button("Predict", variant="primary", elem_id="judge")
         with gr.Row():
             bars = [gr.Label(label=f"{when} tuning", elem_id=when.lower()) for when in ("Before", "After")]
         gr.on([button.click, hypothesis.submit], judge, [premise, hypothesis], bars, api_name="judge")

@@ -1,4 +1,4 @@
-"""Judge a run: base against tuned, on any source and split, by constrained generation over the three labels.
+"""Evaluate a run: base against tuned, on any source and split, by constrained generation over the three labels.
 
 python recipes/eval.py --run outputs/qwen3-0.6b-lora
 python recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
@@ -103,17 +103,18 @@ def main(args):
             continue
         if seen := evaluation.summary["pairs_trained_on"]:
             print(
-                f"Warning: the run was trained on {seen:,} of the {evaluation.summary['pairs']:,} pairs of "
-                f"{evaluation.name}; its answers to them say nothing of new pairs."
+                f"Warning: train-test overlap: {seen:,} of the {evaluation.summary['pairs']:,} pairs of "
+                f"{evaluation.name} are in the training data; accuracy on them says nothing about new pairs."
             )
         if suite is None:  # the sets of a suite share a table, below
-            Console().print(outcome_sheet(evaluation, record.get("resources", {})).rich())
+            for part in outcome_sheet(evaluation, record.get("resources", {})).parts(Console().width):
+                Console().print(part.rich())
     path = write_report(report)
     if suite is not None:
         for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
             for part in sheet.parts(Console().width):
                 Console().print(part.rich())
-    print(f"The report: {path}")
+    print(f"Report: {path}")
     tracker = open_run(
         args.run,
         report_to=recipe.get("report_to"),

@@ -81,7 +81,7 @@ def main(data_args, prompt_args, batch_args, machine_args, tracking_args, traini
         training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
         training_args.resume_from_checkpoint = AUTO if training_args.resume_from_checkpoint else None
         training_args.report_to = []  # the control is part of the run
-        say("\nNow the control, which never sees a premise: the same training with the hypotheses alone.")
+        say("\nNow the hypothesis-only baseline: the same training without the premises.")
         train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
     say(f"To evaluate it:\n  {evaluation_command(run, training_args.trust_remote_code)}")
 
@@ -196,20 +196,20 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "git": git_state(),
     }
     trainer.made_from = recipe, prompt, facts
-    say("\nOne training example; the loss is on the marked tokens alone:\n")
+    say("\nOne training example; only the marked tokens count in the loss:\n")
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
-    say(f"\n{len(rows['train']):,} pairs to train on, {len(rows['validation']):,} to validate on.")
+    say(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
     for source, told in drawn.items():
         say(f"  {source}: {describe_source(told)}")
     if repeated:
-        say(f"Warning: {repeated:,} of the pairs to validate on are trained on too, so validation flatters the model.")
+        say(f"Warning: {repeated:,} validation pairs are also training pairs, so validation is too optimistic.")
     few = choice_warning(len(rows["validation"])) if training_args.load_best_model_at_end else None
     if few:
         say(few)
     say(f"{parameters}.\n")
     if training_args.resume_from_checkpoint:
-        say(f"Going on from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+        say(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
 
     if trainer.is_world_process_zero():
         if machine_args.overwrite_output_dir:

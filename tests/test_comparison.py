@@ -11,6 +11,7 @@ from nli_sft.comparison import (
     align,
     bootstrap_interval,
     buckets,
+    change_p_value,
     choice_warning,
     compare,
     design_effect,
@@ -154,12 +155,12 @@ def outcome(fixed, broken, same, premises=None):
 
 
 def test_the_headline_claims_what_the_interval_allows():
-    assert headline(outcome(60, 10, 30)).startswith("Tuning raised accuracy from 40.0% to 90.0% of 100 pairs: +50.0")
+    assert headline(outcome(60, 10, 30)).startswith("Tuning raised accuracy from 40.0% to 90.0% on 100 pairs: +50.0")
     assert headline(outcome(10, 60, 30)).startswith("Tuning lowered accuracy from 90.0% to 40.0% of 100 pairs: −50.0")
     unsure = headline(outcome(11, 10, 79))
     assert unsure.startswith("No difference can be claimed")
     assert "+1.0 points" in unsure
-    assert "holds zero" in unsure
+    assert "includes zero" in unsure
     assert "changed nothing" in headline(outcome(0, 0, 50))
 
 
@@ -187,6 +188,23 @@ def test_the_smallest_difference_is_found_four_times_in_five(pairs, share):
     assert smallest_difference(pairs, round(pairs * share), design_effect=4) > 1.8 * difference
 
 
+@pytest.mark.parametrize("together", [0, 0.5, 1])
+def test_the_smallest_difference_is_that_of_the_test_by_premise(together):
+    """Three pairs a premise change `together` in that share of premises; power is counted with the test itself."""
+    rng = np.random.default_rng(0)
+    groups, share = np.repeat(np.arange(300), 3), 0.2
+
+    def draw(difference):
+        p = [(share - difference) / 2, 1 - share, (share + difference) / 2]
+        alike, own = (rng.choice([-1, 0, 1], p=p, size=(300, size)) for size in (1, 3))
+        return np.where(rng.random((300, 1)) < together, alike, own).ravel()
+
+    effect = np.mean([max(1, design_effect(draw(0), groups)) for _ in range(30)])
+    difference = smallest_difference(900, 180, design_effect=effect)
+    found = np.mean([change_p_value(draw(difference), groups) < 0.05 for _ in range(400)])
+    assert found == pytest.approx(0.8, abs=0.05)
+
+
 def test_with_few_changed_pairs_no_difference_could_be_found():
     assert smallest_difference(10_000, 3) is None
     assert smallest_difference(100, 0) is None
@@ -203,7 +221,7 @@ def test_the_design_effect_is_the_size_of_groups_that_err_together():
 def test_a_validation_set_too_small_to_choose_by_gets_a_warning():
     assert choice_warning(FEWEST_TO_CHOOSE) is None
     told = choice_warning(60)
-    assert told.startswith("Warning: 60 validation pairs are few to choose a checkpoint by: the 95% interval")
+    assert told.startswith("Warning: 60 validation pairs are too few to choose a checkpoint reliably")
     low, high = accuracy_interval(0.8, 60)
     assert (low, high) == pytest.approx((0.682, 0.882), abs=0.001)
     assert f"{low:.0%} to {high:.0%}" in told

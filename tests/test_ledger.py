@@ -203,7 +203,7 @@ def test_any_two_are_tested_on_the_pairs_that_both_judged(tmp_path):
     assert test.comparison.pairs == 300
     assert test.better == "a"
     assert str(test).startswith("a is better than b: ")
-    assert "of the 300 snli-test pairs that both judged" in str(test)
+    assert "on the 300 shared snli-test pairs" in str(test)
     # The accuracies in the table are not of the same pairs, and that is said.
     (sentence,) = judged_apart(ranking)
     assert sentence.startswith(

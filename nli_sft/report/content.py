@@ -35,14 +35,14 @@ PAIRS_TOLD = 6
 MODEL_NAMES = {
     "base": "before tuning",
     "tuned": "after tuning",
-    "shuffled": "tuned, premises shuffled",
-    "hypothesis_only": "tuned without premises",
+    "shuffled": "tuned, shuffled premises",
+    "hypothesis_only": "hypothesis-only baseline",
 }
 BUCKET_NAMES = {
     "fixed": "corrected",
     "both_wrong": "not corrected",
-    "broken": "newly broken",
-    "both_right": "right before and after",
+    "broken": "regressed",
+    "both_right": "still right",
 }
 
 
@@ -142,18 +142,17 @@ class Evaluation:
 
     @cached_property
     def power(self) -> str:
-        """A sentence on the smallest difference that these pairs could have shown."""
+        """Sentences on the smallest difference that the test of no change could have found on these pairs."""
         c, t = self.comparison, self.table
         change = self.right("tuned").astype(int) - self.right("base")
         effect = max(1.0, design_effect(change, pd.factorize(t["premise"])[0]))
         smallest = smallest_difference(c.pairs, c.fixed + c.broken, design_effect=effect)
-        changed = f"of {c.pairs:,} pairs {c.fixed + c.broken:,} changed sides"
+        changed = f"Power: {c.fixed + c.broken:,} of {c.pairs:,} pairs turned right or wrong"
         if smallest is None:
-            return f"This split could have shown no difference at all: {changed}, too few for McNemar's test."
-        inflated = f"; premises inflate the variance {effect:.2f}-fold" if effect >= 1.005 else ""
+            return f"{changed}, too few for the test by premise to find any difference."
         return (
-            f"What this split could have shown: {changed}, so a true difference of {100 * smallest:.1f} points would "
-            f"be found four times in five (McNemar's test at 5%{inflated})."
+            f"{changed}. With so many, the test by premise finds a true difference of {100 * smallest:.1f} points in "
+            f"80% of cases (5% level, design effect {effect:.2f})."
         )
 
     def abstention(self, model: str) -> tuple[np.ndarray, np.ndarray]:
@@ -185,12 +184,12 @@ class Evaluation:
         return str(shares.index[0]), float(shares.iloc[0])
 
     def pair_lists(self) -> list[PairList]:
-        """Corrected, not corrected and newly broken pairs, the surest first."""
+        """Corrected, not corrected and regressed pairs, the surest first."""
         p_gold, tuned = self.p_gold("tuned"), self.probabilities("tuned").max(axis=1)
         return [
             self._pair_list("fixed", "Corrected by tuning", "surest of the right label after tuning first", p_gold),
             self._pair_list("both_wrong", "Not corrected", "surest of a wrong label after tuning first", tuned),
-            self._pair_list("broken", "Newly broken", "surest of a wrong label after tuning first", tuned),
+            self._pair_list("broken", "Regressed", "surest of a wrong label after tuning first", tuned),
         ]
 
     def _pair_list(self, bucket: str, title: str, order: str, confidence: np.ndarray) -> PairList:
@@ -220,9 +219,9 @@ class Evaluation:
         if "shuffled" in self.models:
             c = self.compare("shuffled", "tuned")
             figures = (
-                f"With the premises shuffled across pairs, the tuned model is right on {c.before:.1%} instead of "
+                f"With shuffled premises, the tuned model is right on {c.before:.1%} of pairs instead of "
                 f"{c.after:.1%} ({points(-c.difference)} points, 95% interval {points(-c.interval[1])} to "
-                f"{points(-c.interval[0])}), and gives the same answer on {c.agreement:.1%}"
+                f"{points(-c.interval[0])}) and gives the same answer on {c.agreement:.1%}"
             )
             verdict = "it uses the premise" if c.interval[0] > 0 else "there is no sign that it uses the premise"
             sentences.append(f"{figures}: {verdict}.")
@@ -230,13 +229,13 @@ class Evaluation:
             c = self.compare("hypothesis_only", "tuned")
             interval = f"95% interval {points(c.interval[0])} to {points(c.interval[1])}"
             figures = (
-                f"The same base tuned without ever seeing a premise is right on {c.before:.1%}. With premises "
-                f"accuracy differs by {points(c.difference)} points ({interval})"
+                f"The hypothesis-only baseline is right on {c.before:.1%} of pairs. The tuned model differs by "
+                f"{points(c.difference)} points ({interval})"
             )
             if c.interval[0] > 0:
-                sentences.append(f"{figures}: that much of the result cannot come from the hypotheses alone.")
+                sentences.append(f"{figures}: that much of its accuracy cannot come from the hypotheses alone.")
             else:
-                sentences.append(f"{figures}: the result could come from the hypotheses alone.")
+                sentences.append(f"{figures}: its accuracy could come from the hypotheses alone.")
         return sentences
 
     def free_generation(self) -> str | None:
@@ -244,12 +243,13 @@ class Evaluation:
         free = [self.summary.get(model, {}).get("free_generation") for model in ("base", "tuned")]
         if not all(free):
             return None
-        before, after = free
+        (n, invalid_before, right_before), (_, invalid_after, right_after) = (
+            (answers["n"], *(round(answers["n"] * answers[key]) for key in ("invalid_share", "accuracy")))
+            for answers in free
+        )
         return (
-            "In unconstrained generation, where a model may say anything, the base model names no single label in "
-            f"{before['invalid_share']:.1%} of "
-            f"{before['n']} answers and is right in {before['accuracy']:.1%}; the tuned model names none in "
-            f"{after['invalid_share']:.1%} and is right in {after['accuracy']:.1%}."
+            f"Unconstrained, the base model gave no valid label in {invalid_before} of {n} answers and was right in "
+            f"{right_before}; the tuned model gave none in {invalid_after} and was right in {right_after}."
         )
 
     def figures(self) -> list[tuple[str, str, str]]:
@@ -281,14 +281,14 @@ class Evaluation:
             f"{m['mass_on_labels']:.2%}" if m["mass_on_labels"] >= 1e-4 else f"{m['mass_on_labels']:.1e}"
             for m in (base, tuned)
         )
-        rows.append(("Mass on the label words", *mass))
+        rows.append(("Label mass", *mass))
         joint = (f"{self._joint_accuracy(model):.2%}" for model in ("base", "tuned"))
         rows.append(("Accuracy by joint probability", *joint))
         before, after = self.summary.get("base", {}), self.summary.get("tuned", {})
         if before.get("free_generation") and after.get("free_generation"):
             free = before["free_generation"], after["free_generation"]
-            rows.append(("Unconstrained generation: accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
-            rows.append(("Unconstrained generation: no single label", *(f"{f['invalid_share']:.1%}" for f in free)))
+            rows.append(("Unconstrained accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
+            rows.append(("Unconstrained answers without a valid label", *(f"{f['invalid_share']:.1%}" for f in free)))
         return rows
 
 
@@ -471,7 +471,7 @@ class Report:
             if summary.get("unlinked_edits_dropped"):
                 text += f"; {summary['unlinked_edits_dropped']:,} edits without their original left out"
             if summary.get("pairs_trained_on"):
-                text += f"; {summary['pairs_trained_on']:,} of them were trained on"
+                text += f"; train-test overlap: {summary['pairs_trained_on']:,} pairs"
             rows.append((f"Pairs of {evaluation.name}", text))
         git = self.record.get("git")
         if git:
@@ -486,7 +486,7 @@ class Report:
         return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
 
     def how_to_run_controls(self) -> list[str]:
-        """Commands that train the hypothesis-only control and judge this run beside it."""
+        """Commands that train the hypothesis-only baseline and evaluate this run beside it."""
         control = ["--prompt", HYPOTHESIS_ONLY, "--label_words", *self.prompt.label_words]
         control += ["--output_dir", self.folder / HYPOTHESIS_ONLY]
         if self.recipe.get("hypothesis_only_control"):

@@ -106,7 +106,7 @@ def accuracies(evaluation: Evaluation) -> Plot:
         key=lambda control: control[1],
     )
     above = evaluation.metrics["tuned"]["accuracy"] - best_control[1]
-    title = f"After tuning: {points(above)} points against the best control ({best_control[0]})"
+    title = f"After tuning: {points(above)} points against the best baseline ({best_control[0]})"
     rows = [
         ("tuned", AFTER, "o"),
         ("base", BEFORE, "s"),
@@ -149,7 +149,7 @@ def confusion(evaluation: Evaluation, model: str) -> Plot:
     else:
         wrong = np.where(np.eye(len(names), dtype=bool), -1, shares)
         gold, answer = np.unravel_index(wrong.argmax(), wrong.shape)
-        title = f"{when} the commonest mistake is {names[answer]} for {names[gold]}: {wrong.max():.0%} of such pairs"
+        title = f"{when} the most common mistake is {names[answer]} for {names[gold]}: {wrong.max():.0%} of such pairs"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.5))
         axes = figure.add_subplot()
@@ -178,14 +178,9 @@ def reliability(evaluation: Evaluation) -> Plot:
     """Accuracy against confidence, before and after, and how many pairs have which confidence."""
     after = evaluation.metrics["tuned"]
     gap = after["mean_confidence"] - after["accuracy"]
-    manner = (
-        "about as sure as it is right"
-        if abs(gap) < 0.02
-        else "surer than right"
-        if gap > 0
-        else "less sure than right"
-    )
-    title = f"After tuning the model is {manner}: {after['mean_confidence']:.0%} sure, {after['accuracy']:.0%} right"
+    manner = "well calibrated" if abs(gap) < 0.02 else "overconfident" if gap > 0 else "underconfident"
+    sure = f"{after['mean_confidence']:.0%} confident"
+    title = f"After tuning the model is {manner}: {sure}, {after['accuracy']:.0%} right"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -219,7 +214,7 @@ def abstention(evaluation: Evaluation) -> Plot:
     """Accuracy on the pairs of which the model is surest, by the share of pairs that it answers."""
     after = evaluation.abstention("tuned")
     most = accuracy_at(0.8, after), accuracy_at(1, after)
-    title = f"Tuned, it is right on {most[0]:.1%} of the 80% of pairs of which it is surest, on {most[1]:.1%} of all"
+    title = f"After tuning: {most[0]:.1%} right on the 80% most confident answers, {most[1]:.1%} on all"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2))
         axes = figure.add_subplot()
@@ -228,7 +223,7 @@ def abstention(evaluation: Evaluation) -> Plot:
             drawn = np.unique(np.linspace(0, len(coverage) - 1, 500).astype(int))  # enough for the eye
             line = {"color": colour, "linestyle": style, "linewidth": 1.5, "label": MODEL_NAMES[model]}
             axes.plot(coverage[drawn], accuracy[drawn], **line)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="share of pairs answered, the surest first", ylabel="accuracy")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="pairs answered, most confident first", ylabel="accuracy")
         axes.legend(loc="lower left")
         axes.grid()
         for axis in (axes.xaxis, axes.yaxis):
@@ -333,7 +328,7 @@ def loss(training: Training) -> Plot:
             [e["epoch"] for e in losses], [e["loss"] for e in losses], color=BEFORE, linewidth=1.2, label="training"
         )
         _validation_line(axes, training, "eval_loss")
-        axes.set(ylabel="loss, nats a label token")
+        axes.set(ylabel="loss, nats per label token")
         axes.legend(loc="upper right")
         axes.grid(axis="y")
         rates = [(e["epoch"], e["learning_rate"]) for e in losses if "learning_rate" in e]
@@ -394,7 +389,7 @@ def speeds(title: str, parts: dict[str, dict[str, dict[str, float]]]) -> Plot:
         f"{part}: " + ", ".join(f"{name} {way['pairs_per_second']:,.0f}" for name, way in ways.items())
         for part, ways in parts.items()
     )
-    return _plot("speed", figure, title, f"Pairs a second. {told}.")
+    return _plot("speed", figure, title, f"Pairs per second. {told}.")
 
 
 def _validation_line(axes, training: Training, key: str) -> None:

@@ -72,7 +72,7 @@ def sheets(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Sheet]:
     found = [_accuracies(ranking), _costs(ranking)]
     if ranking.differing:
         rows = [[run.name, *(_text(value) for value in ranking.differences(run).values())] for run in ranking.runs]
-        found.append(Sheet("What differs, and only that", ["run", *ranking.differing], rows))
+        found.append(Sheet("Settings that differ", ["run", *ranking.differing], rows))
     if ranking.replicates:
         found.append(_replicates(ranking))
     for key in ranking.judged:
@@ -128,7 +128,7 @@ def _costs(ranking: Ranking) -> Sheet:
             ]
         )
     measured = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
-    return Sheet("What it took", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
+    return Sheet("Cost", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
 
 
 def _replicates(ranking: Ranking) -> Sheet:
@@ -152,8 +152,8 @@ def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Shee
             cells[row, column] = difference if test.better else f"({difference})"
     rows = [[row, *(cells.get((row, column), NONE) for column in names)] for row in names]
     note = (
-        "Points by which the row is above the column on the pairs that both judged. In brackets: no claim, the 95% "
-        "interval (bootstrap by premise) or the test by premise, corrected for all pairs of runs, allows none."
+        "Row minus column, in points, on the pairs that both answered. In brackets: not significant by the 95% "
+        "interval (bootstrap by premise) or the test by premise, corrected for all pairs of runs."
     )
     return Sheet(f"Differences on {key}", ["", *names], rows, note)
 
@@ -209,7 +209,7 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
         controls = [(y, method.accuracy(key, "hypothesis_only")) for y, (method, _) in enumerate(methods, first)]
         controls = [(estimate.value, y) for y, estimate in controls if estimate is not None]
         if controls:
-            axes.plot(*zip(*controls, strict=True), "D", color=CONTROL, markersize=5, label="never saw a premise")
+            axes.plot(*zip(*controls, strict=True), "D", color=CONTROL, markersize=5, label="hypothesis-only baseline")
         repeated = [(y, method) for y, (method, _) in enumerate(methods, first) if len(method.runs) > 1]
         seeds = [(run.judged[key].accuracy().value, y) for y, method in repeated for run in method.runs]
         if seeds:

@@ -11,17 +11,17 @@ from .sheets import NONE, Sheet
 COLUMNS = {
     "base": "base",
     "tuned": "tuned",
-    "shuffled": "tuned, other premises",
-    "hypothesis_only": "never saw a premise",
+    "shuffled": "tuned, shuffled premises",
+    "hypothesis_only": "hypothesis-only",
 }
-UNCONSTRAINED = "Unconstrained generation: the model may say anything; an answer that names no single label is wrong."
+UNCONSTRAINED = "Unconstrained: the model may say anything. An answer without exactly one label is invalid, so wrong."
 
 
 def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
     """Accuracy on all pairs and on every part that the source names; unconstrained answers; time and memory.
 
     Args:
-        evaluation: one set that a run was judged on.
+        evaluation: one set that a run was evaluated on.
         trained: the `resources` of the run's own record; may be empty.
     """
     models = evaluation.models
@@ -38,7 +38,7 @@ def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
     free = [evaluation.summary.get(model, {}).get("free_generation") for model in models]
     if any(free):
         asked = next(answers["n"] for answers in free if answers)
-        for name, key in (("unconstrained: right", "accuracy"), ("unconstrained: no label", "invalid_share")):
+        for name, key in (("unconstrained", "accuracy"), ("invalid answers", "invalid_share")):
             rows.append([name, f"{asked:,}", *(f"{answers[key]:.1%}" if answers else NONE for answers in free)])
     seconds = [evaluation.summary.get(model, {}).get("seconds") for model in models]
     rows.append(["time to score", "", *(NONE if s is None else duration(s) for s in seconds)])

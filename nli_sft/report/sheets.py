@@ -52,11 +52,17 @@ class Sheet:
 
     def rich(self) -> Table:
         """The sheet for a terminal."""
-        table = Table(title=Text(self.title), caption=Text(self.note) if self.note else None, box=box.SIMPLE_HEAD)
+        table = Table(
+            title=Text(self.title),
+            caption=Text(self.note) if self.note else None,
+            box=box.SIMPLE_HEAD,
+            title_justify="left",
+            caption_justify="left",
+        )
         for index, column in enumerate(self.columns):
             # On a narrow terminal names and long texts are folded, and figures are not.
             is_figure = self.is_figure(index)
-            heading = Text(textwrap.fill(column, HEADING))
+            heading = Text(textwrap.fill(column, HEADING) if index else column)
             table.add_column(heading, justify="right" if is_figure else "left", overflow="fold", no_wrap=is_figure)
         for row in self.rows:
             table.add_row(*map(Text, row))

@@ -9,8 +9,8 @@ from .sheets import NONE, Sheet
 
 SCORED = ("base", "tuned", "hypothesis_only")
 CHECKS = {
-    "label_orders": "Labels listed in another order",
-    "prompts": "Asked with other prompts",
+    "label_orders": "Other orders of the labels",
+    "prompts": "Other prompts",
 }
 
 
@@ -30,7 +30,7 @@ def suite_sheets(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Shee
 
 
 def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
-    columns = ["set", "pairs", "before", "after", "95% interval", "change", "always one label", "no premise"]
+    columns = ["set", "pairs", "before", "after", "95% interval", "change", "majority", "hypothesis-only"]
     rows = []
     for name in suite["order"]:
         if name in judged:
@@ -38,16 +38,16 @@ def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
         else:
             rows.append([name, "missing", *[NONE] * (len(columns) - 2)])
     note = (
-        "A line below a set is a part of it. “Always one label” is right for who always gives the most frequent one. "
-        "Intervals are Wilson's, of the accuracy after tuning; those of the changes are told with each set."
+        "Rows with a dot are parts of the set above. Majority: always the most frequent label. Intervals of the "
+        "accuracy after tuning are Wilson's; the report has those of the changes."
     )
     if all(row[-1] == NONE for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     else:
-        note += " “No premise” is the control tuned on hypotheses alone."
+        note += " Hypothesis-only: the same base tuned without the premises."
     some = next(iter(judged.values())).summary
     speeds = [f"{MODEL_NAMES[m]} {some[m]['pairs_per_second']:,.0f}" for m in SCORED if m in some]
-    note += f" Pairs a second, in one pass over all sets: {', '.join(speeds)}."
+    note += f" Pairs per second, in one pass over all sets: {', '.join(speeds)}."
     return Sheet(f"Suite {suite['suite']}", columns, rows, note)
 
 
@@ -67,7 +67,7 @@ def _set_rows(name: str, evaluation: Evaluation) -> list[list[str]]:
     if "shuffled" in metrics:
         shuffled = metrics["shuffled"]
         after = f"{shuffled['accuracy']:.1%}"
-        rows.append(["· premises shuffled", f"{shuffled['n']:,}", NONE, after, _interval(shuffled), *[NONE] * 3])
+        rows.append(["· shuffled premises", f"{shuffled['n']:,}", NONE, after, _interval(shuffled), *[NONE] * 3])
     parts = {model: summary.get(model, {}).get("by_subset", {}) for model in SCORED}
     for part in parts["tuned"]:
         base, tuned, control = (f"{p[part]['accuracy']:.1%}" if part in p else NONE for p in parts.values())
@@ -86,7 +86,7 @@ def _missing(suite: Mapping) -> Sheet | None:
     for name, reason in suite["missing"].items():
         by_reason.setdefault(reason, []).append(name)
     rows = [[", ".join(names), reason] for reason, names in by_reason.items()]
-    return Sheet("Missing from the suite", ["set", "why"], rows) if rows else None
+    return Sheet("Missing from the suite", ["set", "reason"], rows) if rows else None
 
 
 def _told(judged: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Mapping]]:
@@ -100,7 +100,7 @@ def _told(judged: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Ma
 
 
 def _annotators(judged: Mapping[str, Evaluation]) -> Sheet | None:
-    columns = ["set and model", "pairs", "annotators a pair", "JS divergence", "JS distance", "KL divergence"]
+    columns = ["set and model", "pairs", "annotators per pair", "JS divergence", "JS distance", "KL divergence"]
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
@@ -112,7 +112,7 @@ def _annotators(judged: Mapping[str, Evaluation]) -> Sheet | None:
         for name, model, told in _told(judged, "annotators")
     ]
     note = "Divergences in nats, 0 at best. Entropy correlation: Spearman's, over pairs; 1 at best."
-    title = "Against the labels of all annotators"
+    title = "Compared with all annotators"
     return Sheet(title, [*columns, "entropy correlation"], rows, note) if rows else None
 
 
@@ -143,7 +143,7 @@ def _calibration(judged: Mapping[str, Evaluation]) -> Sheet | None:
     ]
     note = "Before → after dividing log-probabilities by a temperature fitted on validation pairs of the run's source."
     if any(row[1].startswith("none") for row in rows):
-        note += " None: the search ended at its bound, so no temperature makes the model calibrated."
+        note += " None: the search ended at its bound, so no temperature calibrates the model."
     columns = ["set and model", "temperature", "ECE", "log loss, nats", "Brier score"]
     return Sheet("Calibration", columns, rows, note) if rows else None
 
@@ -152,12 +152,12 @@ def _check(evaluation: Evaluation, check: str) -> Sheet | None:
     told = {m: evaluation.summary[m][check] for m in ("base", "tuned") if check in evaluation.summary.get(m, {})}
     if not told:
         return None
-    columns = ["way of asking", *(MODEL_NAMES[model] for model in told)]
+    columns = ["prompt", *(MODEL_NAMES[model] for model in told)]
     some = next(iter(told.values()))
     rows = [[way, *(f"{t['accuracy'][way]:.1%}" for t in told.values())] for way in some["accuracy"]]
     rows.append(["mean", *(f"{t['mean']:.1%}" for t in told.values())])
-    rows.append(["largest less smallest, points", *(f"{100 * t['spread']:.1f}" for t in told.values())])
-    rows.append(["pairs answered in more than one way", *(f"{t['flips']:.1%}" for t in told.values())])
-    refused = "".join(f" Not asked with {way}: {why}." for way, why in some["refused"].items())
+    rows.append(["range, points", *(f"{100 * t['spread']:.1f}" for t in told.values())])
+    rows.append(["pairs with different answers", *(f"{t['flips']:.1%}" for t in told.values())])
+    refused = "".join(f" {way} is left out: {why}." for way, why in some["refused"].items())
     note = f"Accuracy on {some['n']:,} pairs of {evaluation.name}.{refused}"
     return Sheet(f"{CHECKS[check]}: {evaluation.name}", columns, rows, note)

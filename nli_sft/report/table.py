@@ -10,22 +10,25 @@ from .content import BUCKET_NAMES, Evaluation
 MOST_ROWS = 20_000
 SEED = 0
 
-# What DataTables' ColumnControl puts into a column's heading: a list to tick, or a box to type into.
-CHOOSE = ["order", ["searchList"]]
-TYPE = ["order", ["search"]]
+# What DataTables' ColumnControl puts below a column's heading, in a row of its own: beside it, columns grow too wide.
+CHOOSE = [{"target": 1, "content": ["order", ["searchList"]]}]
+TYPE = [{"target": 1, "content": ["order", ["search"]]}]
 CHOICES = ("gold", "before", "after", "change", "split")
 
 
 def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
     """(HTML, a sentence on what it holds). Every text is escaped by itables.
 
-    Up to `MOST_ROWS` pairs are told, the first split's before those of others; of what is too large a part is drawn
+    Up to `MOST_ROWS` pairs are shown, the first split's before those of others; of what is too large a part is drawn
     in which every split, gold label and bucket keeps its share.
     """
     own, *others = (_rows(evaluation) for evaluation in evaluations)
     total = len(own) + sum(map(len, others))
     own = _stratified(own, MOST_ROWS)
-    rows = pd.concat([own, _stratified(pd.concat(others, ignore_index=True), MOST_ROWS - len(own))]) if others else own
+    if others:
+        rows = pd.concat([own, _stratified(pd.concat(others, ignore_index=True), MOST_ROWS - len(own))])
+    else:
+        rows = own.drop(columns="split")
     if len(rows) == total:
         note = f"All {total:,} pairs."
     else:
@@ -34,8 +37,10 @@ def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
             f"gold labels and kinds of change keep their shares. The predictions.parquet files hold all."
         )
     columns = list(rows.columns)
+    choices = [columns.index(name) for name in CHOICES if name in columns]
     html = itables.to_html_datatable(
         rows,
+        "Predictions before and after tuning",
         connected=False,
         allow_html=False,
         display_logo_when_loading=False,
@@ -47,13 +52,11 @@ def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
         classes="display compact",
         style="width:100%",
         columnDefs=[
-            {"targets": [columns.index(name) for name in CHOICES], "columnControl": CHOOSE},
-            {"targets": [columns.index("premise"), columns.index("hypothesis")], "className": "text"},
-            {"targets": [columns.index(name) for name in CHOICES], "className": "dt-nowrap"},
+            {"targets": choices, "columnControl": CHOOSE},
+            {"targets": [columns.index(name) for name in ("premise", "hypothesis", "uid")], "className": "text"},
         ],
         columnControl=TYPE,
         ordering={"indicators": False, "handler": False},
-        scrollX=True,
         autoWidth=False,
     )
     # The loader says something to those without JavaScript that is meant for notebooks: it stays hidden.
@@ -71,8 +74,8 @@ def _rows(evaluation: Evaluation) -> pd.DataFrame:
             "before": table["base_prediction"],
             "after": table["tuned_prediction"],
             "change": [BUCKET_NAMES[bucket] for bucket in evaluation.bucket],
-            "p(gold) before": p_before.round(3),
-            "p(gold) after": p_after.round(3),
+            "p(gold) before": p_before.round(2),
+            "p(gold) after": p_after.round(2),
             "split": evaluation.name,
             "uid": table["uid"],
         }

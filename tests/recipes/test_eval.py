@@ -67,14 +67,16 @@ def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
     result = launch("eval.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
     said = " ".join(result.output.split())
-    assert said.count("Warning: the run was trained on") == 1
-    assert "trained on 9 of the 12 pairs of known; its answers to them say nothing of new pairs." in said
+    assert said.count("Warning: train-test overlap") == 1
+    assert (
+        "9 of the 12 pairs of known are in the training data; accuracy on them says nothing about new pairs." in said
+    )
     folder = lora_run[0] / "eval" / "known-all"
     assert json.loads((folder / "metrics.json").read_text())["pairs_trained_on"] == 9
     table = pd.read_parquet(folder / "predictions.parquet")
     assert table["trained_on"].tolist() == [True] * 9 + [False] * 3
-    assert re.search(r"training: not in it +3 ", result.output)
-    assert "9 of them were trained on" in (lora_run[0] / "report.md").read_text()
+    assert re.search(r"training: unseen +3 ", result.output)
+    assert "train-test overlap: 9 pairs" in (lora_run[0] / "report.md").read_text()
 
 
 def test_two_way_sets_are_mapped(lora_run, workspace):
@@ -189,6 +191,6 @@ def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace,
         assert "sick" in text
         assert "missing" in text
         assert "lexical_overlap, non-entailment" in text
-        assert "Against the labels of all annotators" in text
-        assert "pairs answered in more than one way" in text
-        assert "the run has no control without premises" in text
+        assert "Compared with all annotators" in text
+        assert "pairs with different answers" in text
+        assert "the run has no hypothesis-only baseline" in text

@@ -25,7 +25,7 @@ def train(recipe, workspace, processes, batching):
     arguments += ["--per_device_train_batch_size", 20 // processes]
     result = launch("sft.py", *arguments, cwd=workspace, processes=processes)
     assert result.returncode == 0, result.output
-    assert result.output.count("94 pairs to train on, 23 to validate on") == 1, "only the main process speaks"
+    assert result.output.count("94 training pairs, 23 validation pairs") == 1, "only the main process speaks"
     return output
 
 

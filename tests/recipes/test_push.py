@@ -115,6 +115,6 @@ def test_judged_and_pushed_the_card_has_the_test_split(hub, trained):
     measured = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert measured["test", "accuracy"] == pytest.approx(metrics["tuned"]["accuracy"], abs=1e-6)
     assert measured["test", "f1"] == pytest.approx(metrics["tuned"]["macro_f1"], abs=1e-6)
-    assert "| snli test | after tuning, premises shuffled | 36 |" in card.text
+    assert "| snli test | after tuning, shuffled premises | 36 |" in card.text
     assert {"report.html", ".eval_results/snli-test.yaml"} <= set(there)
     assert not [name for name, data in there.items() if name.endswith((".parquet", ".npy")) or TOKEN.encode() in data]

@@ -94,7 +94,7 @@ def test_sigterm_saves_and_auto_goes_on(whole, recipe, workspace):
     manifest.write_text(manifest.read_text().replace(str(seconds), "1000.0"))
     result = launch("sft.py", "--config", recipe, "--output_dir", output, *OPTIONS, *AUTO, cwd=workspace)
     assert result.returncode == 0, result.output
-    assert "Going on from" in result.output
+    assert "Resuming from" in result.output
     ended_the_same(output, whole)
     record = json.loads((output / "run.json").read_text())
     training = record["resources"]["phases"]["training"]
@@ -141,7 +141,7 @@ def test_a_process_of_two_dies(recipe, workspace):
     ended_the_same(output, whole)
     batch = ["--per_device_train_batch_size", "8"]  # as many in all
     result = launch("sft.py", *arguments, on_one, *of_two(OPTIONS), *batch, cwd=workspace)
-    assert "Going on from" in result.output, result.output
+    assert "Resuming from" in result.output, result.output
     losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (on_one, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert history(on_one)[-1]["step"] == history(whole)[-1]["step"]
@@ -168,8 +168,8 @@ def test_killed_at_any_moment(whole, recipe, workspace, seed):
     for _ in range(2):
         process = start(recipe, output, *OPTIONS, *AUTO, cwd=workspace)
         log = workspace / f"{output.name}.log"
-        begun = log.read_text().count("pairs to train on")
-        wait_for(lambda: log.read_text().count("pairs to train on") > begun, process)  # noqa: B023
+        begun = log.read_text().count(" training pairs, ")
+        wait_for(lambda: log.read_text().count(" training pairs, ") > begun, process)  # noqa: B023
         time.sleep(moment.uniform(0, 6))
         if process.poll() is None:
             kill(process)

@@ -32,12 +32,14 @@ def test_a_run_folder_is_complete(lora_run, workspace):
     assert record["validation"]["eval_accuracy"] == max(entry["eval_accuracy"] for entry in evaluations[1:])
     assert record["versions"]["trl"]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["lora_r"] == 4
-    assert output.count("Warning: 24 validation pairs are few to choose a checkpoint by") == 2, "before and at the end"
+    assert output.count("Warning: 24 validation pairs are too few to choose a checkpoint reliably") == 2, (
+        "before and at the end"
+    )
     assert re.search(r"Label accuracy on validation: [\d.]+% \(95% interval [\d.]+% to [\d.]+%; the best", output)
     # The user was shown what is trained, and how much of the model.
     assert "[" in output
     assert "the loss is on the marked tokens alone" in output
-    assert "96 pairs to train on, 24 to validate on" in output
+    assert "96 training pairs, 24 validation pairs" in output
     assert "trainable of" in output
 
 
@@ -93,7 +95,7 @@ def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_pa
     arguments = ["--config", recipe, "--dataset_name", data, "--output_dir", tmp_path / "run", "--max_steps", "1"]
     result = launch("sft.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
-    assert "Warning: 5 of the pairs to validate on are trained on too" in " ".join(result.output.split())
+    assert "Warning: 5 validation pairs are also training pairs" in " ".join(result.output.split())
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["validation_pairs_trained_on"] == 5
 
 
@@ -105,7 +107,7 @@ def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["train"]["pairs"] == 120
     assert record["data"]["sources"]["demo"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
-    assert "120 pairs to train on, 24 to validate on" in result.output
+    assert "120 training pairs, 24 validation pairs" in result.output
     assert "demo: 24 pairs (8 entailment, 8 neutral, 8 contradiction)" in result.output
     own = f"{workspace / 'data'}: 96 pairs (32 entailment, 32 neutral, 32 contradiction); left out: 1 unlabelled"
     assert own in result.output
