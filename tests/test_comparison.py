@@ -156,7 +156,7 @@ def outcome(fixed, broken, same, premises=None):
 
 def test_the_headline_claims_what_the_interval_allows():
     assert headline(outcome(60, 10, 30)).startswith("Tuning raised accuracy from 40.0% to 90.0% on 100 pairs: +50.0")
-    assert headline(outcome(10, 60, 30)).startswith("Tuning lowered accuracy from 90.0% to 40.0% of 100 pairs: −50.0")
+    assert headline(outcome(10, 60, 30)).startswith("Tuning lowered accuracy from 90.0% to 40.0% on 100 pairs: −50.0")
     unsure = headline(outcome(11, 10, 79))
     assert unsure.startswith("No difference can be claimed")
     assert "+1.0 points" in unsure
