@@ -196,7 +196,7 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
         "git": git_state(),
     }
     trainer.made_from = recipe, prompt, facts
-    say("\nOne training example; only the marked tokens count in the loss:\n")
+    say("\nOne training example; the loss is on the marked tokens alone:\n")
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
     say(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")

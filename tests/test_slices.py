@@ -202,7 +202,7 @@ def test_only_significant_slices_are_named():
     assert "Of 4 slices, accuracy rose on 1 and fell on 1 by more than chance." in text
     assert "fell most where it hails: from 80.0% to 60.0% of 100 pairs" in text
     assert "helped most where it rains: +30.0 points, against +10.0 on all other pairs" in text
-    assert "furthest behind where it thaws: 10.0% right, against 70.0% on all other pairs" in text
+    assert "weakest where it thaws: 10.0% right, against 70.0% on all other pairs" in text
     assert "snows" not in text
 
 
