@@ -34,6 +34,15 @@ from .demo import BASE_MODEL, is_demo
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+# What a model is loaded from beside its weights and their index: JSON objects.
+JSON_FILES = (
+    "adapter_config.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 # Names of modules and buffers with one row a position. A token beyond the last row cannot be read; models that
@@ -132,7 +141,22 @@ def _check_files(name: str, path: Path) -> None:
             f"{_base(name)} has no config.json, so it is no model folder{there}; a base holds config.json, "
             "model.safetensors and the files of its tokenizer"
         )
+    damage = find_damage(path)
+    if damage is not None:
+        raise UserError(f"{_base(name)}: {damage}; download it again")
     _check_weights(name, path)
+
+
+def find_damage(folder: Path) -> str | None:
+    """Which of a model's JSON files cannot be read, and why; `None` if all can."""
+    for file in (folder / name for name in JSON_FILES if (folder / name).is_file()):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file.name} cannot be read ({one_line(error)})"
+        if not isinstance(content, dict):
+            return f"{file.name} should hold keys and values, not {content!r:.40}"
+    return None
 
 
 def check_tokenizer(name: str) -> None:

@@ -22,7 +22,7 @@ from .calibration import apply_temperature, fit_temperature, reached_bound
 from .configs import BatchConfig
 from .decoding import LabelScores, Scorer, gather_scores, generate_freely, named_label
 from .labels import LABELS, to_two_way
-from .models import load_model, load_tokenizer, load_tuned
+from .models import check_files, load_model, load_tokenizer, load_tuned
 from .prompts import PromptEncoder
 from .robustness import label_orders, prompt_choices, sensitivity, set_figures
 from .runs import HYPOTHESIS_ONLY, read_run, write_json
@@ -309,6 +309,7 @@ def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEnco
         UserError: if prompt or answers come out otherwise than they were trained.
     """
     recipe, prompt, record = read_run(run)
+    check_files(run)
     tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
     encoder = PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
     encoder.check_rendered(record.get("rendered"), run)

@@ -2,12 +2,14 @@
 
 import difflib
 import re
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
@@ -16,6 +18,7 @@ from .bases import (
     DEQUANTIZED_ON_LOADING,
     check_base,
     check_tokenizer,
+    find_damage,
     load_config,
     locate_model,
     one_line,
@@ -23,6 +26,7 @@ from .bases import (
     skeleton,
 )
 from .prompts import control_tokens
+from .runs import REPAIR, weight_files
 
 SAVED = "lora_modules_to_save"
 
@@ -85,7 +89,10 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise UserError(f"{name}: the tokenizer has neither a padding nor an end-of-sequence token")
+        raise UserError(
+            f"{name}: the tokenizer has neither a padding nor an end-of-sequence token; name one in its "
+            "tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -294,7 +301,42 @@ def load_tuned(
     if not (path / "adapter_model.safetensors").is_file():  # PEFT would fall back on a pickle
         raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not read")
     base = load_model(model_args, trust_remote_code, device=device, dequantize=dequantize)
-    return PeftModel.from_pretrained(base, path).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # which would begin at random
+            return PeftModel.from_pretrained(base, path).eval()
+    except Exception as error:  # of PEFT, safetensors or torch
+        raise UserError(
+            f"{path}: adapter_config.json and adapter_model.safetensors do not fit the base ({one_line(error):.300}); "
+            f"{REPAIR}"
+        ) from error
+
+
+def check_files(run: str | Path) -> None:
+    """See that the files that the model of a run folder is loaded from are there and can be read.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    run = Path(run)
+    damage = find_damage(run) or _missing_file(run)
+    for file in weight_files(run) if damage is None else ():
+        try:
+            with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+                pass
+        except (SafetensorError, OSError) as error:
+            damage = f"{file.name} cannot be read ({one_line(error)})"
+    if damage is not None:
+        raise UserError(f"{run}: {damage}; {REPAIR}")
+
+
+def _missing_file(run: Path) -> str | None:
+    if not is_adapter(run) and any(run.glob("adapter_model*")):
+        return "adapter_config.json is missing"
+    if not weight_files(run):
+        name = "adapter_model.safetensors" if is_adapter(run) else "model.safetensors"
+        return f"it has no {name}; other formats can run code and are not read"
+    return None
 
 
 def is_adapter(path: Path) -> bool:
@@ -306,7 +348,9 @@ def _from_pretrained(auto_class: type, name: str, key: str = "model_name_or_path
     try:
         return auto_class.from_pretrained(locate_model(name), **arguments)
     except Exception as error:  # also of tokenizers, safetensors, and packages that a format needs
-        what = "tokenizer" if auto_class is AutoTokenizer else "model"
         if "ignore_mismatched_sizes" in str(error):  # which points at a table above it
             error = ValueError("its weights have other shapes than config.json says; download both again")
-        raise UserError(f"{key} {name}: cannot load the {what} ({one_line(error)})") from error
+        if auto_class is AutoTokenizer:
+            fix = "check its tokenizer files, such as tokenizer.json and tokenizer_config.json"
+            raise UserError(f"{key} {name}: cannot load the tokenizer ({one_line(error)}); {fix}") from error
+        raise UserError(f"{key} {name}: cannot load the model ({one_line(error)})") from error

@@ -59,6 +59,8 @@ METRICS_TYPES = {"source": str, "split": str, "pairs": int}
 HASHED_WHOLE = 2**30
 BLOCKS, BLOCK = 1024, 2**18
 
+REPAIR = "take it from a copy, or train the run again"
+
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers")
 
 
@@ -136,7 +138,7 @@ class _Content(dict):
 def _repair(path: Path) -> str:
     if path.name in ("metrics.json", "predictions.parquet"):
         return f"remove {path.parent}, and judge the run again with recipes/eval.py"
-    return "take it from a copy, or train the run again"
+    return REPAIR
 
 
 def _read(path: Path, parse: Callable[[str], object], types: Mapping[str, object]) -> dict:

@@ -1,16 +1,22 @@
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import CHATML, byte_level_tokenizer, chatml_tokenizer, tiny_llama
+from tiny_run import make_base, make_run
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CohereConfig, LlamaConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
+from nli_sft.bases import check_base
+from nli_sft.evaluation import load_encoder
 from nli_sft.models import (
     adapter_config,
     apply_template,
@@ -288,3 +294,71 @@ def test_a_template_that_cannot_be_applied(tmp_path):
     other.chat_template = CHATML.replace("<|im_end|>", "<|turn|>")
     other.save_pretrained(tmp_path)
     assert "its template uses <|turn|>, which the base does not have" in refused(chat_template_path=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    base = make_base(folder / "base")
+    return {
+        "base": base,
+        "adapter": make_run(folder / "adapter", base, evaluated=False),
+        "full": make_run(folder / "full", base, use_peft=False, evaluated=False),
+    }
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def random_bytes(path):
+    path.write_bytes(b"\xd3\x91" * 500)
+
+
+def a_list(path):
+    path.write_text("[]")
+
+
+def an_empty_object(path):
+    path.write_text("{}")
+
+
+def one_tensor_fewer(path):
+    tensors = load_file(path)
+    del tensors[max(tensors)]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def another_shape(path):
+    save_file({name: torch.zeros(3, 5) for name in load_file(path)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "harms"),
+    [
+        ("adapter", "adapter_model.safetensors", [half, random_bytes, Path.unlink, one_tensor_fewer, another_shape]),
+        ("adapter", "adapter_config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("adapter", "tokenizer.json", [half, random_bytes, a_list, an_empty_object]),
+        ("adapter", "tokenizer_config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("full", "model.safetensors", [half, random_bytes, Path.unlink]),
+        ("full", "config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("full", "generation_config.json", [half, random_bytes, a_list]),
+        ("full", "tokenizer.json", [half, random_bytes, a_list, an_empty_object]),
+        ("base", "tokenizer.json", [half, random_bytes, a_list]),
+        ("base", "config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("base", "generation_config.json", [half, random_bytes, a_list]),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named(runs, tmp_path, run, name, harms):
+    def load(folder):
+        if run == "base":
+            check_base(ModelConfig(str(folder)))
+        else:
+            load_encoder(folder)
+            load_tuned(folder, ModelConfig(str(runs["base"]), dtype="float32"), device=torch.device("cpu"))
+
+    for harm in harms:
+        folder = shutil.copytree(runs[run], tmp_path / harm.__name__)
+        harm(folder / name)
+        with pytest.raises(UserError, match=re.escape(name)):
+            load(folder)
