@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import chatml_tokenizer, few_pairs, tiny_llama
 from tiny_run import make_base, make_run
 from trl import ModelConfig
@@ -187,11 +188,11 @@ def test_a_run_whose_prompt_has_changed_is_not_loaded(tmp_path):
         prompt=PROMPTS["plain"],
         record={"rendered": rendered},
     )
+    (run / "adapter_config.json").write_text("{}")
+    save_file({}, run / "adapter_model.safetensors")  # never loaded
     assert load_encoder(run).rendered == rendered
     tokenizer.chat_template = "Be brief.\n" + tokenizer.chat_template
     tokenizer.save_pretrained(run)
-    (run / "adapter_config.json").write_text("{}")
-    (run / "model.safetensors").write_text("")  # never read
     changed = "the prompt as rendered differs from what was trained"
     with pytest.raises(UserError, match=changed):
         load_encoder(run)
