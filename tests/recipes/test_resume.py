@@ -107,6 +107,19 @@ def test_sigterm_saves_and_auto_goes_on(whole, recipe, workspace):
     assert (output / "run.json").read_bytes() == before
 
 
+def test_a_checkpoint_of_a_prompt_that_reads_otherwise_is_refused(whole, recipe, workspace, tmp_path):
+    """Nothing in the recipe changed: the template that came with the base did."""
+    changed = shutil.copytree(workspace / "base", tmp_path / "base")
+    template = changed / "chat_template.jinja"
+    template.write_text("Be brief. " + template.read_text())
+    checkpoint = find_checkpoint("auto", whole)
+    arguments = ["--model_name_or_path", changed, "--resume_from_checkpoint", checkpoint]
+    result = launch("sft.py", "--config", recipe, "--output_dir", tmp_path / "run", *arguments, cwd=workspace)
+    assert result.returncode != 0
+    assert "the prompt as rendered differs from what was trained" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
 def of_two(options):
     return [*options, "--lora_dropout", "0", "--per_device_train_batch_size", "4"]
 
