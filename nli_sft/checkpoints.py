@@ -97,7 +97,7 @@ def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
             "one with --overwrite_output_dir true and without resume_from_checkpoint"
         )
     for flaw in flaws:
-        logger.warning("%s/%s, so that checkpoint is passed over", run, flaw)
+        logger.warning("%s/%s, so this checkpoint is skipped", run, flaw)
     return found
 
 
@@ -246,7 +246,7 @@ class ResumableTrainer(SFTTrainer):
             os._exit(128 + signal.SIGINT)
         if number == signal.SIGINT and self._told_by is None and self.args.process_index == 0:
             # Not by print, which may be what was interrupted.
-            os.write(2, b"\nStopping when the step, or evaluation, is done and saved. Ctrl-C again ends at once.\n")
+            os.write(2, b"\nStopping after this step or evaluation, and saving. Press Ctrl-C again to stop at once.\n")
         if self._told_by is None:
             self._told_by, self._told_at = signal.Signals(number), time.monotonic()
 

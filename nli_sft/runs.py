@@ -137,7 +137,7 @@ class _Content(dict):
 
 def _repair(path: Path) -> str:
     if path.name in ("metrics.json", "predictions.parquet"):
-        return f"remove {path.parent}, and judge the run again with recipes/eval.py"
+        return f"remove {path.parent}, and evaluate the run again with recipes/eval.py"
     return REPAIR
 
 
@@ -283,7 +283,7 @@ def evaluation_folders(run: str | Path) -> list[Path]:
         if others:
             logger.warning(
                 "%s is not read: it was computed with other weights than the folder holds now (%s). "
-                "recipes/eval.py --run %s makes it anew.",
+                "recipes/eval.py --run %s evaluates it again.",
                 folder, ", ".join(others), run,
             )  # fmt: skip
         else:
@@ -312,7 +312,7 @@ def trained_on(path: str | Path, keys: np.ndarray) -> np.ndarray | None:
     try:
         return np.isin(keys, np.load(file, allow_pickle=False))
     except (ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{file} is damaged; remove it, and pairs that were trained on go unnoticed") from error
+        raise UserError(f"{file} is damaged; remove it (trained pairs are then not recognised)") from error
 
 
 def evaluation_folder(path: str | Path, source: str, split: str) -> Path:
