@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -192,7 +193,8 @@ def score_prompts(
     if max_row_tokens is None:
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     else:  # prompts that share a premise stand together
-        order = sorted(range(len(prompts)), key=lambda index: np.asarray(prompts[index], np.int32).tobytes())
+        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: prompts[index].tobytes())
     scored: list[torch.Tensor] = []  # left on the device: to fetch them is to wait for them
     done = 0
     # leave=None: a bar within another one is gone when it is done.
@@ -265,21 +267,22 @@ def _score_batches(model, prompts, batches, answers, pad_token_id, max_row_token
             yield batch, graphs(packed)[: len(batch)]
 
 
-def scoring_graphs(model: PreTrainedModel, pairs: int, max_row_tokens: int | None) -> graph.ScoringGraphs | None:
+def scoring_graphs(
+    model: PreTrainedModel, pairs: int, max_row_tokens: int | None, compiled: bool = False
+) -> graph.ScoringGraphs | None:
     """Graphs for `score_prompts` with batches of `pairs` prompts; `None` where there can be none.
 
     One device alone, since sharded models wait for each other in every pass, and plain attention: FlexAttention
     compiles for each mask.
+
+    Args:
+        compiled: run layers that are compiled as such. To compile them for scoring takes seconds, which pays from some
+            hundred thousand pairs on.
     """
     alone = PartialState().num_processes == 1 and model.device.type == "cuda"
     if not alone or max_row_tokens is None or model.config._attn_implementation == "flex_attention":
         return None
-
-    def score(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        with torch.compiler.set_stance("force_eager"):  # to compile layers for scoring takes longer than it saves
-            return score_packed(model, batch)
-
-    return graph.ScoringGraphs(score, pairs, max_row_tokens)
+    return graph.ScoringGraphs(partial(score_packed, model), pairs, max_row_tokens, compiled)
 
 
 class Scorer:

@@ -293,13 +293,19 @@ class ScoringGraphs:
         score: from the tensors of a pass, log-probabilities of (pairs, labels, longest answer).
         pairs: to this number of pairs every pass is padded.
         row_length: of most rows.
+        compiled: whether to run compiled parts of the model as such. The first pass of a shape does without, see
+            `StepGraphs`.
     """
 
-    def __init__(self, score: Callable[[Mapping[str, Tensor]], Tensor], pairs: int, row_length: int):
+    def __init__(
+        self, score: Callable[[Mapping[str, Tensor]], Tensor], pairs: int, row_length: int, compiled: bool = False
+    ):
         self.score = score
         self.pairs = pairs
         self.usual = (1, row_length)
         self.pool = torch.cuda.graph_pool_handle()
+        self._compiled = compiled
+        self._seen: dict[Shape, int] = {}
         self._inputs: dict[Shape, dict[str, Tensor]] = {}
         self._passes: dict[Shape, tuple[Callable[[], None], Tensor]] = {}
         self._gave_up = False
@@ -317,14 +323,17 @@ class ScoringGraphs:
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Score a batch from `pad`: (`pairs`, labels, longest answer), a new tensor on the device."""
         shape = pass_shape(batch, self.usual)
-        inputs = self._inputs.get(shape)
-        if inputs is None or self._gave_up:
-            self._inputs[shape] = {name: values.to("cuda", non_blocking=True) for name, values in batch.items()}
-            return self.score(self._inputs[shape])
+        if shape not in self._inputs:
+            self._inputs[shape] = {name: torch.empty_like(values, device="cuda") for name, values in batch.items()}
+        inputs = self._inputs[shape]
         for name, values in batch.items():
             inputs[name].copy_(values, non_blocking=True)
-        if shape not in self._passes and not self._record(shape, inputs):
-            return self.score(inputs)
+        seen = self._seen[shape] = self._seen.get(shape, 0) + 1
+        with nullcontext() if self._compiled and seen > 1 else torch.compiler.set_stance("force_eager"):
+            if seen <= 1 + self._compiled or self._gave_up:
+                return self.score(inputs)
+            if shape not in self._passes and not self._record(shape, inputs):
+                return self.score(inputs)
         replay, scores = self._passes[shape]
         replay()
         return scores.clone()

@@ -221,9 +221,10 @@ GPU = {"use_cpu": False, "optim": "adamw_torch_fused", "max_steps": 12, "logging
         (LORA, {}, {}),
         (None, {"max_batch_tokens": 128}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}),
         (None, {}, {"gradient_checkpointing": True}),
-        (None, {}, {"torch_compile": True}),
+        (None, {}, {"torch_compile": True, "tf32": False}),  # which it would turn on
+        (LORA, {}, {"torch_compile": True, "tf32": False}),
     ],
-    ids=["full", "lora", "parts and accumulation", "checkpointing", "compiled"],
+    ids=["full", "lora", "parts and accumulation", "checkpointing", "compiled", "lora, compiled"],
 )
 def test_recorded_steps_train_as_others_do(chatml, tmp_path, peft_config, batch_options, options):
     """In float32, on a GPU: the same losses, gradient norms and weights."""
@@ -266,13 +267,17 @@ def test_a_step_that_waits_for_the_device_is_trained_without_graphs(chatml, tmp_
 
 
 @pytest.mark.gpu
-def test_scores_by_graph_are_those_of_a_pass(chatml):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_scores_by_graph_are_those_of_a_pass(chatml, compiled):
+    torch.backends.cuda.matmul.allow_tf32 = False  # which SFTConfig turns on for torch_compile
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs(6)
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(chatml)).cuda()
     options = {"batch_size": 8, "max_row_tokens": 256}
-    plain, graphs = scoring_graphs(model, 8, 256), scoring_graphs(model, 8, 256)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    plain, graphs = scoring_graphs(model, 8, 256), scoring_graphs(model, 8, 256, compiled)
     plain._gave_up = True  # the same shapes, never recorded
 
     def assert_same_scores():
