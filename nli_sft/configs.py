@@ -41,7 +41,7 @@ BATCH_TOKENS = 8192
 
 @dataclass
 class DataConfig:
-    """Where pairs come from."""
+    """Data."""
 
     dataset_name: str = field(metadata={"help": "Hub id, folder, file or URL of premise-hypothesis pairs."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
@@ -64,7 +64,7 @@ class DataConfig:
 
 @dataclass
 class TrainDataConfig(DataConfig):
-    """Where training pairs come from, and how many."""
+    """Training data."""
 
     train_split: str | None = field(
         default=None, metadata={"help": "Split to train on, where it is not called train: train_r1, say."}
@@ -102,7 +102,7 @@ class TrainDataConfig(DataConfig):
 
 @dataclass
 class PromptConfig:
-    """How a pair becomes text."""
+    """Prompt and label words."""
 
     prompt: str = field(
         default="plain", metadata={"help": "A built-in prompt, or a .yaml or .json file with your own."}
@@ -124,7 +124,7 @@ class PromptConfig:
 
 @dataclass
 class BatchConfig:
-    """How pairs are put before the model."""
+    """Batches and memory."""
 
     batching: str = field(
         default="trie",
@@ -163,7 +163,7 @@ class BatchConfig:
 
 @dataclass
 class MachineConfig:
-    """What is asked of the machine, its disk included."""
+    """Hardware and the run folder."""
 
     precision: str = field(
         default="auto",
@@ -184,7 +184,7 @@ class MachineConfig:
 
 @dataclass
 class TrackingConfig:
-    """How a run appears in Weights & Biases."""
+    """Weights & Biases."""
 
     wandb_entity: str | None = field(default=None, metadata={"help": "User or team; your default one if empty."})
     wandb_project: str | None = field(
@@ -199,7 +199,7 @@ class TrackingConfig:
 
 @dataclass
 class EvalConfig(DataConfig):
-    """What to judge a run on."""
+    """Evaluation."""
 
     run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
     dataset_name: str | None = field(
@@ -358,7 +358,13 @@ def _untouched(config_type: type, values: dict[str, object]) -> dict[str, object
 
 
 class _Parser(TrlParser):
-    """TRL's parser, saying what is wrong instead of printing the usage of 200 flags."""
+    """TRL's parser with the flags of each dataclass in a group; an error is one sentence, without 200 flags before."""
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        # What transformers reads the title of a group from.
+        package = dtype.__module__.partition(".")[0]
+        dtype._argument_group_name = f"{dtype.__name__} of {package}" if package == "trl" else _title(dtype)
+        super()._add_dataclass_arguments(dtype)
 
     def error(self, message: str) -> NoReturn:
         # argparse names all spellings of a flag; a recipe knows one.
@@ -393,6 +399,10 @@ _OTHER_NAMES = {
     "target_modules": "lora_target_modules",
     "modules_to_save": "lora_modules_to_save",
 }
+
+
+def _title(config_type: type) -> str:
+    return (config_type.__doc__ or config_type.__name__).splitlines()[0].rstrip(".")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

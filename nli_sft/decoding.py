@@ -321,7 +321,7 @@ class Scorer:
         Raises:
             UserError: if a prompt holds a token, or has a length, that the model cannot read.
         """
-        longest_answer = max(map(len, self.answers))
+        longest_answer = max(map(len, self.encoder.answers))  # whatever is scored: what is too long is so everywhere
         self._limits.check(prompts, self.encoder.tokenizer, longest_answer - 1)
         row_tokens = self._row_tokens(max(map(len, prompts), default=0) + longest_answer)
         return score_prompts(

@@ -8,11 +8,12 @@ Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_tra
 
 import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)
 
+import copy
 import os
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -64,162 +65,80 @@ from nli_sft.tracking import open_run
 from nli_sft.trainer import NLITrainer
 
 
-def main(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
-    put_token_away(training_args)  # or trackers and checkpoints would keep it
-    if training_args.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
+class Args(NamedTuple):
+    """All that a recipe says, in the order of --help."""
+
+    data: TrainDataConfig
+    prompt: PromptConfig
+    batch: BatchConfig
+    machine: MachineConfig
+    tracking: TrackingConfig
+    model: ModelConfig
+    training: SFTConfig
+
+
+def main(*configs):
+    args = Args(*configs)
+    put_token_away(args.training)  # or trackers and checkpoints would keep it
+    if args.training.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
-    if machine_args.estimate:
-        tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args)
+    if args.machine.estimate:
+        tell_estimate(args)
         return
-    run = training_args.output_dir
-    prompt = train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    if prompt_args.hypothesis_only_control:
-        prompt_args = replace(
-            prompt_args, prompt=HYPOTHESIS_ONLY, label_words=list(prompt.label_words), hypothesis_only_control=False
-        )
-        training_args.output_dir = str(Path(run) / HYPOTHESIS_ONLY)
-        training_args.resume_from_checkpoint = AUTO if training_args.resume_from_checkpoint else None
-        training_args.report_to = []  # the control is part of the run
+    run = args.training.output_dir
+    prompt = train(args)
+    if args.prompt.hypothesis_only_control:
         say("\nNow the hypothesis-only baseline: the same training without the premises.")
-        train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    say(f"To evaluate it:\n  {evaluation_command(run, training_args.trust_remote_code)}")
+        train(without_premises(args, prompt))
+    say(f"To evaluate it:\n  {evaluation_command(run, args.training.trust_remote_code)}")
 
 
-def say(*what):
-    """Print, once for all processes."""
-    if PartialState().is_main_process:
-        print(*what)
-
-
-def evaluation_command(run, trust_remote_code):
-    """What to type where this script was started."""
-    script = os.path.relpath(Path(__file__).with_name("eval.py"))
-    return launch_command(script, "--run", run, *["--trust_remote_code", "true"] * trust_remote_code)
-
-
-def tell_estimate(prompt_args, batch_args, machine_args, training_args, model_args):
-    """Say what memory the training would take, from the model's config alone."""
-    config = check_base(model_args, training_args.trust_remote_code, weights=False)
-    model_args = suit_base(model_args, config, training_args.trust_remote_code)
-    precision = choose_precision(machine_args.precision, training_args.device)
-    check_adapter(model_args, training_args.trust_remote_code)
-    prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
-    plan = plan_memory(precision.suit(model_args), training_args, batch_args, precision, prompt)
-    if plan.estimate is None:
-        raise UserError(str(plan))
-    say(f"{precision}\n{plan}")
-
-
-def train(data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args):
+def train(args):
+    """Train one model and write its run folder. Returns the prompt."""
     resources = ResourceRecorder()
-    config = check_base(model_args, training_args.trust_remote_code)
-    model_args = suit_base(model_args, config, training_args.trust_remote_code)
-    limits = InputLimits.of(skeleton(config, training_args.trust_remote_code))
-    training_args.max_length = limits.fit_length(training_args.max_length)
-    recipe = resolve_recipe(
-        (data_args, prompt_args, batch_args, machine_args, tracking_args, training_args, model_args)
-    )
-    if training_args.resume_from_checkpoint == AUTO and is_finished(training_args.output_dir, recipe):
-        say(f"{training_args.output_dir} is finished.")
-        return load_prompt(prompt_args.prompt, prompt_args.label_words)
-    precision = choose_precision(machine_args.precision, training_args.device)
-    model_args = precision.suit(model_args)
-    check_launch(model_args, training_args, precision.name)
-    check_adapter(model_args, training_args.trust_remote_code)
-    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-    check_folder(
-        training_args.output_dir,
-        base=model_args.model_name_or_path,
-        checkpoint=checkpoint,
-        overwrite=machine_args.overwrite_output_dir,
-    )
+    args, limits = suit_to_base(args)
+    recipe = resolve_recipe(args)
+    if args.training.resume_from_checkpoint == AUTO and is_finished(args.training.output_dir, recipe):
+        say(f"{args.training.output_dir} is finished.")
+        return load_prompt(args.prompt.prompt, args.prompt.label_words)
+    precision = choose_precision(args.machine.precision, args.training.device)
+    args = args._replace(model=precision.suit(args.model))
+    checkpoint = check_start(args, precision)
 
     with resources.phase("loading"):
-        tokenizer = load_tokenizer(
-            model_args.model_name_or_path, model_args.model_revision, training_args.trust_remote_code
-        )
-        limits.fit_padding(tokenizer)
-        prompt = load_prompt(prompt_args.prompt, prompt_args.label_words)
-        apply_template(tokenizer, training_args)
-        encoder = PromptEncoder(prompt, tokenizer, train_on_end=prompt_args.train_on_end)
+        encoder = load_encoder(args, limits, checkpoint)
+        pairs, data = load_data(args)
         if checkpoint is not None:
-            encoder.check_rendered(rendered_prompt(checkpoint), checkpoint)
-        dropped, drawn = Counter(), {}
-        pairs = load_train_and_validation(data_args, seed=training_args.seed, dropped=dropped, drawn=drawn)
-        data = {split: {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])} for split in pairs}
-        if checkpoint:
-            check_resumption(checkpoint, recipe, prompt, data)
-        trained = text_keys(pairs["train"])
-        repeated = int(np.isin(text_keys(pairs["validation"]), trained).sum())
-        encode = partial(
-            encoder.encode_rows,
-            max_length=training_args.max_length,
-            drop_too_long=prompt_args.drop_too_long,
-            dropped=dropped,
-        )
-        with PartialState().main_process_first():
-            rows = {split: encode(pairs[split]) for split in pairs}
-        for split in rows:
-            limits.check(rows[split]["input_ids"], tokenizer)
+            check_resumption(checkpoint, recipe, encoder.prompt, data)
+        rows = encode(args, encoder, limits, pairs, data["dropped"])
         plan = plan_memory(
-            model_args, training_args, batch_args, precision, prompt, encoder=encoder, rows=rows["train"]
+            args.model, args.training, args.batch, precision, encoder.prompt, encoder=encoder, rows=rows["train"]
         )
         say(f"{precision}\n{plan}")
         trainer = NLITrainer(
             encoder=encoder,
-            batch_args=replace(batch_args, max_batch_tokens=plan.max_batch_tokens),
-            model=load_model(model_args, training_args.trust_remote_code),
-            args=training_args,
+            batch_args=replace(args.batch, max_batch_tokens=plan.max_batch_tokens),
+            model=load_model(args.model, args.training.trust_remote_code),
+            args=args.training,
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
-            peft_config=adapter_config(model_args),
+            peft_config=adapter_config(args.model),
         )
-    parameters = count_parameters(trainer.model)
-    facts = {
-        "model": model_args.model_name_or_path,
-        "parameters": parameters.as_dict(),
-        "prompt_fingerprint": prompt.fingerprint,
-        "rendered": encoder.rendered,
-        "data": {
-            "dropped": dict(dropped),
-            "sources": drawn,
-            "validation_pairs_trained_on": repeated,
-            **data,
-        },
-        "world_size": training_args.world_size,
-        "launcher": launched_with(training_args),
-        "precision": precision.as_dict(),
-        "max_batch_tokens": plan.max_batch_tokens,
-        "memory_estimate": plan.estimate and plan.estimate.as_dict(),
-        "versions": versions(),
-        "git": git_state(),
-    }
-    trainer.made_from = recipe, prompt, facts
-    say("\nOne training example; the loss is on the marked tokens alone:\n")
-    if PartialState().is_main_process:
-        Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
-    say(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
-    for source, told in drawn.items():
-        say(f"  {source}: {describe_source(told)}")
-    if repeated:
-        say(f"Warning: {repeated:,} validation pairs are also training pairs, so validation is too optimistic.")
-    few = choice_warning(len(rows["validation"])) if training_args.load_best_model_at_end else None
-    if few:
-        say(few)
-    say(f"{parameters}.\n")
-    if training_args.resume_from_checkpoint:
-        say(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+    facts = describe(args, encoder, data, trainer, precision, plan)
+    trainer.made_from = recipe, encoder.prompt, facts
+    print_start(args, encoder, pairs, rows, data, checkpoint)
+    say(f"{count_parameters(trainer.model)}.\n")
 
     if trainer.is_world_process_zero():
-        if machine_args.overwrite_output_dir:
-            clear(training_args.output_dir)
-        write_trained_pairs(training_args.output_dir, trained)
+        if args.machine.overwrite_output_dir:
+            clear(args.training.output_dir)
+        write_trained_pairs(args.training.output_dir, text_keys(pairs["train"]))
     tracker = open_run(
-        training_args.output_dir,
-        report_to=training_args.report_to,
-        settings=tracking_args,
-        config=run_config(recipe, prompt, facts),
+        args.training.output_dir,
+        report_to=args.training.report_to,
+        settings=args.tracking,
+        config=run_config(recipe, encoder.prompt, facts),
         resumed=checkpoint is not None,
     )
     tracker.watch(trainer)
@@ -230,36 +149,189 @@ def train(data_args, prompt_args, batch_args, machine_args, tracking_args, train
     trainer.save_model()
     with resources.phase("validation"):
         final = trainer.evaluate()
-    used = resources.summary(run=training_args.output_dir, model=locate_model(model_args.model_name_or_path))
+    used = resources.summary(run=args.training.output_dir, model=locate_model(args.model.model_name_or_path))
 
     if trainer.is_world_process_zero():
-        record = facts | {
-            "train": result.metrics,
-            "validation": {
-                key: value
-                for key, value in final.items()
-                if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
-            },
-            "best_checkpoint_step": trainer.state.best_global_step,
-            "history": trainer.state.log_history,
-            "resources": used,
-            "seconds": used["seconds"],
-        }
-        write_run(training_args.output_dir, recipe=recipe, prompt=prompt, record=record)
+        record = facts | outcome(trainer, result, final, used)
+        write_run(args.training.output_dir, recipe=recipe, prompt=encoder.prompt, record=record)
         tracker.publish_training(record)
         tracker.finish()
-        best = trainer.state.best_global_step
-        of = f"the best checkpoint, of step {best}" if best else f"the last step, {trainer.state.global_step}"
-        accuracy = final["eval_accuracy"]
-        low, high = accuracy_interval(accuracy, len(rows["validation"]))
-        say(f"\nLabel accuracy on validation: {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}; {of}).")
-        if few:
-            say(few)
-        say(f"Saved in {training_args.output_dir}.")
-    return prompt
+        print_accuracy(args, trainer, final["eval_accuracy"], len(rows["validation"]))
+        say(f"Saved in {args.training.output_dir}.")
+    return encoder.prompt
+
+
+def suit_to_base(args):
+    """Refuse a base that cannot be trained, and fit the arguments to what it is. Returns them and its limits."""
+    trust = args.training.trust_remote_code
+    config = check_base(args.model, trust)
+    limits = InputLimits.of(skeleton(config, trust))
+    args.training.max_length = limits.fit_length(args.training.max_length)
+    return args._replace(model=suit_base(args.model, config, trust)), limits
+
+
+def check_start(args, precision):
+    """Refuse what cannot be trained here, or into this folder. Returns the checkpoint to resume from, or `None`."""
+    check_launch(args.model, args.training, precision.name)
+    check_adapter(args.model, args.training.trust_remote_code)
+    checkpoint = find_checkpoint(args.training.resume_from_checkpoint, args.training.output_dir)
+    check_folder(
+        args.training.output_dir,
+        base=args.model.model_name_or_path,
+        checkpoint=checkpoint,
+        overwrite=args.machine.overwrite_output_dir,
+    )
+    return checkpoint
+
+
+def load_encoder(args, limits, checkpoint):
+    """The prompt, bound to the tokenizer of the base; the one that a checkpoint was trained with."""
+    base, trust = args.model, args.training.trust_remote_code
+    tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, trust)
+    limits.fit_padding(tokenizer)
+    apply_template(tokenizer, args.training)
+    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words)
+    encoder = PromptEncoder(prompt, tokenizer, train_on_end=args.prompt.train_on_end)
+    if checkpoint is not None:
+        encoder.check_rendered(rendered_prompt(checkpoint), checkpoint)
+    return encoder
+
+
+def load_data(args):
+    """The pairs of both splits, and what the run's record says of them."""
+    data = {"dropped": Counter(), "sources": {}}
+    pairs = load_train_and_validation(
+        args.data, seed=args.training.seed, dropped=data["dropped"], drawn=data["sources"]
+    )
+    repeated = np.isin(text_keys(pairs["validation"]), text_keys(pairs["train"]))
+    data["validation_pairs_trained_on"] = int(repeated.sum())
+    for split in pairs:
+        data[split] = {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])}
+    return pairs, data
+
+
+def encode(args, encoder, limits, pairs, dropped):
+    """Token ids of both splits."""
+    with PartialState().main_process_first():
+        rows = {
+            split: encoder.encode_rows(
+                pairs[split],
+                max_length=args.training.max_length,
+                drop_too_long=args.prompt.drop_too_long,
+                dropped=dropped,
+            )
+            for split in pairs
+        }
+    for split in rows:
+        limits.check(rows[split]["input_ids"], encoder.tokenizer)
+    return rows
+
+
+def describe(args, encoder, data, trainer, precision, plan):
+    """What run.json says of a run before it is trained."""
+    return {
+        "model": args.model.model_name_or_path,
+        "parameters": count_parameters(trainer.model).as_dict(),
+        "prompt_fingerprint": encoder.prompt.fingerprint,
+        "rendered": encoder.rendered,
+        "data": data | {"dropped": dict(data["dropped"])},
+        "world_size": args.training.world_size,
+        "launcher": launched_with(args.training),
+        "precision": precision.as_dict(),
+        "max_batch_tokens": plan.max_batch_tokens,
+        "memory_estimate": plan.estimate and plan.estimate.as_dict(),
+        "versions": versions(),
+        "git": git_state(),
+    }
+
+
+def outcome(trainer, result, final, used):
+    """What run.json says of a run after it was trained."""
+    return {
+        "train": result.metrics,
+        "validation": {
+            key: value
+            for key, value in final.items()
+            if key.startswith("eval_") and not key.endswith(("runtime", "per_second"))
+        },
+        "best_checkpoint_step": trainer.state.best_global_step,
+        "history": trainer.state.log_history,
+        "resources": used,
+        "seconds": used["seconds"],
+    }
+
+
+def without_premises(args, prompt):
+    """The arguments of the hypothesis-only baseline, which is a part of the run."""
+    training = copy.copy(args.training)
+    training.output_dir = str(Path(training.output_dir) / HYPOTHESIS_ONLY)
+    training.resume_from_checkpoint = AUTO if training.resume_from_checkpoint else None
+    training.report_to = []
+    return args._replace(
+        prompt=replace(
+            args.prompt,
+            prompt=HYPOTHESIS_ONLY,
+            label_words=list(prompt.label_words),
+            hypothesis_only_control=False,
+        ),
+        training=training,
+    )
+
+
+def say(*what):
+    """Print, once for all processes."""
+    if PartialState().is_main_process:
+        print(*what)
+
+
+def print_start(args, encoder, pairs, rows, data, checkpoint):
+    """One example as the model reads it, the data, and where training starts."""
+    say("\nOne training example; the loss is on the marked tokens alone:\n")
+    if PartialState().is_main_process:
+        Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
+    say(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
+    for source, counts in data["sources"].items():
+        say(f"  {source}: {describe_source(counts)}")
+    if repeated := data["validation_pairs_trained_on"]:
+        say(f"Warning: {repeated:,} of the validation pairs are also training pairs, so validation is too optimistic.")
+    if few := few_pairs_warning(args, len(rows["validation"])):
+        say(few)
+    if args.training.resume_from_checkpoint:
+        say(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+
+
+def print_accuracy(args, trainer, accuracy, pairs):
+    """The accuracy on validation with its interval, and of which step it is."""
+    best = trainer.state.best_global_step
+    step = f"the best checkpoint, step {best}" if best else f"the last step, {trainer.state.global_step}"
+    low, high = accuracy_interval(accuracy, pairs)
+    say(f"\nLabel accuracy on validation: {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}; {step}).")
+    if few := few_pairs_warning(args, pairs):
+        say(few)
+
+
+def few_pairs_warning(args, pairs):
+    return choice_warning(pairs) if args.training.load_best_model_at_end else None
+
+
+def evaluation_command(run, trust_remote_code):
+    """What to type where this script was started."""
+    script = os.path.relpath(Path(__file__).with_name("eval.py"))
+    return launch_command(script, "--run", run, *["--trust_remote_code", "true"] * trust_remote_code)
+
+
+def tell_estimate(args):
+    """Print what memory the training would take, from the model's config alone."""
+    trust = args.training.trust_remote_code
+    model_args = suit_base(args.model, check_base(args.model, trust, weights=False), trust)
+    precision = choose_precision(args.machine.precision, args.training.device)
+    check_adapter(model_args, trust)
+    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words)
+    plan = plan_memory(precision.suit(model_args), args.training, args.batch, precision, prompt)
+    if plan.estimate is None:
+        raise UserError(str(plan))
+    say(f"{precision}\n{plan}")
 
 
 if __name__ == "__main__":
-    run_script(
-        main, (TrainDataConfig, PromptConfig, BatchConfig, MachineConfig, TrackingConfig, SFTConfig, ModelConfig)
-    )
+    run_script(main, Args.__annotations__.values())
