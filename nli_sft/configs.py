@@ -271,7 +271,7 @@ SYNONYMS = ("activation_checkpointing", "activation_checkpointing_kwargs")
 
 
 class RecipeError(UserError):
-    """A recipe or command line that cannot be meant; the message names the key and the mend."""
+    """A recipe or command line that cannot be meant; the message names the key and the fix."""
 
 
 def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None, positional: str | None = None) -> tuple:

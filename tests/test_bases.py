@@ -435,18 +435,18 @@ def test_evaluation_and_predict_stop_at_the_last_position(tmp_path, kind, batchi
     pairs = few_pairs()
     answers = max(map(len, encoder.answers)) - 1
     longest = max(map(len, encoder.encode(pairs["premise"], pairs["hypothesis"]))) + answers
-    fits, short = (make_base(tmp_path / str(n), kind, positions=n) for n in (longest, longest - 1))
+    fits, short = (make_base(tmp_path / str(n), kind, n, chatml) for n in (longest, longest - 1))
     options = {"batch_size": 5, "batch_args": BatchConfig(batching=batching)}
     model = load_model(model_args(fits)).eval()
     _, result = judge(model, encoder, pairs, name="tuned", **options)
     assert result["n"] == len(pairs)
     assert free_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
-    run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching)
+    run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     assert len(NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
     message = f"the longest pair takes {longest} tokens with its prompt, but the model has {longest - 1} positions"
     with pytest.raises(UserError, match=message):
         judge(load_model(model_args(short)).eval(), encoder, pairs, name="tuned", **options)
-    run = make_run(tmp_path / "short_run", short, use_peft=False, evaluated=False, batching=batching)
+    run = make_run(tmp_path / "short_run", short, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     with pytest.raises(UserError, match=message):
         NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])
 
