@@ -58,7 +58,7 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
     _check_output(args)
     # Heavy imports only now, so that --help is quick.
     from .classifier import NLIClassifier, find_run
-    from .evaluation import load_encoder
+    from .evaluation.evaluate import load_encoder
 
     with _file(args.file) as file:
         for _ in _pairs(file, args):  # once before anything is loaded: the last row may be the bad one
@@ -93,8 +93,8 @@ def _write_predictions(classifier, chunk: list[tuple[str, str, dict]], lines: Te
 
 def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, str, str, dict]]:
     """(where, premise, hypothesis, row) of the pair on the command line, or of each in the file, all checked."""
-    from . import sources
-    from .files import read_columns, read_rows
+    from .data import sources
+    from .data.files import read_columns, read_rows
 
     roles = ("premise", "hypothesis")
     if file is None:
@@ -126,7 +126,7 @@ def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, s
 @contextmanager
 def _file(name: str | None) -> Iterator[Path | None]:
     """The file of pairs; standard input becomes one, as it is read twice."""
-    from .files import FORMATS, guess_suffix
+    from .data.files import FORMATS, guess_suffix
 
     if name != "-":
         path = None if name is None else Path(name).expanduser()

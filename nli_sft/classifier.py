@@ -18,16 +18,17 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import ModelConfig
 
-from . import UserError, hub
+from . import UserError
 from .configs import BatchConfig, from_recipe
-from .decoding import Scorer, deciding
-from .evaluation import load_encoder
+from .data.prompts import PromptEncoder
+from .data.sources import check_text
+from .evaluation.evaluate import load_encoder
+from .evaluation.scoring import Scorer, deciding
+from .hub import push as hub
 from .labels import LABELS
-from .models import is_adapter, load_model, load_tuned
-from .precision import DTYPES, Precision, choose_precision
-from .prompts import PromptEncoder
+from .models.loading import is_adapter, load_model, load_tuned
+from .models.precision import DTYPES, Precision, choose_precision
 from .runs import read_run
-from .sources import check_text
 
 
 @dataclass(frozen=True)

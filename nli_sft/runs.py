@@ -29,8 +29,8 @@ import xxhash
 import yaml
 
 from . import UserError, __version__
+from .data.prompts import Prompt, load_prompt
 from .labels import LABELS
-from .prompts import Prompt, load_prompt
 
 logger = logging.getLogger(__name__)
 

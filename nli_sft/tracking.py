@@ -26,7 +26,7 @@ from transformers.integrations import WandbCallback
 
 from . import UserError
 from .labels import LABELS
-from .ledger import RUN_FILES, run_cost
+from .report.compare import RUN_FILES, run_cost
 from .runs import evaluation_folders, read_json, write_json
 
 if TYPE_CHECKING:

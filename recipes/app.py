@@ -16,8 +16,8 @@ import gradio as gr
 
 from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
-from nli_sft.comparison import buckets
 from nli_sft.configs import run_script
+from nli_sft.evaluation.comparison import buckets
 from nli_sft.runs import evaluation_folders, read_predictions
 
 EXAMPLES = [

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from nli_sft import UserError
 from nli_sft.configs import run_script
-from nli_sft.ledger import fetch_runs, load_runs, rank
-from nli_sft.report.ledger import as_dict, drawings, lay_out, page
+from nli_sft.report.compare import fetch_runs, load_runs, rank
+from nli_sft.report.compare_page import as_dict, drawings, lay_out, page
 
 # Of a table that is wider than the terminal; more of them would bury the others.
 MOST_PARTS = 3

@@ -23,9 +23,9 @@ from trl import ModelConfig
 from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier, pick_device
 from nli_sft.configs import DataConfig, from_recipe, run_script
-from nli_sft.export import ExportConfig, Parity, write_merged
+from nli_sft.data.sources import load_pairs, subsample
+from nli_sft.hub.export import ExportConfig, Parity, write_merged
 from nli_sft.runs import read_run, write_json
-from nli_sft.sources import load_pairs, subsample
 
 
 def main(args):

@@ -9,7 +9,7 @@ The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
 import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C ends quietly)
 
 from nli_sft.configs import run_script
-from nli_sft.hub import PushConfig, push
+from nli_sft.hub.push import PushConfig, push
 
 
 def main(args):

@@ -23,9 +23,6 @@ from rich.console import Console
 from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
-from nli_sft.bases import InputLimits, check_base, locate_model, skeleton, suit_base
-from nli_sft.checkpoints import AUTO, find_checkpoint, is_finished
-from nli_sft.comparison import accuracy_interval, choice_warning
 from nli_sft.configs import (
     BatchConfig,
     MachineConfig,
@@ -35,12 +32,12 @@ from nli_sft.configs import (
     resolve_recipe,
     run_script,
 )
-from nli_sft.estimate import plan_memory
-from nli_sft.folders import check_folder, check_resumption, clear
-from nli_sft.hub import put_token_away
-from nli_sft.launchers import check_launch, launched_with
-from nli_sft.ledger import run_config
-from nli_sft.models import (
+from nli_sft.data.prompts import PromptEncoder, load_prompt
+from nli_sft.data.sources import describe_source, fingerprint, load_train_and_validation, text_keys
+from nli_sft.evaluation.comparison import accuracy_interval, choice_warning
+from nli_sft.hub.push import put_token_away
+from nli_sft.models.bases import InputLimits, check_base, locate_model, skeleton, suit_base
+from nli_sft.models.loading import (
     adapter_config,
     apply_template,
     check_adapter,
@@ -48,9 +45,8 @@ from nli_sft.models import (
     load_model,
     load_tokenizer,
 )
-from nli_sft.precision import choose_precision
-from nli_sft.prompts import PromptEncoder, load_prompt
-from nli_sft.resources import ResourceRecorder
+from nli_sft.models.precision import choose_precision
+from nli_sft.report.compare import run_config
 from nli_sft.runs import (
     HYPOTHESIS_ONLY,
     git_state,
@@ -60,9 +56,13 @@ from nli_sft.runs import (
     write_run,
     write_trained_pairs,
 )
-from nli_sft.sources import describe_source, fingerprint, load_train_and_validation, text_keys
 from nli_sft.tracking import open_run
-from nli_sft.trainer import NLITrainer
+from nli_sft.training.checkpoints import AUTO, find_checkpoint, is_finished
+from nli_sft.training.folders import check_folder, check_resumption, clear
+from nli_sft.training.launchers import check_launch, launched_with
+from nli_sft.training.memory import plan_memory
+from nli_sft.training.resources import ResourceRecorder
+from nli_sft.training.trainer import NLITrainer
 
 
 class Args(NamedTuple):

@@ -4,9 +4,9 @@ from datetime import datetime, timedelta
 
 import numpy as np
 
+from nli_sft.data.prompts import load_prompt
+from nli_sft.evaluation.metrics import compute
 from nli_sft.labels import LABELS
-from nli_sft.metrics import compute
-from nli_sft.prompts import load_prompt
 from nli_sft.runs import evaluation_folder, write_json, write_run
 
 START = datetime(2026, 3, 1)

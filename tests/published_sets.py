@@ -13,8 +13,8 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Value
 from loopback_hub import LoopbackHub
 
+from nli_sft.evaluation.suites import Suite
 from nli_sft.labels import LABELS
-from nli_sft.suites import Suite
 
 PREMISE, HYPOTHESES = "A man sleeps.", ("A man rests.", "A man dreams.", "A man runs.")
 LABEL = ClassLabel(names=list(LABELS))

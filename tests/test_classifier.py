@@ -24,10 +24,10 @@ from nli_sft import UserError
 from nli_sft.__main__ import main
 from nli_sft.classifier import Judgement, NLIClassifier, pick_device
 from nli_sft.configs import BatchConfig, from_recipe
-from nli_sft.evaluation import Asked, judge_all
+from nli_sft.evaluation.evaluate import Asked, judge_all
 from nli_sft.labels import LABELS
-from nli_sft.models import load_tuned
-from nli_sft.precision import Precision, choose_precision
+from nli_sft.models.loading import load_tuned
+from nli_sft.models.precision import Precision, choose_precision
 from nli_sft.runs import read_run
 
 RESTS = Judgement("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
@@ -208,7 +208,9 @@ def test_folders_that_are_no_run(tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"use_peft": False}, {"load_in_4bit": True}], ids=["lora", "full", "qlora"])
 def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeypatch, precision, fields):
     device = torch.device("cpu")
-    monkeypatch.setattr("nli_sft.precision.native_precision", lambda _: Precision(precision, "as on another machine"))
+    monkeypatch.setattr(
+        "nli_sft.models.precision.native_precision", lambda _: Precision(precision, "as on another machine")
+    )
     run = make_run(tmp_path / "run", run.parent / "base", evaluated=False, dtype="bfloat16", **fields)
     classifier = NLIClassifier.from_pretrained(run, device=device)
     chosen = choose_precision("auto", device)

@@ -10,10 +10,10 @@ from tiny import few_pairs, tiny_llama
 from trl import SFTConfig
 
 from nli_sft import UserError, graph
-from nli_sft.decoding import score_prompts, scoring_graphs
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.evaluation.scoring import score_prompts, scoring_graphs
 from nli_sft.prefetch import prefetch
-from nli_sft.prompts import PROMPTS, PromptEncoder
-from nli_sft.trainer import NLITrainer, TokenRows, TrieCollator
+from nli_sft.training.trainer import NLITrainer, TokenRows, TrieCollator
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torch.distributed.run import get_args_parser
 from nli_sft import UserError, __main__, configs
 from nli_sft.classifier import Judgement, NLIClassifier
 from nli_sft.configs import parse_recipe
+from nli_sft.data.sources import load_pairs
 from nli_sft.labels import LABELS
-from nli_sft.sources import load_pairs
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]

@@ -18,8 +18,8 @@ from PIL import Image
 from tracked import At, settings, train
 
 import nli_sft
-from nli_sft.ledger import RunRecord
 from nli_sft.report import write_report
+from nli_sft.report.compare import RunRecord
 from nli_sft.report.content import Report
 from nli_sft.tracking import MOST_ROWS, evaluation_tables, open_run
 

@@ -8,9 +8,9 @@ from tiny import chatml_tokenizer, few_pairs, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from nli_sft.configs import BatchConfig
-from nli_sft.evaluation import judge, write_evaluation
-from nli_sft.models import count_parameters
-from nli_sft.prompts import PROMPTS, Prompt, PromptEncoder
+from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
+from nli_sft.evaluation.evaluate import judge, write_evaluation
+from nli_sft.models.loading import count_parameters
 from nli_sft.runs import versions, write_run
 
 RECORD = {

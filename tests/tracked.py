@@ -15,13 +15,13 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from nli_sft.configs import BatchConfig
-from nli_sft.ledger import run_config
-from nli_sft.models import count_parameters
-from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.data.sources import fingerprint
+from nli_sft.models.loading import count_parameters
+from nli_sft.report.compare import run_config
 from nli_sft.runs import git_state, versions, write_run
-from nli_sft.sources import fingerprint
 from nli_sft.tracking import open_run
-from nli_sft.trainer import NLITrainer
+from nli_sft.training.trainer import NLITrainer
 
 SETTINGS = {"wandb_entity": None, "wandb_project": None, "wandb_group": None, "wandb_tags": ["smoke"]}
 PROMPT = PROMPTS["plain"]

@@ -10,12 +10,12 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ..comparison import points
+from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Report, prompt_text
 from .figures import Plot, evaluation_plots, training_plots
-from .sheets import escape_markdown
+from .pairs import pairs_table
 from .suite import suite_sheets
-from .table import pairs_table
+from .tables import escape_markdown
 
 
 def write_report(report: Report) -> Path:

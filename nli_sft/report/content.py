@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 
 from .. import UserError
-from ..calibration import abstention_curve, temperature_text
-from ..comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
+from ..data.prompts import Prompt
+from ..data.sources import describe_source
+from ..evaluation.calibration import abstention_curve, temperature_text
+from ..evaluation.comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
+from ..evaluation.slices import Slice, explain, slice_changes
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
-from ..prompts import Prompt
 from ..runs import (
     HYPOTHESIS_ONLY,
     evaluation_folders,
@@ -25,9 +27,7 @@ from ..runs import (
     read_run,
     training_command,
 )
-from ..slices import Slice, explain, slice_changes
-from ..sources import describe_source
-from .sheets import NONE
+from .tables import NONE
 
 # How many pairs of each kind are told in full.
 PAIRS_TOLD = 6

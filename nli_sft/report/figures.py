@@ -15,8 +15,8 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ..calibration import accuracy_at
-from ..comparison import points
+from ..evaluation.calibration import accuracy_at
+from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Evaluation, Training
 
 BEFORE, AFTER, CONTROL, INK, FAINT = "#8c8c8c", "#0072B2", "#D55E00", "#222222", "#d9d9d9"

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..slices import told_by_source
+from ..evaluation.slices import told_by_source
 from .content import Evaluation, duration, size_text
-from .sheets import NONE, Sheet
+from .tables import NONE, Sheet
 
 COLUMNS = {
     "base": "base",

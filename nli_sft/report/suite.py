@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
-from ..calibration import temperature_text
-from ..comparison import points
+from ..evaluation.calibration import temperature_text
+from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Evaluation
-from .sheets import NONE, Sheet
+from .tables import NONE, Sheet
 
 SCORED = ("base", "tuned", "hypothesis_only")
 CHECKS = {

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pairs import SPLIT_SIZES, generate_pairs
 
-from nli_sft.demo import PAIRS
+from nli_sft.data.demo import PAIRS
 
 FILES = {"train": "train.parquet", "dev": "validation.parquet", "test": "test.parquet"}
 

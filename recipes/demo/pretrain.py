@@ -26,8 +26,8 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from nli_sft.demo import BASE_MODEL
-from nli_sft.prompts import PROMPTS, Prompt, PromptEncoder
+from nli_sft.data.demo import BASE_MODEL
+from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (

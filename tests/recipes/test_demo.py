@@ -13,7 +13,7 @@ import pytest
 import yaml
 from launching import ROOT, launch
 
-from nli_sft.comparison import choice_warning
+from nli_sft.evaluation.comparison import choice_warning
 
 METHODS = ("lora", "qlora", "full")
 
@@ -62,7 +62,7 @@ def test_everything_below_the_package_is_in_the_wheel(wheel):
         packed = {name for name in archive.namelist() if name.startswith("nli_sft/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nli_sft").rglob("*") if path.is_file()}
     assert packed == {name for name in there if "__pycache__" not in name}
-    assert "nli_sft/demo/base/model.safetensors" in packed
+    assert "nli_sft/data/demo/base/model.safetensors" in packed
     assert wheel.stat().st_size < 8 * 2**20
 
 

@@ -16,10 +16,10 @@ from scene import Actor, judge
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from nli_sft.demo import PAIRS
-from nli_sft.models import load_model, load_tokenizer
-from nli_sft.prompts import PROMPTS
-from nli_sft.sources import load_pairs
+from nli_sft.data.demo import PAIRS
+from nli_sft.data.prompts import PROMPTS
+from nli_sft.data.sources import load_pairs
+from nli_sft.models.loading import load_model, load_tokenizer
 
 CONCEPTS = {topic: {concept.name: concept for concept in concepts} for topic, concepts in CLAIMS.items()}
 

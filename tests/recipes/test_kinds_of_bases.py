@@ -11,7 +11,7 @@ from tiny_bases import make_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from nli_sft.classifier import NLIClassifier
-from nli_sft.prompts import PROMPTS, PromptEncoder
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
 
 
 @pytest.fixture

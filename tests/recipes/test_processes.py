@@ -9,11 +9,11 @@ from launching import fsdp_command, launch, zero2_command, zero3_command
 from trl import ModelConfig
 
 from nli_sft.configs import TrainDataConfig, from_recipe
-from nli_sft.decoding import score_prompts
-from nli_sft.models import load_tokenizer, load_tuned
-from nli_sft.prompts import PromptEncoder
+from nli_sft.data.prompts import PromptEncoder
+from nli_sft.data.sources import load_train_and_validation
+from nli_sft.evaluation.scoring import score_prompts
+from nli_sft.models.loading import load_tokenizer, load_tuned
 from nli_sft.runs import read_run
-from nli_sft.sources import load_train_and_validation
 
 # 94 pairs in batches of 20, and no dropout: its random numbers would be each process's own.
 OPTIONS = ["--lora_dropout", "0", "--max_train_samples", "94", "--max_eval_samples", "23", "--learning_rate", "1e-3"]

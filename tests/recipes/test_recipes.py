@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from nli_sft.configs import BatchConfig, PromptConfig, TrackingConfig, TrainDataConfig, parse_recipe
-from nli_sft.demo import BASE_MODEL, DEMO
-from nli_sft.models import count_parameters
-from nli_sft.prompts import load_prompt
+from nli_sft.data.demo import BASE_MODEL, DEMO
+from nli_sft.data.prompts import load_prompt
+from nli_sft.models.loading import count_parameters
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "suites")

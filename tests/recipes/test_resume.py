@@ -14,7 +14,7 @@ import pytest
 from launching import ddp_command, launch, launch_command
 from safetensors.torch import load_file
 
-from nli_sft.checkpoints import MANIFEST, find_checkpoint
+from nli_sft.training.checkpoints import MANIFEST, find_checkpoint
 
 AUTO = ["--resume_from_checkpoint", "auto"]
 OPTIONS = ["--num_train_epochs", "5", "--per_device_train_batch_size", "8", "--eval_strategy", "steps"]

@@ -1,0 +1,297 @@
+"""Named subsets of pairs, what tuning did on each, and the few sentences that the figures allow.
+
+A slice is computed from the pair alone (its texts, its gold label, what its source says of it), never from a
+prediction, so that it cannot be chosen to fit a result. The word lists follow what Gururangan et al. (2018),
+"Annotation Artifacts in Natural Language Inference Data", found to give SNLI's labels away.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student_t
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from ..labels import LABELS, TWO_WAY_LABELS
+from .comparison import FEWEST_PREMISES, bootstrap_interval, change_p_value, points
+
+# Smaller slices are left out: their figures say little, and each one makes the correction harder on the others.
+FEWEST_PAIRS = 30
+LEVEL = 0.05
+
+
+def _listed(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+NEGATIONS = _listed("no not never none nobody nothing nowhere neither nor without cannot")
+NUMBERS = _listed(
+    "zero one two three four five six seven eight nine ten eleven twelve dozen twenty thirty forty fifty hundred "
+    "thousand million"
+)
+COLOURS = _listed(
+    "red blue green yellow black white brown orange pink purple gray grey gold golden silver beige tan violet "
+    "turquoise maroon blond blonde"
+)
+MOODS_AND_PURPOSES = _listed(
+    "happy sad angry excited tired bored scared afraid nervous proud lonely hungry upset worried calm glad joyful "
+    "because since want wants wanting hope hopes hoping try tries trying plan plans planning wait waits waiting "
+    "prepare prepares preparing practice practices practicing"
+)
+KINDS_OF_PERSON = _listed(
+    "man men woman women boy boys girl girls child children kid kids baby babies toddler toddlers lady ladies guy "
+    "guys gentleman mother father mom dad son daughter teenager teenagers couple"
+)
+ANY_PERSON = _listed("person persons people human humans someone somebody anyone anybody individual group")
+
+# scikit-learn's list takes negations and numbers for function words; in a hypothesis they decide.
+FUNCTION_WORDS = (ENGLISH_STOP_WORDS | {"does", "did", "being", "having", "s"}) - NEGATIONS - NUMBERS
+
+# A possessive's "s" is a word of its own, so that "man's" shares "man" with the premise.
+_WORD = re.compile(r"[^\W_]+(?:'t)?")
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What tuning did on one named subset.
+
+    Attributes:
+        family, name: what the pairs were divided by, and the part of it.
+        where: the slice as the end of a sentence that starts with "where".
+        pairs: how many.
+        before, after: accuracy in the slice; change: their difference; interval: its 95 % bootstrap interval.
+        rest_change, rest_after: the same figures of all other pairs.
+        p_change: that the slice did not change, by premise; p_contrast: that it changed as the rest did;
+            p_after: that it is as accurate after tuning as the rest. All three corrected together with those of all
+            slices (Holm, 1979).
+    """
+
+    family: str
+    name: str
+    where: str
+    pairs: int
+    before: float
+    after: float
+    change: float
+    interval: tuple[float, float]
+    rest_change: float
+    rest_after: float
+    p_change: float
+    p_contrast: float
+    p_after: float
+
+    @property
+    def changed(self) -> bool:
+        return self.p_change < LEVEL
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+    """The members of every slice: {(family, name, where): (n,) booleans}.
+
+    Args:
+        pairs: premise, hypothesis, label (a name), and what else the source tells: hard, agreement, subset,
+            genre, rule; trained_on, where the run saw some of them in training.
+    """
+    premise_words = [set(words(text)) for text in pairs["premise"]]
+    hypothesis_words = [words(text) for text in pairs["hypothesis"]]
+    content = [set(ws) - FUNCTION_WORDS for ws in hypothesis_words]
+    new = np.array([len(c - p) for c, p in zip(content, premise_words, strict=True)])
+    # A hypothesis of function words alone says nothing that the premise does not.
+    shared = 1 - new / np.maximum(1, [len(c) for c in content])
+    length = np.array([len(ws) for ws in hypothesis_words])
+
+    def has(test: Callable[[str], bool]) -> np.ndarray:
+        return np.array([any(map(test, ws)) for ws in hypothesis_words])
+
+    # (family, name, the rest of a sentence that starts with "where"): members
+    label_slices = {
+        ("Gold label", label, f"the gold label is {label}"): (pairs["label"] == label).to_numpy()
+        for label in (*LABELS, *TWO_WAY_LABELS[1:])
+        if label in set(pairs["label"])
+    }
+    little, much = shared < 1 / 3, shared >= 2 / 3
+    overlap = "of the hypothesis's content words are in the premise"
+    kind = has(KINDS_OF_PERSON.__contains__)
+    anybody = has(ANY_PERSON.__contains__) & ~kind
+    text_slices = {
+        ("Hypothesis length", "up to 5 words", "the hypothesis has up to 5 words"): length <= 5,
+        ("Hypothesis length", "6 to 9 words", "the hypothesis has 6 to 9 words"): (length > 5) & (length < 10),
+        ("Hypothesis length", "10 words or more", "the hypothesis has 10 words or more"): length >= 10,
+        ("Word overlap", "under a third", f"under a third {overlap}"): little,
+        ("Word overlap", "a third to two thirds", f"a third to two thirds {overlap}"): ~little & ~much,
+        ("Word overlap", "two thirds or more", f"two thirds or more {overlap}"): much,
+        ("New content words", "none", "the hypothesis brings no new content word"): new == 0,
+        ("New content words", "one", "the hypothesis brings one new content word"): new == 1,
+        ("New content words", "two or more", "the hypothesis brings two or more new content words"): new >= 2,
+        ("Hypothesis has", "a negation", "the hypothesis has a negation"): has(_is_negation),
+        ("Hypothesis has", "a number", "the hypothesis has a number"): has(_is_number),
+        ("Hypothesis has", "a colour", "the hypothesis has a colour"): has(COLOURS.__contains__),
+        ("Hypothesis has", "a mood or purpose", "the hypothesis has a word of mood or purpose"): has(
+            MOODS_AND_PURPOSES.__contains__
+        ),
+        ("Person words", "a kind (man, child)", "the hypothesis names a kind of person (man, child)"): kind,
+        ("Person words", "any (person, people)", "the hypothesis says person, people or the like"): anybody,
+        ("Person words", "none", "the hypothesis has no word for a person"): ~kind & ~anybody,
+    }
+    return label_slices | text_slices | told_by_source(pairs)
+
+
+def _is_negation(word: str) -> bool:
+    return word in NEGATIONS or word.endswith("n't")
+
+
+def _is_number(word: str) -> bool:
+    return word in NUMBERS or word.isdigit()
+
+
+def told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+    """The slices of `describe` that come from what the source says of its pairs."""
+    members = {}
+    if "trained_on" in pairs:
+        members[("Training data", "unseen", "the pair is not in the training data")] = ~pairs["trained_on"].to_numpy()
+    if "hard" in pairs:
+        hard = pairs["hard"].eq(True).to_numpy()
+        members[("Difficulty", "hard", "the pair belongs to the hard subset")] = hard
+    for column, family, where in (
+        ("agreement", "Annotators agreeing", "the gold label is that of {} of the annotators"),
+        ("subset", "Subset", "the subset is {}"),
+        ("genre", "Genre", "the genre is {}"),
+        ("rule", "Rule", "the rule is {}"),
+    ):
+        for value in sorted(set(pairs[column].dropna())) if column in pairs else []:
+            members[(family, str(value), where.format(value))] = (pairs[column] == value).to_numpy()
+    # HANS means something only by subset and label: who always answers the same is right on half of every subset.
+    if "subset" in pairs and set(pairs["label"]) == set(TWO_WAY_LABELS):
+        for value, label in product(sorted(set(pairs["subset"].dropna())), TWO_WAY_LABELS):
+            where = f"the subset is {value} and the gold label is {label}"
+            inside = (pairs["subset"] == value) & (pairs["label"] == label)
+            members[("Subset and label", f"{value}, {label}", where)] = inside.to_numpy()
+    return members
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words; `isn't` stays one, with its negation."""
+    return _WORD.findall(text.lower().replace("’", "'"))
+
+
+def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np.ndarray) -> list[Slice]:
+    """What changed on every slice with at least `FEWEST_PAIRS` pairs and `FEWEST_PREMISES` premises.
+
+    Contrasts with the rest use a t-test with errors clustered by premise (Cameron and Miller, 2015).
+
+    Args:
+        pairs: as for `describe`.
+        right_before, right_after: (n,) whether each prediction was right.
+    """
+    premises = pd.factorize(pairs["premise"])[0]
+    change = right_after.astype(int) - right_before.astype(int)
+    found, p_values = [], []
+    for (family, name, where), inside in describe(pairs).items():
+        groups = pd.factorize(premises[inside])[0]
+        # A slice that holds every pair says what the whole says.
+        if inside.all() or inside.sum() < FEWEST_PAIRS or groups.max() + 1 < FEWEST_PREMISES:
+            continue
+        found.append(
+            {
+                "family": family,
+                "name": name,
+                "where": where,
+                "pairs": int(inside.sum()),
+                "before": float(right_before[inside].mean()),
+                "after": float(right_after[inside].mean()),
+                "change": float(change[inside].mean()),
+                "interval": bootstrap_interval(change[inside], groups),
+                "rest_change": float(change[~inside].mean()),
+                "rest_after": float(right_after[~inside].mean()),
+            }
+        )
+        p_values += [
+            change_p_value(change[inside], groups),
+            contrast_p_value(change, inside, premises),
+            contrast_p_value(right_after.astype(int), inside, premises),
+        ]
+    corrected = holm(np.array(p_values)).reshape(-1, 3).tolist()
+    return [
+        Slice(**fields, p_change=p_change, p_contrast=p_contrast, p_after=p_after)
+        for fields, (p_change, p_contrast, p_after) in zip(found, corrected, strict=True)
+    ]
+
+
+def contrast_p_value(values: np.ndarray, inside: np.ndarray, groups: np.ndarray) -> float:
+    """Two-sided p-value that the mean of `values` is the same inside and outside, groups being independent.
+
+    Args:
+        values: (n,) numbers.
+        inside: (n,) booleans, some of each.
+        groups: (n,) group numbers from 0 without a gap.
+    """
+    mean_inside, mean_outside = values[inside].mean(), values[~inside].mean()
+    # How much each value moves the difference of the two means; what a group moves it by is the sum over the group.
+    influence = np.where(inside, (values - mean_inside) / inside.sum(), -(values - mean_outside) / (~inside).sum())
+    by_group = np.bincount(groups, weights=influence)
+    n = len(by_group)
+    error = np.sqrt(n / (n - 1) * (by_group**2).sum())
+    if error < 1e-12:  # every value is the same inside, and the same outside
+        return 1.0 if np.isclose(mean_inside, mean_outside) else 0.0
+    return float(2 * student_t.sf(abs(mean_inside - mean_outside) / error, df=n - 1))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction (1979): below 0.05, the chance of one false claim among all is below 0.05."""
+    order = np.argsort(p_values)
+    stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
+    corrected = np.empty_like(stepped)
+    corrected[order] = np.minimum(stepped, 1)
+    return corrected
+
+
+def explain(slices: list[Slice]) -> list[str]:
+    """Two to five sentences that say where tuning helped, from the significant slices and only from them."""
+    if not slices:
+        return [
+            f"Nothing can be said about where tuning helped: no slice has {FEWEST_PAIRS} pairs on {FEWEST_PREMISES} "
+            f"different premises."
+        ]
+    rose = [s for s in slices if s.changed and s.change > 0]
+    fell = sorted((s for s in slices if s.changed and s.change < 0), key=lambda s: s.change)
+    contrasts = sorted((s for s in slices if s.p_contrast < LEVEL), key=lambda s: s.change - s.rest_change)
+    uneven = sorted((s for s in slices if s.p_after < LEVEL), key=lambda s: s.after - s.rest_after)
+    if not (rose or fell or contrasts or uneven):
+        return [
+            f"Nothing can be said about where tuning helped: on none of the {len(slices)} slices is a change, or a "
+            f"difference from the other pairs, larger than chance allows.",
+            "More pairs would show more.",
+        ]
+
+    sentences = [f"Of {len(slices)} slices, accuracy rose on {len(rose)} and fell on {len(fell)} by more than chance."]
+    if fell:
+        worst = fell[0]
+        sentences.append(
+            f"It fell most where {worst.where}: from {worst.before:.1%} to {worst.after:.1%} of {worst.pairs:,} pairs."
+        )
+    if not contrasts:
+        sentences.append("On none does the change differ from that on the other pairs by more than chance.")
+    if contrasts and contrasts[-1].change > contrasts[-1].rest_change:
+        sentences.append(_contrast_sentence("most", contrasts[-1]))
+    if contrasts and contrasts[0].change < contrasts[0].rest_change and contrasts[0] not in fell[:1]:
+        sentences.append(_contrast_sentence("least", contrasts[0]))
+    if uneven and uneven[0].after < uneven[0].rest_after:
+        weakest = uneven[0]
+        sentences.append(
+            f"The tuned model is weakest where {weakest.where}: {weakest.after:.1%} right, against "
+            f"{weakest.rest_after:.1%} on all other pairs."
+        )
+    return sentences
+
+
+def _contrast_sentence(rank: str, s: Slice) -> str:
+    return (
+        f"Tuning helped {rank} where {s.where}: {points(s.change)} points, against {points(s.rest_change)} on all "
+        f"other pairs."
+    )

@@ -1,0 +1,56 @@
+"""How a training was launched, and what cannot work under it: said before anything is loaded."""
+
+import logging
+import os
+
+from transformers.training_args import ParallelMode
+from trl import ModelConfig, SFTConfig
+
+from .. import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def launched_with(training_args: SFTConfig) -> str:
+    """`one process`, `ddp`, `fsdp`, `zero2` or `zero3`: what the files in accelerate_configs/ ask for."""
+    if training_args.deepspeed_plugin is not None:
+        return f"zero{training_args.deepspeed_plugin.zero_stage}"
+    # accelerate tells of FSDP in the environment until the Trainer has made its Accelerator.
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        return "fsdp"
+    return "ddp" if training_args.parallel_mode == ParallelMode.DISTRIBUTED else "one process"
+
+
+def check_launch(model_args: ModelConfig, training_args: SFTConfig, precision: str) -> None:
+    """Refuse a recipe that cannot be trained under its launcher, and keep one process to one GPU.
+
+    Args:
+        precision: `bf16`, `fp16` or `fp32`.
+
+    Raises:
+        UserError: naming both, and what would work.
+    """
+    launcher = launched_with(training_args)
+    if training_args.n_gpu > 1:
+        logger.warning(
+            "One of %d GPUs is used. All are with: accelerate launch --config_file accelerate_configs/ddp.yaml "
+            "--num_processes %d recipes/sft.py ...", training_args.n_gpu, training_args.n_gpu,
+        )  # fmt: skip
+        training_args._n_gpu = 1  # or the Trainer would split each batch by nn.DataParallel
+    sharded = launcher in ("fsdp", "zero3")
+    if model_args.load_in_4bit and launcher == "zero3":
+        raise UserError(
+            "load_in_4bit does not go with ZeRO-3, which cannot spread 4-bit weights: use fsdp2, ddp or "
+            "deepspeed_zero2"
+        )
+    if model_args.load_in_8bit and sharded:
+        raise UserError(f"load_in_8bit does not go with {launcher}, which cannot spread 8-bit weights: use ddp")
+    if model_args.load_in_4bit and launcher == "fsdp":
+        if precision != "bf16":
+            raise UserError(
+                f"load_in_4bit under FSDP needs bf16, so that all weights have one type; this is {precision}: use ddp"
+            )
+        if model_args.bnb_4bit_quant_storage != "bfloat16":
+            raise UserError("load_in_4bit under FSDP needs bnb_4bit_quant_storage: bfloat16, or it cannot be spread")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise UserError("quantised weights cannot be trained themselves: set use_peft: true")

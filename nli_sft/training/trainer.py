@@ -1,0 +1,663 @@
+"""`NLITrainer`: TRL's `SFTTrainer` on token tries, and with the number that its users want, label accuracy."""
+
+import copy
+import logging
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import chain, islice, repeat
+
+import numpy as np
+import torch
+from accelerate import DistributedType
+from accelerate.utils import DynamoBackend, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from datasets import Dataset
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+from transformers import PreTrainedModel, ProgressCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig
+
+from .. import UserError, graph, trie
+from ..configs import AUTO, BatchConfig
+from ..configs.keys import field_values, refuse_keys
+from ..data.prompts import PromptEncoder, row_lengths
+from ..evaluation import metrics
+from ..evaluation.scoring import LabelScores, Scorer, gather_scores
+from ..models.bases import batching_beside_router
+from ..prefetch import prefetch
+from .checkpoints import ResumableTrainer, outlive_sigterm
+from .progress import TrainingBar
+
+logger = logging.getLogger(__name__)
+
+
+class NLITrainer(ResumableTrainer):
+    """Trains on rows of `PromptEncoder.encode_rows` and evaluates by constrained scoring.
+
+    A batch of pairs is packed into the rows of a trie by the data loader's workers (`trie.py`). Batches, steps and the
+    loss are those of padded batches; only what is computed twice there is computed once. A batch of more tokens than
+    `max_batch_tokens` is passed forward and back in parts, with the same gradient: memory does not grow with it.
+
+    Every evaluation reports `eval_loss` (mean negative log-likelihood of a gold answer's token, as in training) and
+    `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass
+    a pair. TRL's `eval_mean_token_accuracy` would not do: it counts tokens, most of which are certain once the first
+    one is known. `compute_metrics` would not do either: TRL is giving it up, and it holds the logits of every token.
+
+    Args:
+        encoder: the encoder that made the rows.
+        batch_args: whether to pack tries, how long their rows may be, and which pairs stand together in a batch.
+        **kwargs: as for `SFTTrainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: SFTConfig,
+        encoder: PromptEncoder,
+        batch_args: BatchConfig,
+        train_dataset: Dataset,
+        **kwargs,
+    ):
+        refuse_keys(*field_values((args, batch_args)))
+        if batch_args.max_batch_tokens == AUTO:
+            raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
+        self.encoder = encoder
+        longest = int(row_lengths(train_dataset).max())
+        batching = batching_beside_router(batch_args.batching, args, model.config)
+        self.max_row_tokens = trie.row_tokens(
+            batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
+        )
+        if self.max_row_tokens is not None:
+            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
+        self.group_by_premise = batch_args.group_by_premise
+        self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
+        self._step_ended = True
+        self._graphs: graph.StepGraphs | None = None
+        self._scorer: Scorer | None = None
+        # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
+        # without the fixed date, or resize the model for it; the token it is to tell the model.
+        if args.chat_template_path is not None:
+            args = copy.copy(args)
+            args.chat_template_path, args.eos_token = None, encoder.tokenizer.eos_token
+        if args.ddp_find_unused_parameters is None:
+            # Only experts can be without a gradient in a step. To look for others, DDP walks the graph in every pass.
+            args.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_parameters())
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
+        )
+        if self.max_row_tokens is not None:
+            self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labelled tokens of the whole step
+        # Sums over the labelled tokens since the last log: see `graph.label_loss`.
+        self._figures = torch.zeros(3, dtype=torch.float64, device=args.device)
+        self._tokens = 0  # that separate sequences would have fed on this process since then
+        self.cuda_graph = batch_args.cuda_graph
+        self._use_graphs = self._choose_graphs(batch_args.cuda_graph)
+        self._scoring_args = replace(
+            batch_args,
+            batching="padded" if self.max_row_tokens is None else "trie",
+            cuda_graph=AUTO if self._use_graphs else "false",
+        )
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(TrainingBar)
+        if args.torch_compile and self.max_row_tokens is not None:
+            # Layer by layer, before the Trainer does it as a whole: a compiled model does not see the hooks of a trie,
+            # and layers that are alike are compiled once. Tries have many shapes, hence `dynamic`, unless
+            # they are padded to few.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            for layer in self.model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.compile(
+                        dynamic=not self._use_graphs,
+                        backend=args.torch_compile_backend,
+                        mode=args.torch_compile_mode,
+                    )
+        if not args.bf16 and not self.is_deepspeed_enabled:
+            # TRL casts the adapter on a quantised base to bf16, whatever the precision. Loss scaling cannot unscale
+            # gradients in 16 bits, and in fp32 nothing is to be lost.
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def _choose_graphs(self, wanted: str) -> bool:
+        """Whether to run the step by CUDA graph; says why not if the device could.
+
+        Raises:
+            UserError: if it was asked for and cannot be.
+        """
+        if wanted == "false":
+            return False
+        reason = self._why_no_graphs()
+        if reason is None:
+            self.data_collator.usual = self._usual_shape()
+            self.args.logging_nan_inf_filter = False  # it waits for the device at every step
+            self._checkpoint_without_random_state()
+        elif wanted == "true":
+            raise UserError(f"cuda_graph: true cannot be had here: {reason}")
+        elif self.args.device.type == "cuda":
+            logger.warning("Training without CUDA graphs: %s", reason)
+        return reason is None
+
+    def _why_no_graphs(self) -> str | None:
+        args = self.args
+        if args.device.type != "cuda":
+            return f"the device is {args.device.type}, not a CUDA GPU"
+        if self.max_row_tokens is None:
+            return "batches are padded; they need batching: trie"
+        if args.world_size > 1 or self.accelerator.distributed_type != DistributedType.NO:
+            return "several processes exchange gradients in the middle of a step"
+        if args.fp16:
+            return "the loss scaling of fp16 decides about each step outside of the device"
+        if args.gradient_checkpointing and self._has_dropout():
+            return (
+                "gradient checkpointing has to restore the state of random numbers for dropout; set lora_dropout: 0 "
+                "or gradient_checkpointing: false"
+            )
+        if args.activation_offloading:
+            return "activation_offloading waits for copies within a step"
+        return None
+
+    def _usual_shape(self) -> tuple[int, int]:
+        """The rows of most passes and their length, the same when a training is resumed: see `graph.pass_shape`."""
+        rows = TokenRows(self.train_dataset, self.encoder.answers)
+        batches = BatchSampler(self._get_train_sampler(), self.args.train_batch_size, drop_last=False)
+        parts = [
+            part
+            for batch in islice(batches, 32)
+            for part in self.data_collator([rows[index] for index in batch])["parts"]
+        ]
+        return max(len(part["input_ids"]) for part in parts), self.max_row_tokens
+
+    def _has_dropout(self) -> bool:
+        modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
+        return modules or (getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0
+
+    def _checkpoint_without_random_state(self) -> None:
+        # Without dropout nothing is random, and reading the state of random numbers cannot be recorded.
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if self.args.gradient_checkpointing and hasattr(self.args, name):
+                setattr(
+                    self.args,
+                    name,
+                    (getattr(self.args, name) or {"use_reentrant": False}) | {"preserve_rng_state": False},
+                )
+
+    def train(self, *args, **kwargs):
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._close_graphs()
+
+    def _close_graphs(self) -> None:
+        self._scorer = None
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+            del self.model.zero_grad
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        # The number of labelled tokens stays on the CPU: to copy it to the device would be to wait for it.
+        return super().get_batch_samples(epoch_iterator, num_batches, "cpu" if self._use_graphs else device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches whose pairs are the same for any number of processes, each process its share (`SharedBatches`).
+
+        accelerate deals out whole batches and repeats pairs until all processes have as many, so that the last step of
+        an epoch depends on their number.
+        """
+        if self.args.train_sampling_strategy not in ("random", "sequential"):
+            return super().get_train_dataloader()
+        args = self.args
+        return EpochLoader(
+            self._remove_unused_columns(self.train_dataset, description="Training")
+            if self.max_row_tokens is None
+            else TokenRows(self.train_dataset, self.encoder.answers),
+            batch_sampler=SharedBatches(
+                self._get_train_sampler(),
+                args.train_batch_size * args.world_size,
+                args.process_index,
+                args.world_size,
+                args.dataloader_drop_last,
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_sigterm,
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "random":
+            return super()._get_train_sampler(train_dataset)
+        # Not the data set that is handed over: it has lost the column of premises.
+        rows = self.train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return PairSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and back. Where that does not fit in memory, the step is done again, in smaller parts.
+
+        Raises:
+            UserError: where a single row does not fit, or where other processes wait for this one in every pass.
+        """
+        if self._step_ended:
+            counts = {name: len(kept) for name, kept in self._metrics["train"].items()}
+            self._step_inputs = []
+            self._before_step = (self._tokens, self._figures.clone(), self._total_train_tokens, counts)
+        self._step_inputs.append(inputs)
+        self._step_ended = self.accelerator.sync_gradients
+        todo = [inputs]
+        while True:
+            try:
+                for batch in todo:
+                    loss = self._run_batch(model, batch, num_items_in_batch)
+                return loss
+            except graph.CaptureError as error:
+                self._give_up_graphs(error)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                self._use_smaller_parts(error)
+            # Not in the except clause: there the traceback holds on to what the failed pass had computed.
+            if self._graphs is None:
+                model.zero_grad()
+            else:
+                self._graphs.forget()
+                self._scorer = None
+            clear_device_cache(garbage_collection=True)
+            self._tokens, figures, self._total_train_tokens, counts = self._before_step
+            self._figures.copy_(figures)
+            for name, kept in self._metrics["train"].items():
+                del kept[counts.get(name, 0) :]
+            todo = self._step_inputs
+
+    def _run_batch(self, model, inputs, num_items_in_batch):
+        if not self._use_graphs:
+            return self._pass_parts(model, inputs, num_items_in_batch)
+        if self._graphs is None:
+            self._graphs = graph.StepGraphs(
+                self._loss_of_pass,
+                self._figures,
+                list(self.model.parameters()),
+                getattr(self.optimizer, "optimizer", self.optimizer),
+                self.args.max_grad_norm,
+                self.args.torch_compile,
+            )
+            # To look through all modules for gradients that are not there takes longer than the rest of the step.
+            self.model.zero_grad = lambda set_to_none=True: None
+        if not self.model.training:  # after an evaluation
+            self.model.train()
+        self._graphs.start_batch(num_items_in_batch)
+        for part in self._parts(inputs):
+            self._tokens += part["tokens"]
+            tensors = {name: part[name] for name in graph.PASS_TENSORS}
+            shape = graph.pass_shape(tensors, self.data_collator.usual)
+            self._graphs.run_pass(graph.pad_pass(tensors, shape), shape)
+        return self._graphs.loss
+
+    def _loss_of_pass(self, part, labelled):
+        # Casts are cached as long as a graph is recorded and no longer.
+        with self.autocast_smart_context_manager(cache_enabled=False):
+            return self._trie_loss(self.model, part, labelled)
+
+    def _give_up_graphs(self, error: graph.CaptureError) -> None:
+        if self.cuda_graph == "true":
+            raise UserError(f"cuda_graph: true cannot be had here: {error}") from error
+        logger.warning("Training without CUDA graphs: the step cannot be recorded (%s)", error)
+        self._close_graphs()
+        self._use_graphs = False
+
+    def _clip_grad_norm(self, model):
+        return super()._clip_grad_norm(model) if self._graphs is None else self._graphs.grad_norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return super()._get_grad_norm(model, grad_norm) if self._graphs is None else self._graphs.grad_norm
+
+    def first_bad_step(self) -> int | None:
+        if self._graphs is None:
+            return super().first_bad_step()
+        return self._graphs.first_bad_step(self.state.global_step)
+
+    def _use_smaller_parts(self, error: RuntimeError) -> None:
+        parts = [part["input_ids"] for batch in self._step_inputs for part in self._parts(batch)]
+        rows, length = max((ids.shape for ids in parts), key=math.prod)
+        if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
+            smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
+            raise UserError(
+                f"out of memory at step {self.state.global_step + 1}, with {rows} x {length} tokens in a pass: go on "
+                f"with resume_from_checkpoint: auto and a smaller {smaller} or per_device_train_batch_size"
+            ) from error
+        self.most_tokens = rows * length // 2
+        logger.warning(
+            "Out of memory at step %d: at most %d tokens a pass from here on, and the step is done again.",
+            self.state.global_step + 1,
+            self.most_tokens,
+        )
+
+    def _parts(self, inputs: dict) -> list[dict]:
+        parts = inputs.get("parts", [inputs])
+        if self.most_tokens is None:
+            return parts
+        return [piece for part in parts for piece in cut(part, self.most_tokens)]
+
+    def _pass_parts(self, model, inputs, num_items_in_batch):
+        """A batch's parts one after the other; their losses add up to that of the batch."""
+        parts = self._parts(inputs)
+        if self.accelerator.num_processes > 1:
+            # Sharded models wait for each other in every pass, so all processes must make as many.
+            most = max(gather_object([len(parts)]))
+            parts = parts + [_without_labels(parts[0])] * (most - len(parts))
+        loss = 0.0
+        for number, part in enumerate(parts, start=1):
+            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, on a part of a trie where the batch is one."""
+        if "exit" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._tokens += inputs["tokens"]
+        loss, figures = self._trie_loss(model, inputs, num_items_in_batch)
+        self._figures += figures
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+        return loss
+
+    def _trie_loss(self, model, part, labelled):
+        """See `graph.label_loss`."""
+        with trie.exact_logits(self.model, part["predict"]):
+            logits = model(**trie.model_inputs(self.model, part), use_cache=False).logits[0]
+        return graph.label_loss(logits, part["shift_labels"][0], labelled, self.args.loss_type)
+
+    def _summed_figures(self) -> list[float]:
+        """The sums of all processes since the last log: those of `graph.label_loss`, and the tokens."""
+        counts = torch.cat([self._figures, self._figures.new_tensor([self._tokens])])
+        return self.accelerator.reduce(counts, reduction="sum").tolist()
+
+    def _collect_figures(self) -> None:
+        """Pass what tries have counted on to TRL's metrics. Every process must take part."""
+        if self.max_row_tokens is None:
+            return
+        entropy, right, labelled, tokens = self._summed_figures()
+        self._figures.zero_()
+        self._tokens = 0
+        self._total_train_tokens += int(tokens)
+        if labelled:
+            kept = self._metrics["train"]
+            kept["entropy"].append(entropy / labelled)
+            kept["mean_token_accuracy"].append(right / labelled)
+            kept["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._collect_figures()
+        super().log(logs, start_time)
+
+    def _progress(self) -> dict[str, object]:
+        return super()._progress() | {"figures": self._summed_figures()}
+
+    def _restore_progress(self, progress: Mapping[str, object]) -> None:
+        super()._restore_progress(progress)
+        if self.accelerator.is_main_process:  # the sums are of all processes
+            *figures, tokens = progress["figures"]
+            self._figures.copy_(self._figures.new_tensor(figures))
+            self._tokens = int(tokens)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Score the whole data set of `dataloader`, each process its share; its batches are not used."""
+        rows = TokenRows(dataloader.dataset, self.encoder.answers)
+        prompts, gold = [rows.prompt(index) for index in range(len(rows))], rows.gold.tolist()
+        shares = self.accelerator
+        share = range(shares.process_index, len(prompts), shares.num_processes)
+        # Sharded models wait for each other in every pass, so all processes must make as many: one prompt is scored
+        # beyond a share that is smaller than others, and left out again.
+        even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
+        self.model.eval()
+        if self._scorer is None:
+            batch_size = self.args.per_device_eval_batch_size
+            self._scorer = Scorer(self.model, self.encoder, self._scoring_args, batch_size)
+        with self.compute_loss_context_manager(), shares.autocast():
+            own = self._scorer(
+                [prompts[pair] for pair in even],
+                progress=None if self.args.disable_tqdm or not shares.is_local_main_process else description,
+                gold=[gold[pair] for pair in even],
+            )
+        own = LabelScores(*(values[: len(share)] for values in vars(own).values()))
+        scores = gather_scores(own, len(prompts), shares.process_index, shares.num_processes)
+        step = self.state.global_step
+        mend = "resume from an earlier checkpoint with a lower learning_rate" if step else "take another base"
+        scores.check_numbers(self.model, f"the evaluation after step {step}", mend)
+        gold = torch.tensor(gold)
+        gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
+        figures = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
+        values = {
+            "loss": -scores.joint[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
+            **{name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece")},
+            **{f"f1_{label}": of_label["f1"] for label, of_label in figures["per_label"].items()},
+        }
+        return EvalLoopOutput(
+            predictions=scores.log_probs.numpy(),
+            label_ids=gold.numpy(),
+            metrics={f"{metric_key_prefix}_{name}": value for name, value in values.items()},
+            num_samples=len(prompts),
+        )
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that separate sequences would have fed so far, on all processes."""
+        return int(self._total_train_tokens)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Not TRL's card, which says nothing of what was measured."""
+
+
+class PairSampler(Sampler):
+    """Every pair once an epoch, in an order that depends on seed and epoch alone, not on the number of processes.
+
+    Args:
+        groups: for each pair the group it belongs to, such as its premise. Groups come in random order, and the pairs
+            of one stand together.
+        seed: of the order.
+    """
+
+    def __init__(self, groups, seed: int):
+        _, self.group = np.unique(np.asarray(groups), return_inverse=True)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        random = np.random.default_rng((self.seed, self.epoch))
+        place = random.permutation(self.group.max() + 1)[self.group]
+        return iter(np.lexsort((random.permutation(len(place)), place)).tolist())
+
+    def __len__(self):
+        return len(self.group)
+
+
+class SharedBatches(Sampler):
+    """The share that one process has in each batch of all of them.
+
+    Args:
+        sampler: the order of the pairs, the same on all processes.
+        batch_size: pairs in a batch of all processes together.
+        process_index, num_processes: whose share.
+        drop_last: leave out the last batch of an epoch if it is smaller.
+
+    Yields:
+        Lists of indices. Where there are fewer pairs than processes, in the last batch of an epoch, some get a pair
+        that another has too: each must take part in every step.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, process_index: int, num_processes: int, drop_last: bool):
+        self.sampler = sampler
+        self.batches = BatchSampler(sampler, batch_size, drop_last)
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.sampler, PairSampler):
+            self.sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        for batch in self.batches:
+            # Neighbours stay together: they may share a premise.
+            start = len(batch) * self.process_index // self.num_processes
+            end = len(batch) * (self.process_index + 1) // self.num_processes
+            yield batch[start:end] or batch[start : start + 1]
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class EpochLoader(DataLoader):
+    """Passes the number of the epoch on to its batches, as the loaders do that accelerate makes for the Trainer."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)
+
+    def __iter__(self):
+        batches = super().__iter__()  # workers are ahead by themselves
+        return prefetch(batches) if self.pin_memory and self.num_workers == 0 else batches
+
+
+class TrieCollator:
+    """Packs a batch of `TokenRows` into a trie. Runs in the loader's workers.
+
+    Args:
+        answers: the token ids of the answers.
+        max_row_tokens: the longest row of a trie; a longer pair makes the rows of its batch as long as itself.
+        max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
+
+    Attributes:
+        usual: set to pad the parts to the few shapes of `graph.pass_shape`.
+
+    Returns:
+        A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
+        counts the items of a batch in the second. And of `parts`, one dict a forward pass: `input_ids`, `position_ids`
+        and `exit` of some rows of `trie.pack_training`; `predict`, the nodes that have a label, as indices into the
+        flattened (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, what separate sequences would
+        have fed (for the whole batch, in its first part).
+    """
+
+    def __init__(self, answers: list[list[int]], max_row_tokens: int, max_batch_tokens: int):
+        self.answers = answers
+        self.max_row_tokens = max_row_tokens
+        self.max_batch_tokens = max_batch_tokens
+        self.usual: tuple[int, int] | None = None
+
+    def __call__(self, rows: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor | list]:
+        prompts, gold = zip(*rows, strict=True)
+        answers = [self.answers[label] for label in gold]
+        longest = max(map(len, prompts)) + max(map(len, answers))
+        batch = trie.pack_training(prompts, answers, max(self.max_row_tokens, longest))
+        n_rows, length = batch["input_ids"].shape
+        n_parts = -(-n_rows // max(1, self.max_batch_tokens // length))
+        tokens = chain([batch["sequence_tokens"]], repeat(0))
+        parts = [
+            self._part(*tensors)
+            for tensors in zip(
+                *(batch[name].tensor_split(n_parts) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
+                tokens,
+                strict=False,
+            )
+        ]
+        labels = torch.cat([part["shift_labels"] for part in parts], dim=1)
+        if self.usual is not None:
+            parts = [part | graph.pad_pass(part, graph.pass_shape(part, self.usual)) for part in parts]
+        # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
+        return {"parts": parts, "labels": labels, "shift_labels": labels}
+
+    @staticmethod
+    def _part(input_ids, position_ids, exit, shift_labels, tokens):
+        predict = (shift_labels.flatten() != trie.IGNORE_INDEX).nonzero().flatten()
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "exit": exit,
+            "predict": predict,
+            "shift_labels": shift_labels.flatten()[predict][None],
+            "tokens": tokens,
+        }
+
+
+def _without_labels(part: dict) -> dict:
+    """A pass that computes and changes nothing."""
+    return part | {"shift_labels": torch.full_like(part["shift_labels"], trie.IGNORE_INDEX), "tokens": 0}
+
+
+def cut(part: dict, most_tokens: int) -> list[dict]:
+    """Cut a part of a trie, or a padded batch, into parts of at most `most_tokens` tokens, but of at least one row."""
+    rows, length = part["input_ids"].shape
+    pieces = -(-rows // max(1, most_tokens // length))
+    if pieces == 1:
+        return [part]
+    if "exit" not in part:
+        return [
+            dict(zip(part, tensors, strict=True))
+            for tensors in zip(*(tensor.tensor_split(pieces) for tensor in part.values()), strict=True)
+        ]
+    cut_parts, start, tokens = [], 0, part["tokens"]
+    names = ("input_ids", "position_ids", "exit")
+    for tensors in zip(*(part[name].tensor_split(pieces) for name in names), strict=True):
+        piece = dict(zip(names, tensors, strict=True))
+        end = start + piece["input_ids"].numel()
+        inside = (start <= part["predict"]) & (part["predict"] < end)
+        piece |= {"predict": part["predict"][inside] - start, "shift_labels": part["shift_labels"][:, inside]}
+        cut_parts.append(piece | {"tokens": tokens})
+        start, tokens = end, 0
+    return cut_parts
+
+
+class TokenRows(torch.utils.data.Dataset):
+    """Rows of `PromptEncoder.encode_rows` in flat arrays, from which a row is taken in a microsecond.
+
+    Args:
+        rows: with `input_ids` and `labels`, which are -100 on the prompt and the ids of an answer after it.
+        answers: the token ids of the answers.
+
+    Attributes:
+        gold: (n,) the label of each row.
+    """
+
+    def __init__(self, rows: Dataset, answers: list[list[int]]):
+        table = rows.with_format("arrow")[:]
+        tokens = table["input_ids"].combine_chunks()
+        self.offsets = tokens.offsets.to_numpy()
+        self.tokens = tokens.flatten().to_numpy()
+        given = table["labels"].combine_chunks().flatten().to_numpy() != trie.IGNORE_INDEX
+        starts = self.offsets[:-1] - self.offsets[0]
+        lengths = np.add.reduceat(given.astype(np.int64), starts) if len(rows) else np.zeros(0, np.int64)
+        self.offsets = self.offsets - self.offsets[0]
+        self.prompt_ends = self.offsets[1:] - lengths
+        self.gold = np.full(len(lengths), -1)
+        for label, answer in enumerate(answers):
+            candidates = np.flatnonzero(lengths == len(answer))
+            ids = self.tokens[self.prompt_ends[candidates, None] + np.arange(len(answer))]
+            self.gold[candidates[(ids == answer).all(axis=1)]] = label
+
+    def __len__(self) -> int:
+        return len(self.gold)
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The token ids up to where the answer starts."""
+        return self.tokens[self.offsets[index] : self.prompt_ends[index]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.prompt(index), int(self.gold[index])

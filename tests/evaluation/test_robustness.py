@@ -1,0 +1,101 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from nli_sft.data.prompts import PROMPTS, Prompt
+from nli_sft.evaluation.robustness import (
+    against_annotators,
+    by_subset,
+    edits,
+    label_orders,
+    prompt_choices,
+    sensitivity,
+    set_figures,
+)
+
+
+def test_hans_is_told_by_heuristic_and_label():
+    """A model that always says entailment is right on half of each heuristic, and on all and none of its labels."""
+    pairs = pd.DataFrame(
+        {"subset": ["overlap", "overlap", "subsequence"], "label": ["entailment", "non-entailment", "non-entailment"]}
+    )
+    assert by_subset(pairs, np.array([True, False, False])) == {
+        "overlap, entailment": {"n": 1, "accuracy": 1.0},
+        "overlap, non-entailment": {"n": 1, "accuracy": 0.0},
+        "subsequence, non-entailment": {"n": 1, "accuracy": 0.0},
+    }
+    three_way = pairs.assign(label=["entailment", "neutral", "neutral"])
+    assert by_subset(three_way, np.array([True, False, True])) == {
+        "overlap": {"n": 2, "accuracy": 0.5},
+        "subsequence": {"n": 1, "accuracy": 1.0},
+    }
+
+
+def test_who_answers_as_people_do_is_at_no_distance():
+    counts = np.array([[76, 20, 4], [100, 0, 0], [10, 30, 60]])
+    told = against_annotators(counts, counts / 100)
+    assert [told["js_divergence"], told["kl_divergence"]] == pytest.approx([0, 0], abs=1e-9)
+    assert told["entropy_correlation"] == pytest.approx(1)
+    assert told["annotators_per_pair"] == 100
+
+
+def test_distances_by_hand():
+    """People are of two minds, the model of one: m = (3/4, 1/4, 0), JS = (KL(p, m) + KL(q, m)) / 2."""
+    told = against_annotators(np.array([[50, 50, 0]]), np.array([[1.0, 0.0, 0.0]]))
+    people = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    assert told["js_divergence"] == pytest.approx((people + np.log(1 / 0.75)) / 2)
+    assert told["js_distance"] == pytest.approx(np.sqrt(told["js_divergence"]))
+    assert 10 < told["kl_divergence"] < 20, "an impossible label costs much, but not everything"
+    assert told["entropy_correlation"] is None, "over one pair nothing varies"
+
+
+def test_a_pair_and_its_edit_must_both_be_right():
+    pairs = pd.DataFrame({"uid": ["a", "b", "a1", "a2", "b1"], "edit_of": [None, None, "a", "a", "b"]})
+    right = np.array([True, False, True, False, True])
+    assert edits(pairs, right) == {
+        "n": 3,
+        "original_right": pytest.approx(2 / 3),
+        "edit_right": pytest.approx(2 / 3),
+        "both_right": pytest.approx(1 / 3),
+    }
+
+
+def test_what_a_source_does_not_tell_is_left_out():
+    pairs = pd.DataFrame({"label": ["neutral", "neutral"], "label_counts": [None, np.array([0, 5, 0])]})
+    figures = set_figures(pairs, np.array([True, True]), np.full((2, 3), 1 / 3))
+    assert list(figures) == ["annotators"]
+    assert figures["annotators"]["n"] == 1
+    nothing = pd.DataFrame({"label": ["neutral"], "label_counts": [None], "edit_of": [None]})
+    assert set_figures(nothing, np.array([True]), np.full((1, 3), 1 / 3)) == {}
+
+
+def test_labels_are_listed_in_six_orders_and_nothing_else_changes():
+    prompt = PROMPTS["plain"]
+    orders = label_orders(prompt)
+    texts = {order: other.turns()[-1]["content"] for order, other in orders.items()}
+    assert len(set(texts.values())) == 6
+    assert texts["entailment, neutral, contradiction"] == prompt.turns()[-1]["content"]
+    assert "Answer contradiction, entailment or neutral." in texts["contradiction, entailment, neutral"]
+    own = label_orders(Prompt(name="own", user="{premise} {hypothesis}? {labels}", label_words=("yes", "maybe", "no")))
+    assert (
+        own["neutral, contradiction, entailment"].turns()[0]["content"] == "{premise} {hypothesis}? maybe, no or yes"
+    )
+    assert all(other.label_words == ("yes", "maybe", "no") for other in own.values())
+    assert label_orders(PROMPTS["definitions"]) == {}
+
+
+def test_other_prompts_ask_for_the_same_words_and_show_the_premise():
+    own = Prompt(name="own", user="{premise} {hypothesis}", label_words=("true", "unclear", "false"))
+    choices = prompt_choices(own)
+    assert list(choices) == ["own", "plain", "definitions", "few_shot"]
+    assert all(prompt.label_words == own.label_words for prompt in choices.values())
+    assert list(prompt_choices(PROMPTS["plain"])) == ["plain", "definitions", "few_shot"]
+
+
+def test_flips_are_pairs_that_any_way_of_asking_answers_otherwise():
+    choices = [np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1]), np.array([0, 0, 2, 2])]
+    told = sensitivity({"a": 1.0, "b": 0.75, "c": 0.5}, choices)
+    assert told["flips"] == 0.5
+    assert told["mean"] == 0.75
+    assert told["spread"] == 0.5
+    assert told["n"] == 4

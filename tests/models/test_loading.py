@@ -1,0 +1,364 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import CHATML, byte_level_tokenizer, chatml_tokenizer, tiny_llama
+from tiny_run import make_base, make_run
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, CohereConfig, LlamaConfig
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+from trl import ModelConfig, SFTConfig
+
+from nli_sft import UserError
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.evaluation.evaluate import load_encoder
+from nli_sft.models.bases import check_base
+from nli_sft.models.loading import (
+    adapter_config,
+    apply_template,
+    check_adapter,
+    count_parameters,
+    load_model,
+    load_tokenizer,
+    load_tuned,
+)
+
+STUDY_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
+
+
+def phi_2_on_meta(quantised):
+    config = AutoConfig.for_model(
+        "phi",
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        if quantised:
+            nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+            model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=nf4)
+    return model
+
+
+def test_the_counts_of_the_study_that_we_replace():
+    """It reported 41,943,040 trainable of 1,563,335,680 (2.68 %): the stored elements, not the parameters."""
+    plain = count_parameters(phi_2_on_meta(quantised=False))
+    assert plain.total == plain.stored == 2_779_683_840
+    model = phi_2_on_meta(quantised=True)
+    with torch.device("meta"):
+        tuned = count_parameters(get_peft_model(model, STUDY_LORA, low_cpu_mem_usage=True))
+    assert tuned.trainable == 41_943_040
+    assert tuned.total == 2_821_626_880
+    assert tuned.stored == 1_563_335_680
+    assert str(tuned) == ("41,943,040 trainable of 2,821,626,880 parameters (1.49%), stored as 1,563,335,680 elements")
+
+
+def test_counts_of_a_really_quantised_model(tmp_path):
+    model = tiny_llama(300)
+    model.save_pretrained(tmp_path)
+    full = count_parameters(model)
+    assert full.total == full.trainable == full.stored == sum(p.numel() for p in model.parameters())
+    args = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32", load_in_4bit=True, use_peft=True)
+    quantised = load_model(args)
+    counts = count_parameters(quantised)
+    assert counts.total == full.total
+    assert counts.stored == sum(p.numel() for p in quantised.parameters())
+    in_four_bits = sum(
+        m.in_features * m.out_features for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"
+    )
+    assert counts.stored == full.total - in_four_bits // 2
+
+
+def test_tied_weights_count_once():
+    layer, other = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    other.weight = layer.weight
+    assert count_parameters(nn.ModuleList([layer, other])).total == 16
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line():
+    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load the tokenizer \(.+\)$"):
+        load_tokenizer("./nowhere")
+    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere is not there; give a Hub id or a folder$"):
+        load_model(ModelConfig(model_name_or_path="./nowhere"))
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    """A pickle runs code when it is loaded; PEFT would fall back on one, and so would transformers."""
+    base = tiny_llama(300)
+    base.save_pretrained(tmp_path / "base")
+    args = ModelConfig(model_name_or_path=str(tmp_path / "base"))
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    torch.save(load_file(weights), weights.with_name("adapter_model.bin"))
+    weights.unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors; other formats can run code"):
+        load_tuned(tmp_path / "adapter", args)
+    for folder in ("base", "full"):
+        tiny_llama(300).save_pretrained(tmp_path / folder)
+        torch.save(tiny_llama(300).state_dict(), tmp_path / folder / "pytorch_model.bin")
+        (tmp_path / folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="base has its weights as pickles"):
+        load_model(args)
+    with pytest.raises(UserError, match="full has its weights as pickles"):
+        load_tuned(tmp_path / "full", args)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+open({marker!r}, "w").close()
+class Config(LlamaConfig):
+    model_type = "own"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+
+
+def test_code_of_a_model_runs_only_if_it_is_said(tmp_path):
+    folder, marker = tmp_path / "own", tmp_path / "ran"
+    tiny_llama(300).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(CODE.format(marker=str(marker)))
+    args = ModelConfig(model_name_or_path=str(folder))
+    for load in (lambda: load_model(args), lambda: load_tuned(folder, args)):
+        with pytest.raises(UserError, match="own: cannot load its config"):
+            load()
+    assert not marker.exists()
+    assert load_tuned(folder, args, trust_remote_code=True).config.model_type == "own"
+    assert marker.exists()
+
+
+def test_a_run_folder_gives_its_adapter_or_its_full_model(tmp_path):
+    base = tiny_llama(300)
+    base.save_pretrained(tmp_path / "base")
+    args = ModelConfig(model_name_or_path=str(tmp_path / "base"))
+    ids = torch.arange(5)[None]
+    expected = base(ids).logits
+
+    tiny_llama(300, seed=7).save_pretrained(tmp_path / "full")
+    assert not torch.equal(load_tuned(tmp_path / "full", args)(ids).logits, expected)
+
+    tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = load_tuned(tmp_path / "adapter", args)
+    assert not torch.allclose(loaded(ids).logits, expected)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(loaded(ids).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bases")
+    for name, tied in (("untied", False), ("tied", True)):
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            tie_word_embeddings=tied,
+        ).save_pretrained(folder / name)
+    return folder
+
+
+def adapted(base, **options):
+    return ModelConfig(model_name_or_path=str(base), use_peft=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        (
+            "untied",
+            {"lora_target_modules": ["query"]},
+            "no part of the model is called 'query'; it has down_proj, ",
+        ),
+        ("untied", {"lora_target_modules": ["q_prj"]}, r"called 'q_prj'; did you mean q_proj\?"),
+        ("untied", {"lora_target_modules": ["q_proj", "w_proj"]}, r"'w_proj'; did you mean \w_proj\?"),
+        ("untied", {"lora_target_modules": ["mlp.up_prj"]}, r"'mlp.up_prj'; did you mean up_proj\?"),
+        (
+            "untied",
+            {"lora_target_modules": "(q|v)_proj"},
+            r"the pattern \(q\|v\)_proj matches the whole name of no mod",
+        ),
+        (
+            "untied",
+            {"lora_target_modules": ["norm"]},
+            "lora_target_modules: Target module LlamaRMSNorm.* not supported",
+        ),
+        ("untied", {"lora_target_modules": ["q_proj", "lm_head"]}, "lm_head cannot have an adapter, because TRL comp"),
+        ("untied", {"lora_target_modules": ".*head"}, "lm_head cannot have an adapter, because TRL computes"),
+        ("untied", {"lora_modules_to_save": ["lm_haed"]}, r"modules_to_save: .*'lm_haed'; did you mean lm_head\?"),
+        ("untied", {"lora_target_parameters": ["up.weigth"]}, r"target_parameters: .*; did you mean weight\?"),
+        (
+            "tied",
+            {"lora_modules_to_save": ["lm_head"]},
+            r"lm_head shares its weights with the embedding \(tie_word_emb",
+        ),
+    ],
+)
+def test_an_adapter_that_the_base_has_no_place_for(bases, base, options, message):
+    with pytest.raises(UserError, match=message):
+        check_adapter(adapted(bases / base, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"lora_target_modules": ["all-linear"]},
+        {"lora_target_modules": ["q_proj", "mlp.up_proj"]},
+        {"lora_target_modules": r".*\.(q|v)_proj"},
+        {"lora_modules_to_save": ["lm_head", "embed_tokens"]},
+    ],
+)
+def test_an_adapter_that_fits_passes_without_weights(bases, options):
+    check_adapter(adapted(bases / "untied", **options))
+
+
+def test_a_single_module_is_a_name_and_not_a_pattern(bases):
+    args = adapted(bases / "untied", lora_target_modules=["q_proj"])
+    assert args.lora_target_modules == "q_proj", "TRL takes it out of its list"
+    check_adapter(args)
+    base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(bases / "untied"))
+    model = get_peft_model(base, adapter_config(args))
+    assert any("q_proj.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_a_base_that_peft_knows_no_default_for(bases):
+    (bases / "unknown").mkdir()
+    CohereConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
+        bases / "unknown"
+    )
+    with pytest.raises(UserError, match="lora_target_modules: .*target_modules"):
+        check_adapter(adapted(bases / "unknown"))
+    check_adapter(adapted(bases / "unknown", lora_target_modules="all-linear"))
+
+
+def test_a_model_must_be_named():
+    with pytest.raises(UserError, match="model_name_or_path is missing; give it in the recipe or as --model_name"):
+        load_tokenizer(None)
+
+
+def test_a_template_is_applied_before_prompts_are_encoded(tmp_path):
+    """TRL applies it when the rows are there already, and saves it: trained on one prompt, asked with another."""
+    file = tmp_path / "other.jinja"
+    file.write_text("Hello, {{ strftime_now('%Y') }}.\n" + CHATML)
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, SFTConfig(chat_template_path=str(file), bf16=False))
+    assert PromptEncoder(PROMPTS["plain"], tokenizer).frame.startswith("Hello, 2024.\n<|im_start|>user")
+
+    other = chatml_tokenizer()
+    other.chat_template, other.eos_token = "Hi.\n" + CHATML, "<|endoftext|>"
+    other.save_pretrained(tmp_path / "other")
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, SFTConfig(chat_template_path=str(tmp_path / "other"), bf16=False))
+    assert (tokenizer.chat_template, tokenizer.eos_token) == (other.chat_template, "<|endoftext|>")
+    apply_template(tokenizer, SFTConfig(eos_token="<|im_end|>", bf16=False))
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_template_that_cannot_be_applied(tmp_path):
+    def refused(**args):
+        with pytest.raises(UserError) as told:
+            apply_template(chatml_tokenizer(), SFTConfig(bf16=False, **args))
+        return str(told.value)
+
+    assert refused(chat_template_path="none.jinja") == "chat_template_path none.jinja: No such file or directory"
+    (tmp_path / "latin.jinja").write_text("é", encoding="latin-1")
+    assert "latin.jinja: not UTF-8 text" in refused(chat_template_path=str(tmp_path / "latin.jinja"))
+    assert "chat_template_path ./nowhere: cannot load" in refused(chat_template_path="./nowhere")
+    assert refused(eos_token="<none>").startswith("eos_token '<none>' is not a token of this model")
+    other = chatml_tokenizer()
+    other.chat_template = None
+    other.save_pretrained(tmp_path)
+    assert "its tokenizer has no chat template; name one that has" in refused(chat_template_path=str(tmp_path))
+    other.add_tokens(["<|turn|>"])
+    other.chat_template = CHATML.replace("<|im_end|>", "<|turn|>")
+    other.save_pretrained(tmp_path)
+    assert "its template uses <|turn|>, which the base does not have" in refused(chat_template_path=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    base = make_base(folder / "base")
+    return {
+        "base": base,
+        "adapter": make_run(folder / "adapter", base, evaluated=False),
+        "full": make_run(folder / "full", base, use_peft=False, evaluated=False),
+    }
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def random_bytes(path):
+    path.write_bytes(b"\xd3\x91" * 500)
+
+
+def a_list(path):
+    path.write_text("[]")
+
+
+def an_empty_object(path):
+    path.write_text("{}")
+
+
+def one_tensor_fewer(path):
+    tensors = load_file(path)
+    del tensors[max(tensors)]
+    save_file(tensors, path, {"format": "pt"})
+
+
+def another_shape(path):
+    save_file({name: torch.zeros(3, 5) for name in load_file(path)}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "harms"),
+    [
+        ("adapter", "adapter_model.safetensors", [half, random_bytes, Path.unlink, one_tensor_fewer, another_shape]),
+        ("adapter", "adapter_config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("adapter", "tokenizer.json", [half, random_bytes, a_list, an_empty_object]),
+        ("adapter", "tokenizer_config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("full", "model.safetensors", [half, random_bytes, Path.unlink]),
+        ("full", "config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("full", "generation_config.json", [half, random_bytes, a_list]),
+        ("full", "tokenizer.json", [half, random_bytes, a_list, an_empty_object]),
+        ("base", "tokenizer.json", [half, random_bytes, a_list]),
+        ("base", "config.json", [half, random_bytes, a_list, an_empty_object, Path.unlink]),
+        ("base", "generation_config.json", [half, random_bytes, a_list]),
+    ],
+)
+def test_a_damaged_file_of_a_model_is_named(runs, tmp_path, run, name, harms):
+    def load(folder):
+        if run == "base":
+            check_base(ModelConfig(str(folder)))
+        else:
+            load_encoder(folder)
+            load_tuned(folder, ModelConfig(str(runs["base"]), dtype="float32"), device=torch.device("cpu"))
+
+    for harm in harms:
+        folder = shutil.copytree(runs[run], tmp_path / harm.__name__)
+        harm(folder / name)
+        with pytest.raises(UserError, match=re.escape(name)):
+            load(folder)

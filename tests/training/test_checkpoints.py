@@ -1,0 +1,556 @@
+"""Every fault once: each leaves a run folder from which the same weights are reached in the end."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import psutil
+import pytest
+import torch
+import transformers
+from peft import LoraConfig
+from tiny import few_pairs, tiny_llama
+from trl import SFTConfig
+
+from nli_sft import UserError
+from nli_sft.configs import BatchConfig
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.runs import read_run, write_run
+from nli_sft.training import checkpoints
+from nli_sft.training.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_flaw, is_finished
+from nli_sft.training.trainer import NLITrainer
+
+# With dropout: the states of the random generators have to be right too.
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture(scope="module")
+def trainer(chatml):
+    """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, judged and saved every 3."""
+
+    def make(run, peft_config=LORA, batching="trie", tied=False, **options):
+        encoder = PromptEncoder(PROMPTS["plain"], chatml)
+        model = tiny_llama(len(chatml))
+        if tied:
+            model.config.tie_word_embeddings = True
+            model = type(model)(model.config)
+        options = {
+            "output_dir": str(run),
+            "use_cpu": True,
+            "bf16": False,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 4,
+            "eval_on_start": True,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_steps": 3,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_accuracy",
+            "report_to": "none",
+            "disable_tqdm": True,
+            **options,
+        }
+        return NLITrainer(
+            encoder=encoder,
+            batch_args=BatchConfig(batching=batching, max_row_tokens=128, max_batch_tokens=512),
+            model=model,
+            args=SFTConfig(**options),
+            train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
+            eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    """The run that nothing happened to."""
+    run = trainer(tmp_path_factory.mktemp("whole"))
+    run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_in_full(trainer, tmp_path_factory):
+    """Likewise, of all weights."""
+    run = trainer(tmp_path_factory.mktemp("full"), peft_config=None)
+    run.train()
+    return run
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def history(trainer):
+    """What was logged, without how long it took."""
+    timed = ("runtime", "per_second", "flos")
+    return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
+
+
+def same_run(first, second):
+    assert history(first) == history(second)
+    for name in ("best_global_step", "best_metric", "global_step"):
+        assert getattr(first.state, name) == getattr(second.state, name), name
+    assert first.trained_tokens == second.trained_tokens > 0
+    both = weights(first), weights(second)
+    assert all(torch.equal(value, both[1][name]) for name, value in both[0].items())
+
+
+class Killed(BaseException):
+    """What SIGKILL is to a process: nothing in it can answer."""
+
+
+def kill_at(run, step, event="on_step_end"):
+    callback = next(c for c in run.callback_handler.callbacks if type(c).__name__ == "_Watch")
+    answer = getattr(callback, event)
+
+    def dying(args, state, control, **kwargs):
+        answer(args, state, control, **kwargs)
+        if state.global_step == step:
+            raise Killed
+
+    setattr(callback, event, dying)
+    with pytest.raises(Killed):
+        run.train()
+
+
+@pytest.mark.parametrize(("peft_config", "unbroken"), [(LORA, "whole"), (None, "whole_in_full")], ids=["lora", "full"])
+@pytest.mark.parametrize(("killed_after", "goes_on_from"), [(2, None), (4, 3), (8, 6), (11, 9)])
+def test_a_killed_run_goes_on_to_the_same_weights(
+    trainer, request, tmp_path, peft_config, unbroken, killed_after, goes_on_from
+):
+    whole = request.getfixturevalue(unbroken)
+    run = tmp_path / "run"
+    kill_at(trainer(run, peft_config), killed_after)
+    found = find_checkpoint("auto", run)
+    assert found == (goes_on_from and str(run / f"checkpoint-{goes_on_from}"))
+    resumed = trainer(run, peft_config)
+    resumed.train(resume_from_checkpoint=found)
+    same_run(whole, resumed)
+
+
+def test_time_is_that_of_all_parts(trainer, tmp_path):
+    kill_at(trainer(tmp_path), 8)
+    manifest = tmp_path / "checkpoint-6" / MANIFEST
+    progress = json.loads(manifest.read_text())["progress"]
+    assert progress["seconds"] > 0
+    manifest.write_text(manifest.read_text().replace(str(progress["seconds"]), "1000.0"))
+    resumed = trainer(tmp_path)
+    assert resumed.earlier_seconds == 0
+    result = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.earlier_seconds == 1000
+    assert 1000 < result.metrics["train_runtime"] < 1100
+    assert result.metrics["train_samples_per_second"] == pytest.approx(72 / 1000, rel=0.1)
+    assert result.metrics["train_steps_per_second"] == pytest.approx(12 / 1000, rel=0.1)
+    progress = json.loads((tmp_path / "checkpoint-12" / MANIFEST).read_text())["progress"]
+    assert progress["seconds"] > 1000
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_process_that_is_lost_is_said_with_the_way_on(trainer, tmp_path, error, lost):
+    run = trainer(tmp_path)
+    compute_loss = run.compute_loss
+
+    def broken(*args, **kwargs):
+        if run.state.global_step == 7:
+            raise error
+        return compute_loss(*args, **kwargs)
+
+    run.compute_loss = broken
+    said = "another process of this training has ended, after step 7 .* go on from checkpoint-6 with resume_from"
+    with pytest.raises(UserError, match=said) if lost else pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run.train()
+
+
+def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    first = trainer(run)
+    save_rng, saved = first._save_rng_state, []
+
+    def dying(folder):
+        saved.append(folder)
+        if len(saved) == 2:
+            raise Killed
+        save_rng(folder)
+
+    monkeypatch.setattr(first, "_save_rng_state", dying)
+    with pytest.raises(Killed):
+        first.train()
+    assert (run / UNFINISHED / "checkpoint-6").is_dir()
+    assert not (run / "checkpoint-6").exists()
+    resumed = trainer(run)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    assert not (run / UNFINISHED).exists()
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (
+            lambda folder: os.truncate(folder / "adapter_model.safetensors", 100),
+            "adapter_model.safetensors has 100 bytes",
+        ),
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no checkpoint.json, so it may be half written"),
+        (
+            lambda folder: scramble(folder / "adapter_model.safetensors"),
+            "adapter_model.safetensors holds other bytes than were written",
+        ),
+        (lambda folder: scramble(folder / "optimizer.pt"), "optimizer.pt holds other bytes than were written"),
+        (lambda folder: os.truncate(folder / MANIFEST, 50), "its checkpoint.json is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "its checkpoint.json is damaged"),
+        (lambda folder: (folder / MANIFEST).write_text('{"files": {"a": 5}}'), "its checkpoint.json is damaged"),
+        (
+            lambda folder: (folder / MANIFEST).write_text('{"files": {}, "progress": {"metrics": {}}}'),
+            "its checkpoint.json lacks last_logged_step, ",
+        ),
+        (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "it has no trainer_state.json"),
+    ],
+)
+def test_a_half_written_checkpoint_is_passed_over_and_written_anew(trainer, tmp_path, caplog, harm, reason):
+    trainer(tmp_path, max_steps=6).train()
+    harm(tmp_path / "checkpoint-6")
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")
+    assert reason in caplog.text
+    with pytest.raises(UserError, match=reason):
+        find_checkpoint(str(tmp_path / "checkpoint-6"), tmp_path)
+    trainer(tmp_path, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def scramble(file):
+    file.write_bytes(os.urandom(file.stat().st_size))
+
+
+def test_rejected_checkpoints_are_no_start_from_the_beginning(trainer, tmp_path):
+    trainer(tmp_path, max_steps=6).train()
+    scramble(tmp_path / "checkpoint-3" / "optimizer.pt")
+    (tmp_path / "checkpoint-6" / MANIFEST).unlink()
+    said = "has no checkpoint to go on from: checkpoint-6: it has no .*; checkpoint-3: optimizer.pt holds other bytes"
+    with pytest.raises(UserError, match=said):
+        find_checkpoint("auto", tmp_path)
+
+
+def test_a_full_model_goes_on_without_false_alarms(trainer, tmp_path, caplog, chatml):
+    """Tied weights are one tensor with two names; a share of all steps is a number of steps."""
+    options = {"logging_steps": 0.1, "save_steps": 3, "eval_steps": 0.25, "peft_config": None, "max_steps": 6}
+    transformers.logging.enable_propagation()
+    trainer(tmp_path, tied=True, **options).train()
+    trainer(tmp_path, tied=True, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "missing keys" not in caplog.text
+    assert "do not match" not in caplog.text
+    other = trainer(tmp_path, tied=True, **options | {"logging_steps": 2})
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert "logging_steps: 2 (from args) != 1 (from trainer_state.json)" in caplog.text, "a true one"
+    assert other.state.logging_steps == 2, "what is asked for now holds"
+    result = other.model.load_state_dict({}, strict=False)
+    other._issue_warnings_after_load(result)
+    assert "missing keys in the checkpoint model loaded" in caplog.text
+    transformers.logging.disable_propagation()
+
+
+def test_another_learning_rate_is_used_from_the_next_step_on(trainer, tmp_path):
+    options = {"logging_steps": 1, "lr_scheduler_type": "constant"}
+    kill_at(trainer(tmp_path, **options), 8)
+    resumed = trainer(tmp_path, **options | {"learning_rate": 1e-3})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    rates = [entry["learning_rate"] for entry in resumed.state.log_history if "learning_rate" in entry]
+    assert rates == [1e-2] * 6 + [1e-3] * 6
+
+
+def test_a_checkpoint_is_a_run_folder(trainer, tmp_path, chatml):
+    run = trainer(tmp_path, max_steps=3)
+    recipe = {"model_name_or_path": "base", "dataset_name": "snli"}
+    run.made_from = recipe, PROMPTS["plain"], {"model": "base", "parameters": {}, "data": {}}
+    run.train()
+    there, prompt, record = read_run(tmp_path / "checkpoint-3")
+    assert (there, prompt) == (recipe, PROMPTS["plain"])
+    assert record["validation"]["eval_accuracy"] == record["history"][-1]["eval_accuracy"]
+    assert find_flaw(tmp_path / "checkpoint-3") is None
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert find_checkpoint("auto", tmp_path / "new") is None
+    assert find_checkpoint(None, tmp_path) is None
+    with pytest.raises(
+        UserError, match="resume_from_checkpoint True: it has no trainer_state.json; give a checkpoint's"
+    ):
+        find_checkpoint("True", tmp_path)
+
+
+def test_old_checkpoints_make_room_but_not_the_best_or_the_newest(trainer, tmp_path):
+    run = trainer(tmp_path, save_total_limit=2)
+    run.train()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-12", f"checkpoint-{run.state.best_global_step}"} | ({"checkpoint-9"} & kept)
+    assert len(kept) == 2
+
+
+def test_a_run_folder_that_was_moved_still_knows_its_best(trainer, whole, tmp_path):
+    kill_at(trainer(tmp_path / "here"), 11)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    resumed = trainer(tmp_path / "there")
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path / "there"))
+    assert str(tmp_path / "there") in resumed.state.best_model_checkpoint
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "step"),
+    [(signal.SIGTERM, 143, 5), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 12), (signal.SIGINT, 130, 5)],
+)
+def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monkeypatch, number, status, step):
+    """In the middle of an epoch, at its end, and in the last step."""
+    run = tmp_path / "run"
+    first = trainer(run)
+    begin = first.callback_handler.callbacks[-1]
+    monkeypatch.setattr("sys.argv", ["recipes/sft.py", "--config", "my recipe.yaml", "--overwrite_output_dir", "true"])
+
+    def terminated(args, state, control, **kwargs):
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), number)
+
+    begin.on_step_begin = terminated
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit:
+        first.train()
+    assert exit.value.code == status
+    assert signal.getsignal(number) == before
+    name = {143: "SIGTERM", 130: "Ctrl-C"}[status]
+    assert f"Stopped by {name} after step {step}, which is saved. Go on with: python" in caplog.text
+    assert "recipes/sft.py --config 'my recipe.yaml' --resume_from_checkpoint auto" in caplog.text
+    assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
+    resumed = trainer(run)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    same_run(whole, resumed)
+
+
+def test_sigterm_to_the_workers_too(trainer, whole, tmp_path):
+    """Slurm, torchrun and `timeout` send it to a whole process group, and data workers stand in it."""
+    first = trainer(tmp_path, dataloader_num_workers=2)
+    before = psutil.Process().children()
+
+    def terminated(args, state, control, **kwargs):
+        if state.global_step == 1:
+            workers = [child for child in psutil.Process().children() if child not in before]
+            assert len(workers) == 2
+            everyone = " ".join(str(process.pid) for process in [*workers, psutil.Process()])
+            subprocess.run(["sh", "-c", f"kill {everyone}"], check=True)  # not by the trainer itself
+
+    first.callback_handler.callbacks[-1].on_step_begin = terminated
+    with pytest.raises(SystemExit) as exit:
+        first.train()
+    assert exit.value.code == 143
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = trainer(tmp_path, dataloader_num_workers=2)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
+    same_run(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/2"),
+    ],
+)
+def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path, monkeypatch, error):
+    run = trainer(tmp_path)
+    save = run._save_optimizer_and_scheduler
+
+    def full(folder):
+        if "checkpoint-6" in folder:
+            monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+            raise error
+        save(folder)
+
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(
+        UserError, match=r"is full: checkpoint-6 could not be written. .* go on from checkpoint-3 with"
+    ):
+        run.train()
+    assert not (tmp_path / UNFINISHED).exists()
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")
+    monkeypatch.undo()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
+    assert resumed.state.global_step == 12
+
+
+def test_another_error_while_saving_is_not_called_a_full_disk(trainer, tmp_path, monkeypatch):
+    run = trainer(tmp_path)
+
+    def broken(folder):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        run.train()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_a_number_stops_before_it_is_learned(trainer, tmp_path, what):
+    run = trainer(tmp_path)
+    parameter = next(p for p in run.model.parameters() if p.requires_grad)
+    compute_loss = run.compute_loss
+
+    def broken(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        if run.state.global_step == 7:
+            return (
+                loss * float("nan") if what == "loss" else loss + (parameter - parameter.detach()).abs().sum().sqrt()
+            )
+        return loss
+
+    run.compute_loss = broken
+    with pytest.raises(
+        UserError, match=r"not a number at step 8, so training was stopped; checkpoint-6 is the last good"
+    ):
+        run.train()
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
+    assert find_flaw(tmp_path / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize("batching", ["trie", "padded"])
+def test_out_of_memory_halves_what_goes_into_a_pass_and_does_the_step_again(trainer, tmp_path, caplog, batching):
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = {"max_steps": 6, "per_device_train_batch_size": 9, "logging_steps": 1, "max_grad_norm": 0.5}
+    whole = trainer(tmp_path / "whole", lora, batching, **options)
+    whole.train()
+    run = trainer(tmp_path / "run", lora, batching, **options)
+    passes, forward = [], run.model.forward
+
+    def small_memory(*args, **kwargs):
+        rows, length = kwargs["input_ids"].shape
+        if run.model.training:
+            passes.append(rows * length)
+            # In the second half of step 3, when the first has left its gradients; and again at half the size.
+            if len(passes) > 5 and rows > 1 and rows * length > max(passes) // 4:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    run.model.forward = small_memory
+    run.train()
+    said = [record.getMessage() for record in caplog.records if "Out of memory" in record.getMessage()]
+    assert len(said) == 2
+    assert all(line.startswith("Out of memory at step 3: at most") for line in said)
+    assert run.trained_tokens == whole.trained_tokens
+    for name in ("loss", "grad_norm", "num_tokens"):
+        logged = [[e[name] for e in one.state.log_history if name in e] for one in (whole, run)]
+        assert logged[1] == pytest.approx(logged[0], rel=1e-3), name
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(run.model.get_parameter(name), value, rtol=1e-3, atol=2e-4)
+
+
+def test_out_of_memory_with_a_single_row_says_what_to_do(trainer, tmp_path):
+    run = trainer(tmp_path, per_device_train_batch_size=2, save_steps=1, eval_steps=1)
+    forward = run.model.forward
+
+    def no_memory(*args, **kwargs):
+        if run.state.global_step == 2 and run.model.training:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(*args, **kwargs)
+
+    run.model.forward = no_memory
+    with pytest.raises(
+        UserError, match=r"out of memory at step 3, with 1 x \d+ tokens in a pass: go on with resume_from"
+    ):
+        run.train()
+    assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_worker_that_dies_is_said_and_the_run_goes_on(trainer, whole, tmp_path):
+    run = tmp_path / "run"
+    first = trainer(run, dataloader_num_workers=1)
+    collate = first.data_collator
+
+    class Dying:
+        def __call__(self, rows):
+            if (run / "checkpoint-3").exists() and os.getpid() != main:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return collate(rows)
+
+    main = os.getpid()
+    first.data_collator = Dying()
+    with pytest.raises(
+        UserError, match=r"a worker of the data loader died after step \d+, .* resume_from_checkpoint: auto"
+    ):
+        first.train()
+    resumed = trainer(run, dataloader_num_workers=1)
+    resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
+    same_run(whole, resumed)
+
+
+def test_a_finished_run_goes_on_where_more_is_asked_of_it(trainer, tmp_path):
+    trainer(tmp_path).train()
+    more = trainer(tmp_path, num_train_epochs=3)
+    more.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
+    assert (more.state.global_step, more.state.epoch) == (18, 3)
+
+
+def test_a_run_is_finished_by_the_recipe_that_made_it(tmp_path):
+    recipe = {"model_name_or_path": "base", "dataset_name": "snli", "num_train_epochs": 2}
+    assert not is_finished(tmp_path, recipe)
+    write_run(tmp_path, recipe=recipe, prompt=PROMPTS["plain"], record={})
+    assert is_finished(tmp_path, recipe | {"resume_from_checkpoint": "auto"})
+    assert not is_finished(tmp_path, recipe | {"num_train_epochs": 3})
+
+
+def test_a_checkpoint_lists_its_files(trainer, tmp_path):
+    trainer(tmp_path, max_steps=3).train()
+    manifest = json.loads((tmp_path / "checkpoint-3" / MANIFEST).read_text())
+    names = set(manifest["files"])
+    assert {
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    } <= names
+    state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-3"), "not the name it was written under"
+
+
+def test_a_step_that_loss_scaling_passes_over_is_no_fault(trainer, tmp_path):
+    """GradScaler begins with a scale that may be too large; its form for CPUs stands in for the one of a GPU."""
+    run = trainer(tmp_path, logging_steps=1, max_grad_norm=1.0)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10_000)
+    # accelerate unscales for fp16 alone, which it refuses on a CPU.
+    run.accelerator.unscale_gradients = lambda: run.accelerator.scaler.unscale_(run.optimizer.optimizer)
+    run.train()
+    logged = [entry for entry in run.state.log_history if "loss_scale" in entry]
+    assert len(logged) == 12
+    passed_over = [entry for entry in logged if "grad_norm" not in entry]
+    assert 0 < len(passed_over) < 12
+    assert logged[-1]["loss_scale"] < 2.0**127
+    json.dumps(run.state.log_history, allow_nan=False)
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert (tmp_path / "checkpoint-12" / "scaler.pt").is_file()
+
+
+def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(trainer, tmp_path):
+    run = trainer(tmp_path, max_steps=3, save_only_model=True, load_best_model_at_end=True)
+    run.train()
+    assert find_flaw(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
+    with pytest.raises(
+        UserError, match="no checkpoint to go on from: checkpoint-3: it was written with save_only_model"
+    ):
+        find_checkpoint("auto", tmp_path)

@@ -1,0 +1,320 @@
+import pytest
+import torch
+from peft import LoraConfig
+from tiny import CHATML, chatml_tokenizer, few_pairs, tiny_llama
+from torch.utils.data import BatchSampler
+from transformers import MambaConfig, MambaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from trl import ModelConfig, SFTConfig
+
+from nli_sft import UserError
+from nli_sft.configs import BatchConfig
+from nli_sft.configs.keys import METRICS, field_values, refuse_keys
+from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.evaluation.scoring import generate_labels
+from nli_sft.models.loading import apply_template, load_model, load_tokenizer
+from nli_sft.training.trainer import NLITrainer, PairSampler, SharedBatches, TokenRows, TrieCollator
+
+LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, batch_options=None, **options):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    options = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 8,
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **options,
+    }
+    return NLITrainer(
+        encoder=encoder,
+        batch_args=BatchConfig(batching=batching, max_row_tokens=128, **batch_options or {}),
+        model=model or tiny_llama(len(chatml)),
+        args=SFTConfig(**options),
+        train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
+        eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
+        peft_config=peft_config,
+    )
+
+
+def logged(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, {"gradient_checkpointing": False}],
+    ids=["plain", "accumulated", "no checkpointing"],
+)
+def test_tries_train_as_padded_batches_do(chatml, tmp_path, peft_config, options):
+    """Same losses, gradient norms and token counts at every step, and so the same weights at the end."""
+    both = {}
+    for batching in ("trie", "padded"):
+        both[batching] = trainer(chatml, tmp_path, batching=batching, peft_config=peft_config, **options)
+        both[batching].train()
+    for key in ("loss", "grad_norm", "mean_token_accuracy"):
+        assert logged(both["trie"], key) == pytest.approx(logged(both["padded"], key), rel=2e-3), key
+    # The last token of an answer is not fed to a trie.
+    fewer = [
+        padded - trie
+        for trie, padded in zip(*(logged(both[b], "num_tokens") for b in ("trie", "padded")), strict=True)
+    ]
+    assert fewer == [8, 16, 24]
+    for name, parameter in both["trie"].model.named_parameters():
+        torch.testing.assert_close(parameter, both["padded"].model.get_parameter(name), rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("batch_options", "options"),
+    [
+        ({"max_batch_tokens": 128}, {}),  # one row a pass
+        ({}, {"torch_compile": True, "torch_compile_backend": "eager"}),
+    ],
+    ids=["in parts", "compiled"],
+)
+def test_parts_and_compiled_layers_train_as_the_whole_batch_does(
+    chatml, tmp_path, peft_config, batch_options, options
+):
+    whole = trainer(chatml, tmp_path, peft_config=peft_config)
+    other = trainer(chatml, tmp_path, peft_config=peft_config, batch_options=batch_options, **options)
+    layers = [module for module in other.model.modules() if isinstance(module, LlamaDecoderLayer)]
+    assert all((layer._compiled_call_impl is not None) == ("torch_compile" in options) for layer in layers)
+    for run in (whole, other):
+        run.train()
+    for key in ("loss", "grad_norm", "num_tokens"):
+        assert logged(other, key) == pytest.approx(logged(whole, key), rel=1e-3), key
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(other.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
+
+
+def test_auto_is_for_a_plan_to_choose(chatml, tmp_path):
+    with pytest.raises(UserError, match=r"max_batch_tokens: auto needs a plan; .* estimate.plan_memory"):
+        trainer(chatml, tmp_path, batch_options={"max_batch_tokens": "auto"})
+
+
+def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
+    whole = TrieCollator(encoder.answers, 128, 10**6)(rows)
+    parts = TrieCollator(encoder.answers, 128, 256)(rows)
+    assert len(whole["parts"]) == 1
+    assert len(parts["parts"]) > 1
+    assert all(part["input_ids"].numel() <= 256 for part in parts["parts"])
+    assert torch.equal(parts["shift_labels"], whole["shift_labels"])
+    for name in ("input_ids", "position_ids", "exit"):
+        assert torch.equal(torch.cat([part[name] for part in parts["parts"]]), whole["parts"][0][name])
+    assert sum(part["tokens"] for part in parts["parts"]) == whole["parts"][0]["tokens"]
+
+
+def test_pairs_of_one_premise_stand_together(chatml):
+    premises = [f"premise {number % 10}" for number in range(30)]
+    sampler = PairSampler(premises, seed=1)
+    first, again = list(sampler), list(sampler)
+    assert sorted(first) == list(range(30))
+    assert first == again
+    assert [len({premises[index] for index in first[start : start + 3]}) for start in range(0, 30, 3)] == [1] * 10
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    assert list(PairSampler(premises, seed=2)) != first
+    scattered = list(PairSampler(range(30), seed=1))
+    assert sorted(scattered) == list(range(30))
+    assert scattered != list(range(30))
+
+
+@pytest.mark.gpu
+def test_flex_attention_trains_as_sdpa_does(chatml, tmp_path):
+    losses = {}
+    for implementation in ("sdpa", "flex_attention"):
+        model = tiny_llama(len(chatml))
+        model.set_attn_implementation(implementation)
+        run = trainer(chatml, tmp_path, model=model, use_cpu=False)
+        run.train()
+        losses[implementation] = logged(run, "loss")
+    assert losses["flex_attention"] == pytest.approx(losses["sdpa"], rel=1e-2)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_only_the_adapter_moves(chatml, tmp_path, dora):
+    config = LoraConfig(r=4, target_modules="all-linear", use_dora=dora, use_rslora=dora, task_type="CAUSAL_LM")
+    run = trainer(chatml, tmp_path, peft_config=config)
+    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+    run.train()
+    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+
+
+def test_full_fine_tuning_moves_everything(chatml, tmp_path):
+    run = trainer(chatml, tmp_path)
+    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+    run.train()
+    assert not [name for name, parameter in run.model.named_parameters() if torch.equal(parameter, before[name])]
+
+
+@pytest.mark.parametrize("batching", ["trie", "padded"])
+def test_evaluation_is_label_accuracy_and_the_loss_of_training(chatml, tmp_path, batching):
+    run = trainer(chatml, tmp_path, batching=batching)
+    metrics = run.evaluate()
+    reported = {key for key in metrics if key != "epoch" and not key.endswith(("runtime", "per_second"))}
+    assert reported == {f"eval_{key}" for key in METRICS}
+    rows = TokenRows(run.eval_dataset, run.encoder.answers)
+    prompts, gold = [rows.prompt(index).tolist() for index in range(len(rows))], rows.gold.tolist()
+    said = generate_labels(run.model, chatml, prompts, run.encoder.answers)
+    assert metrics["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, said, gold)) / len(gold))
+    rows = [prompt + run.encoder.answers[label] for prompt, label in zip(prompts, gold, strict=True)]
+    losses = []
+    for row, prompt in zip(rows, prompts, strict=True):
+        with torch.no_grad():
+            log_probs = run.model(torch.tensor([row])).logits[0].log_softmax(-1)
+        losses += [-log_probs[step, row[step + 1]].item() for step in range(len(prompt) - 1, len(row) - 1)]
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_the_best_checkpoint_is_chosen_by_label_accuracy(chatml, tmp_path):
+    run = trainer(
+        chatml,
+        tmp_path,
+        max_steps=6,
+        eval_on_start=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_accuracy",
+    )
+    run.train()
+    history = {entry["step"]: entry["eval_accuracy"] for entry in run.state.log_history if "eval_accuracy" in entry}
+    assert list(history) == [0, 2, 4, 6], "the base at step 0, then every evaluation"
+    best = max((2, 4, 6), key=lambda step: history[step])
+    assert run.state.best_global_step == best
+    assert run.evaluate()["eval_accuracy"] == pytest.approx(history[best])
+
+
+def test_models_that_cannot_use_tries_get_padded_batches_and_a_line(chatml, tmp_path, caplog):
+    config = MambaConfig(vocab_size=len(chatml), hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
+    run = trainer(chatml, tmp_path, model=MambaForCausalLM(config), max_steps=1, gradient_checkpointing=False)
+    assert "Padded batches instead of tries: mamba has linear_attention layers" in caplog.text
+    run.train()
+    assert 0 <= run.evaluate()["eval_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_adapter_on_a_quantised_base_is_bf16_only_where_that_is_the_precision(chatml, tmp_path, bf16, dtype):
+    """TRL casts it to bf16 always, and then fp16 cannot train: loss scaling does not unscale gradients in 16 bits."""
+    tiny_llama(len(chatml)).save_pretrained(tmp_path / "base")
+    args = ModelConfig(str(tmp_path / "base"), dtype="bfloat16" if bf16 else "float32", load_in_4bit=True)
+    run = trainer(chatml, tmp_path, model=load_model(args), peft_config=LORA, bf16=bf16)
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {dtype}
+    run.train()
+    assert all(loss > 0 for loss in logged(run, "loss"))
+
+
+def test_trls_card_is_not_written(chatml, tmp_path):
+    run = trainer(chatml, tmp_path, save_strategy="steps", save_steps=3, peft_config=None)
+    run.train()
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").is_file()
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("pairs", [1, 20, 21, 25, 39])
+def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
+    sampler = PairSampler(range(pairs), seed=1)
+    batches = list(BatchSampler(sampler, 12, drop_last=False))
+    shares = [SharedBatches(sampler, 12, index, processes, drop_last=False) for index in range(processes)]
+    assert {len(share) for share in shares} == {len(batches)}
+    for batch, *own in zip(batches, *shares, strict=True):
+        assert all(own), "every process takes part in every step"
+        dealt = [pair for share in own for pair in share]
+        assert sorted(set(dealt)) == sorted(batch)
+        assert len(dealt) == max(len(batch), processes), "a pair is repeated only where there are fewer than processes"
+    shares[0].set_epoch(1)
+    assert pairs < 20 or list(BatchSampler(sampler, 12, drop_last=False)) != batches
+
+
+def test_keys_are_refused_however_the_config_was_made(chatml, tmp_path):
+    with pytest.raises(UserError, match="remove packing: "):
+        trainer(chatml, tmp_path, packing=True)
+    with pytest.raises(UserError, match="remove accelerator_config: "):
+        trainer(chatml, tmp_path, accelerator_config={"split_batches": True})
+    with pytest.raises(UserError, match="max_grad_norm is -1.0; it must be 0 or more"):
+        trainer(chatml, tmp_path, max_grad_norm=-1.0)
+    args = trainer(chatml, tmp_path).args
+    # The control of a run is trained with the same arguments.
+    refuse_keys(*field_values((args, BatchConfig())))
+
+
+def test_dynamic_fine_tuning_is_that_of_padded_batches(chatml, tmp_path):
+    both = [trainer(chatml, tmp_path, batching=batching, loss_type="dft") for batching in ("trie", "padded")]
+    plain = trainer(chatml, tmp_path)
+    for run in (*both, plain):
+        run.train()
+    assert logged(both[0], "loss") == pytest.approx(logged(both[1], "loss"), rel=2e-3)
+    assert logged(both[0], "loss") != pytest.approx(logged(plain, "loss"), rel=2e-3)
+
+
+def test_a_head_that_is_saved_whole_is_trained(chatml, tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    for batching in ("trie", "padded"):
+        run = trainer(chatml, tmp_path, batching=batching, peft_config=config)
+        before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+        run.train()
+        moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+        assert any("lm_head" in name for name in moved), batching
+
+
+def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
+    with pytest.raises(UserError, match="label_smoothing_factor: .* set batching: padded, or remove"):
+        trainer(chatml, tmp_path, label_smoothing_factor=0.1)
+    with pytest.warns(FutureWarning, match="label_smoothing_factor"):
+        smoothed = trainer(chatml, tmp_path, batching="padded", label_smoothing_factor=0.3, max_steps=20)
+    plain = trainer(chatml, tmp_path, batching="padded", max_steps=20)
+    for one in (smoothed, plain):
+        one.train()
+    assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "all tokens keep a part"
+
+
+@pytest.mark.parametrize(("step", "mend"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
+def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, mend):
+    run = trainer(chatml, tmp_path)
+    run.state.global_step = step
+    run.model.lm_head.weight.data[:] = torch.nan
+    message = f"evaluation after step {step}: the scores of 12 of 12 pairs are NaN or infinite, .* lm_head.*: {mend}"
+    with pytest.raises(UserError, match=message):
+        run.evaluate()
+
+
+@pytest.mark.parametrize("source", ["file", "model"])
+def test_the_template_that_was_encoded_is_the_one_that_is_saved(tmp_path, source):
+    """TRL would apply `chat_template_path` once more, without the fixed date, and resize the model for it."""
+    template = "Today: {{ strftime_now('%Y') }}\n" + CHATML
+    other = chatml_tokenizer()
+    other.chat_template, other.eos_token = template, "<|endoftext|>"
+    other.save_pretrained(tmp_path / "model")
+    path = tmp_path / ("model" if source == "model" else "model/chat_template.jinja")
+    args = SFTConfig(
+        output_dir=str(tmp_path / "run"), chat_template_path=str(path), bf16=False, use_cpu=True, report_to="none"
+    )
+    tokenizer = chatml_tokenizer()
+    apply_template(tokenizer, args)
+    encoder = PromptEncoder(PROMPTS["plain"], tokenizer)
+    model = tiny_llama(len(tokenizer))
+    rows = encoder.encode_rows(few_pairs(), max_length=None)
+    trainer = NLITrainer(model=model, args=args, encoder=encoder, batch_args=BatchConfig(), train_dataset=rows)
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = load_tokenizer(str(tmp_path / "saved"))
+    assert PromptEncoder(PROMPTS["plain"], saved).rendered == encoder.rendered
+    assert saved.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False).startswith("Today: 2024")
+    assert saved.eos_token == ("<|endoftext|>" if source == "model" else "<|im_end|>")
+    assert trainer.model.config.eos_token_id == saved.eos_token_id
+    assert trainer.model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert args.chat_template_path == str(path), "the control is trained with it too"
