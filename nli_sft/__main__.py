@@ -58,7 +58,7 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
     _check_output(args)
     # Heavy imports only now, so that --help is quick.
     from .classifier import NLIClassifier, find_run
-    from .evaluation.evaluate import load_encoder
+    from .models.loading import load_encoder
 
     with _file(args.file) as file:
         for _ in _pairs(file, args):  # once before anything is loaded: the last row may be the bad one

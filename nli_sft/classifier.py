@@ -22,11 +22,10 @@ from . import UserError
 from .configs import BatchConfig, from_recipe
 from .data.prompts import PromptEncoder
 from .data.sources import check_text
-from .evaluation.evaluate import load_encoder
 from .evaluation.scoring import Scorer, deciding
 from .hub import push as hub
 from .labels import LABELS
-from .models.loading import is_adapter, load_model, load_tuned
+from .models.loading import is_adapter, load_encoder, load_model, load_tuned
 from .models.precision import DTYPES, Precision, choose_precision
 from .runs import read_run
 

@@ -15,8 +15,11 @@ recorded. All graphs share one memory pool, since they never run at the same tim
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -29,6 +32,10 @@ Shape = tuple[int, int, int]
 
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+_END = object()  # of what `prefetch` makes
 
 PASS_TENSORS = ("input_ids", "position_ids", "exit", "predict", "shift_labels")
 
@@ -382,3 +389,44 @@ def label_loss(
             [entropy.masked_fill(~known, 0.0).sum().double(), right.sum().double(), known.sum().double()]
         )
     return -weighted.sum() / labelled, figures
+
+
+def prefetch(items: Iterable[Item], ahead: int = 4) -> Iterator[Item]:
+    """Iterate over `items`, up to `ahead` of which a thread has made before they are asked for.
+
+    An error in the thread is raised where its item would have come. A consumer that stops early ends the thread.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def put(item: object) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                put((item, None))
+                if stopped.is_set():
+                    return
+            put((_END, None))
+        except BaseException as error:
+            put((_END, error))
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is _END:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -353,3 +353,37 @@ def _git(*arguments: str, folder: Path) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+
+
+def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, object]:
+    """A run's config as W&B and comparisons show it: flat, the keys stable and without periods.
+
+    Args:
+        recipe, prompt, record: as in a run folder; of the record only what is known when training starts is needed.
+    """
+    data, parameters = record["data"], record["parameters"]
+    sources = data.get("sources", {})
+    git = record.get("git") or {}
+    devices = [process["device"] for process in record.get("resources", {}).get("processes", [])]
+    quantisation = {"load_in_4bit": "4 bit", "load_in_8bit": "8 bit"}
+    config = {
+        "model": record["model"],
+        "model_revision": recipe.get("model_revision"),
+        "quantisation": next((name for key, name in quantisation.items() if recipe.get(key)), "none"),
+        "prompt": prompt.name,
+        "prompt_fingerprint": record["prompt_fingerprint"],
+        "label_words": list(prompt.label_words),
+        "seed": 42,  # the Trainer's default, where the recipe says nothing else
+        **recipe,
+        **{f"parameters_{name}": number for name, number in parameters.items()},
+        **{f"dropped_{reason}": number for reason, number in data.get("dropped", {}).items()},
+        **{f"pairs_of_{source}": drawn["pairs"] for source, drawn in sources.items() if len(sources) > 1},
+        "gpu": devices[0]["name"] if devices and devices[0] else record.get("gpu"),
+        "world_size": record.get("world_size"),
+        "git_commit": git.get("commit"),
+        "git_dirty": git.get("dirty"),
+        **{f"version_{package}": version for package, version in record["versions"].items()},
+    }
+    for split in ("train", "validation"):
+        config |= {f"{split}_{key}": value for key, value in data[split].items()}
+    return {re.sub(r"\W", "_", key): value for key, value in config.items()}

@@ -36,7 +36,8 @@ from nli_sft.data.sources import load_pairs, subsample
 from nli_sft.evaluation.scoring import deciding, generate_labels, score_prompts
 from nli_sft.models.loading import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.report.figures import speeds
-from nli_sft.training.trainer import NLITrainer, PairSampler, TokenRows, TrieCollator
+from nli_sft.training.batches import PairSampler, TokenRows, TrieCollator
+from nli_sft.training.trainer import NLITrainer
 
 # The first three are TRL's. Compiling takes a minute before it pays.
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]

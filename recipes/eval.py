@@ -17,16 +17,16 @@ from trl import ModelConfig
 
 from nli_sft import UserError
 from nli_sft.configs import BatchConfig, EvalConfig, TrackingConfig, TrainDataConfig, from_recipe, run_script
-from nli_sft.data.sources import fingerprint, load_calibration_pairs, load_evaluation_sets, text_keys
+from nli_sft.data.sources import fingerprint, text_keys
 from nli_sft.evaluation.evaluate import judge_run, write_evaluation
+from nli_sft.evaluation.sets import load_calibration_pairs, load_evaluation_sets
 from nli_sft.evaluation.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.models.precision import choose_precision, default_device
 from nli_sft.report import write_report
-from nli_sft.report.compare import run_config
 from nli_sft.report.content import Report
 from nli_sft.report.outcome import outcome_sheet
 from nli_sft.report.suite import suite_sheets
-from nli_sft.runs import evaluation_folder, fingerprints, read_run, trained_on, versions
+from nli_sft.runs import evaluation_folder, fingerprints, read_run, run_config, trained_on, versions
 from nli_sft.tracking import open_run
 from nli_sft.training.resources import ResourceRecorder
 

@@ -46,12 +46,12 @@ from nli_sft.models.loading import (
     load_tokenizer,
 )
 from nli_sft.models.precision import choose_precision
-from nli_sft.report.compare import run_config
 from nli_sft.runs import (
     HYPOTHESIS_ONLY,
     git_state,
     launch_command,
     rendered_prompt,
+    run_config,
     versions,
     write_run,
     write_trained_pairs,

@@ -5,15 +5,16 @@ import time
 import pytest
 import torch
 from peft import LoraConfig
-from test_trainer import LORA, logged, trainer
 from tiny import few_pairs, tiny_llama
+from tiny_trainer import LORA, logged, trainer
 from trl import SFTConfig
 
 from nli_sft import UserError, graph
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.evaluation.scoring import score_prompts, scoring_graphs
-from nli_sft.prefetch import prefetch
-from nli_sft.training.trainer import NLITrainer, TokenRows, TrieCollator
+from nli_sft.graph import prefetch
+from nli_sft.training.batches import TokenRows, TrieCollator
+from nli_sft.training.trainer import NLITrainer
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from past_runs import write_past_run
 
 from nli_sft import UserError, runs
 from nli_sft.data.prompts import PROMPTS, load_prompt
-from nli_sft.hub.push import read_evaluations
+from nli_sft.hub.card import read_evaluations
 from nli_sft.report.compare import RunRecord
 from nli_sft.report.content import Report
 from nli_sft.runs import (

@@ -18,8 +18,7 @@ from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.data.sources import fingerprint
 from nli_sft.models.loading import count_parameters
-from nli_sft.report.compare import run_config
-from nli_sft.runs import git_state, versions, write_run
+from nli_sft.runs import git_state, run_config, versions, write_run
 from nli_sft.tracking import open_run
 from nli_sft.training.trainer import NLITrainer
 

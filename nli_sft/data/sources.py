@@ -15,7 +15,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -40,7 +39,7 @@ from datasets import (
 from huggingface_hub import hf_hub_download, metadata_load
 
 from .. import UserError
-from ..configs import DataConfig, EvalConfig, TrainDataConfig
+from ..configs import DataConfig, TrainDataConfig
 from ..labels import LABELS, TWO_WAY_LABELS, UNLABELLED, check_spellings, is_id, is_name, is_two_way_name, parse_label
 from .demo import DEMO, PAIRS, is_demo
 from .files import FORMATS, is_data_file, label_names, read_columns, read_rows
@@ -90,11 +89,6 @@ BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 URL = re.compile(r"(https?|zip)://")
 HUB_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?]+)")
 
-# The keys of a recipe that say how the rows of its source are read.
-READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_column", "label_spellings")
-
-# With fewer pairs a temperature says more of them than of the model.
-FEWEST_TO_CALIBRATE = 100
 
 # Of the sets that annotators gave no label in places, SNLI and MNLI lack 2 % at most. More for each labelled pair than
 # this is worth a warning.
@@ -273,7 +267,7 @@ def load_train_and_validation(
     """
     dropped = Counter() if dropped is None else dropped
     left_out: dict[str, Counter] = defaultdict(Counter)
-    options = _options(args)
+    options = reading_options(args)
     train = load_pairs(args.dataset_name, args.train_split or "train", dropped=left_out[args.dataset_name], **options)
     if args.validation_split or has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
         validation = load_pairs(args.dataset_name, args.validation_split or "validation", dropped=dropped, **options)
@@ -343,39 +337,9 @@ def describe_source(drawn: Mapping[str, object]) -> str:
     return f"{drawn['pairs']:,} pairs ({labels})" + (f"; left out: {dropped}" if dropped else "")
 
 
-def load_calibration_pairs(
-    args: EvalConfig, *, trained_on: TrainDataConfig, seed: int, sets: Iterable["EvaluationSet"]
-) -> Dataset | None:
-    """Validation pairs of a run's own source to fit a temperature on; `None`, with the reason logged, if it has none.
-
-    Premises that one of `sets` holds are left out: ChaosNLI, for one, was made from SNLI's validation split.
-
-    Args:
-        seed: of the sample of them.
-    """
-    if not args.calibration_pairs:
-        return None
-    try:
-        validation = _load_validation(trained_on)
-    except SourceMissing as error:
-        logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
-        return None
-    judged = set().union(*(one.pairs["premise"][:] for one in sets))
-    premises = validation["premise"][:]
-    pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
-    if len(pairs) < FEWEST_TO_CALIBRATE:
-        logger.warning(
-            "no temperature is fitted: %d validation pairs of the run have premises that are not judged; it takes %d",
-            len(pairs),
-            FEWEST_TO_CALIBRATE,
-        )
-        return None
-    return subsample(pairs, args.calibration_pairs, seed)
-
-
-def _load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:
+def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:
     """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
-    options = _options(args) | {"dropped": dropped}
+    options = reading_options(args) | {"dropped": dropped}
     try:
         return load_pairs(args.dataset_name, args.validation_split or "validation", **options)
     except SourceMissing:
@@ -383,7 +347,7 @@ def _load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> D
         return hold_out(train, args.validation_fraction, VALIDATION_SEED)[1]
 
 
-def _options(args: DataConfig) -> dict[str, object]:
+def reading_options(args: DataConfig) -> dict[str, object]:
     """What `load_pairs` wants to know of a source beside its name and split."""
     return {
         "config": args.dataset_config,
@@ -391,90 +355,6 @@ def _options(args: DataConfig) -> dict[str, object]:
         "columns": args.columns(),
         "label_spellings": args.label_spellings,
     }
-
-
-@dataclass(frozen=True)
-class EvaluationSet:
-    """The pairs of one split that a run is judged on."""
-
-    source: str
-    split: str
-    pairs: Dataset
-    unlabelled: int  # pairs left out because annotators did not agree on a label
-    name: str | None = None  # in a suite
-    unlinked: int = 0  # edits left out because the pair that they were made of is not there
-
-    def __str__(self) -> str:
-        return self.name or f"{Path(self.source).name} {self.split}"
-
-
-def load_evaluation_sets(args: EvalConfig, *, trained_on: TrainDataConfig) -> list[EvaluationSet]:
-    """What to judge a run on: by default the test split of its own source, then the further `sources`.
-
-    Where its own source has no labelled test split, as a single file has not, it is judged on its validation pairs.
-    Columns and label spellings of other sources are those of the run, where they fit and `args` names no others.
-
-    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `demo:test`. The colon
-    of a URL is none of these: a slash comes after it.
-    """
-    if args.dataset_name is None:
-        sets = [_load_own_set(trained_on, args.split)]
-    else:
-        sets = [_load_other_set(args, args.split, trained_on)]
-    for source in args.sources or ():
-        name, split = re.fullmatch(r"(.+?)(?::([^:/]+))?", source).groups()
-        sets.append(_load_other_set(DataConfig(dataset_name=name), split, trained_on))
-    if args.max_samples is None:
-        return sets
-    return [replace(one, pairs=subsample(one.pairs, args.max_samples, args.seed)) for one in sets]
-
-
-def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
-    """A split of the source that a run was trained on; train and validation are those of the run."""
-    dropped: Counter = Counter()
-    try:
-        if split in SPLIT_NAMES["validation"]:
-            pairs = _load_validation(data, dropped)
-        else:
-            name = data.train_split if split == "train" and data.train_split else split or "test"
-            pairs = load_pairs(data.dataset_name, name, dropped=dropped, **_options(data))
-    except SourceMissing:
-        if split is not None:
-            raise
-        own = _load_own_set(data, "validation")
-        logger.warning(
-            "%s has no labelled test split, so the run is judged on its %s validation pairs, by which its checkpoint "
-            "may have been chosen; dataset_name or split names other pairs",
-            data.dataset_name,
-            f"{len(own.pairs):,}",
-        )
-        return own
-    return EvaluationSet(data.dataset_name, split or "test", pairs, dropped["unlabelled"])
-
-
-def _load_other_set(data: DataConfig, split: str | None, trained_on: DataConfig) -> EvaluationSet:
-    """A split of another source, or all of a file, with the columns and spellings of the run where they fit."""
-    split = split or (None if _is_whole(fetch(data.dataset_name)) else "test")
-    keys = [key for key in READING_KEYS if getattr(data, key) is None and getattr(trained_on, key) is not None]
-
-    def load(data: DataConfig) -> EvaluationSet:
-        dropped: Counter = Counter()
-        pairs = load_pairs(data.dataset_name, split, dropped=dropped, **_options(data))
-        return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
-
-    if not keys:
-        return load(data)
-    try:
-        found = load(replace(data, **{key: getattr(trained_on, key) for key in keys}))
-    except SourceMissing:
-        raise
-    except UserError as error:
-        try:
-            return load(data)
-        except UserError:
-            raise error from None
-    logger.warning("%s is read as the run's own source: by its %s", data.dataset_name, ", ".join(keys))
-    return found
 
 
 def mix(
@@ -618,7 +498,7 @@ def _names_of(split: str | None) -> tuple[str | None, ...]:
     return next((names for names in SPLIT_NAMES.values() if split in names), (split,))
 
 
-def _is_whole(path: Path) -> bool:
+def is_whole(path: Path) -> bool:
     """Whether a path is one table, without splits: a file, or the folder of a `Dataset` that was saved to disk."""
     return path.is_file() or (path / "state.json").is_file()
 
@@ -698,7 +578,7 @@ def _open_table(
             f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({FORMATS}), also by its URL"
         )
     there = _table_splits(source, path, config, revision)
-    if _is_whole(path) and split in (None, "train"):
+    if is_whole(path) and split in (None, "train"):
         return load_from_disk(str(path))
     chosen = next((name for name in _names_of(split) if name in there), None)
     if chosen is None:

@@ -19,15 +19,16 @@ from trl import ModelConfig
 from .. import UserError
 from ..configs import BatchConfig
 from ..data.prompts import PromptEncoder
-from ..data.sources import EvaluationSet, subsample
+from ..data.sources import subsample
 from ..labels import LABELS, to_two_way
 from ..models.bases import InputLimits
-from ..models.loading import check_files, load_model, load_tokenizer, load_tuned
-from ..runs import HYPOTHESIS_ONLY, read_run, write_json
+from ..models.loading import load_encoder, load_model, load_tuned
+from ..runs import HYPOTHESIS_ONLY, write_json
 from . import metrics
 from .calibration import apply_temperature, fit_temperature, reached_bound
 from .robustness import label_orders, prompt_choices, sensitivity, set_figures
 from .scoring import LabelScores, Scorer, gather_scores, generate_freely, named_label
+from .sets import EvaluationSet
 
 logger = logging.getLogger(__name__)
 
@@ -301,20 +302,6 @@ def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_
     figures = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)
     kept = ("nll", "brier", "ece", "mean_confidence", "reliability")
     return {"temperature": temperature, "fitted_on_pairs": fitted_on} | {key: figures[key] for key in kept}
-
-
-def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:
-    """The encoder with which a run was trained.
-
-    Raises:
-        UserError: if prompt or answers come out otherwise than they were trained.
-    """
-    recipe, prompt, record = read_run(run)
-    check_files(run)
-    tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
-    encoder = PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
-    encoder.check_rendered(record.get("rendered"), run)
-    return encoder
 
 
 def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .. import UserError, graph, trie
 from ..configs import BatchConfig
 from ..data.prompts import PromptEncoder
+from ..graph import prefetch
 from ..models.bases import InputLimits
-from ..prefetch import prefetch
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,11 @@ from .. import UserError
 from ..configs import DataConfig, EvalConfig, read_yaml
 from ..data.demo import is_demo
 from ..data.files import SUFFIXES
-from ..data.sources import URL, EvaluationSet, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
+from ..data.sources import URL, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
 from ..labels import LABELS
 from ..runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
 from .evaluate import Checks
+from .sets import EvaluationSet
 
 # How long the Hub may take to answer.
 HUB_SECONDS = 5

@@ -11,10 +11,9 @@ from trl import ModelConfig
 
 from .. import UserError
 from ..classifier import Judgement
-from ..evaluation.evaluate import load_encoder
 from ..labels import LABELS
 from ..models.bases import check_base, quantization_of
-from ..models.loading import load_tuned
+from ..models.loading import load_encoder, load_tuned
 from ..runs import read_run, write_run
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .. import UserError
-from ..data.prompts import control_tokens
-from ..runs import REPAIR, weight_files
+from ..data.prompts import PromptEncoder, control_tokens
+from ..runs import REPAIR, read_run, weight_files
 from .bases import (
     DEQUANTIZED_ON_LOADING,
     check_base,
@@ -267,6 +267,20 @@ def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(last)}"
         raise UserError(f"{key}: no part of the model is called {wanted!r}; {hint}")
     return found
+
+
+def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:
+    """The encoder with which a run was trained.
+
+    Raises:
+        UserError: if prompt or answers come out otherwise than they were trained.
+    """
+    recipe, prompt, record = read_run(run)
+    check_files(run)
+    tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
+    encoder = PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
+    encoder.check_rendered(record.get("rendered"), run)
+    return encoder
 
 
 def load_tuned(

@@ -21,11 +21,10 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, t, ttest_ind
 
 from .. import UserError
-from ..data.prompts import Prompt
 from ..evaluation.comparison import FEWEST_PREMISES, Comparison, compare, points
 from ..evaluation.slices import LEVEL, holm
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
-from ..runs import evaluation_folders, read_metrics, read_predictions, read_run
+from ..runs import evaluation_folders, read_metrics, read_predictions, read_run, run_config
 
 logger = logging.getLogger(__name__)
 
@@ -162,40 +161,6 @@ class RunRecord:
         model = Path(str(self.config["model"])).name
         quantisation = self.config["quantisation"]
         return f"base {model}" if quantisation == "none" else f"base {model} in {quantisation}"
-
-
-def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, object]:
-    """A run's config as W&B and comparisons show it: flat, the keys stable and without periods.
-
-    Args:
-        recipe, prompt, record: as in a run folder; of the record only what is known when training starts is needed.
-    """
-    data, parameters = record["data"], record["parameters"]
-    sources = data.get("sources", {})
-    git = record.get("git") or {}
-    devices = [process["device"] for process in record.get("resources", {}).get("processes", [])]
-    quantisation = {"load_in_4bit": "4 bit", "load_in_8bit": "8 bit"}
-    config = {
-        "model": record["model"],
-        "model_revision": recipe.get("model_revision"),
-        "quantisation": next((name for key, name in quantisation.items() if recipe.get(key)), "none"),
-        "prompt": prompt.name,
-        "prompt_fingerprint": record["prompt_fingerprint"],
-        "label_words": list(prompt.label_words),
-        "seed": 42,  # the Trainer's default, where the recipe says nothing else
-        **recipe,
-        **{f"parameters_{name}": number for name, number in parameters.items()},
-        **{f"dropped_{reason}": number for reason, number in data.get("dropped", {}).items()},
-        **{f"pairs_of_{source}": drawn["pairs"] for source, drawn in sources.items() if len(sources) > 1},
-        "gpu": devices[0]["name"] if devices and devices[0] else record.get("gpu"),
-        "world_size": record.get("world_size"),
-        "git_commit": git.get("commit"),
-        "git_dirty": git.get("dirty"),
-        **{f"version_{package}": version for package, version in record["versions"].items()},
-    }
-    for split in ("train", "validation"):
-        config |= {f"{split}_{key}": value for key, value in data[split].items()}
-    return {re.sub(r"\W", "_", key): value for key, value in config.items()}
 
 
 def run_cost(record: Mapping) -> dict[str, float]:

@@ -46,6 +46,7 @@ from ..configs import AUTO
 from ..data.prompts import Prompt
 from ..interrupts import command, end_launcher
 from ..runs import read_run, write_json, write_run
+from . import private_api  # noqa: F401 (it checks what this module depends on)
 
 logger = logging.getLogger(__name__)
 

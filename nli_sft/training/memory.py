@@ -44,8 +44,8 @@ from ..models.bases import load_config
 from ..models.loading import adapter_config
 from ..models.precision import Precision
 from ..trie import row_tokens, unsupported_reason
+from .batches import PairSampler, SharedBatches, TokenRows, TrieCollator
 from .launchers import launched_with
-from .trainer import PairSampler, SharedBatches, TokenRows, TrieCollator
 
 GIB = 2**30
 

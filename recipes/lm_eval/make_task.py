@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nli_sft.configs import DataConfig, EvalConfig, from_recipe, run_script
-from nli_sft.data.sources import load_evaluation_sets
-from nli_sft.evaluation.evaluate import load_encoder
+from nli_sft.evaluation.sets import load_evaluation_sets
 from nli_sft.hub.lm_eval_task import model_args, write_task
-from nli_sft.models.loading import locate_model
+from nli_sft.models.loading import load_encoder, locate_model
 from nli_sft.runs import read_run
 
 

@@ -21,16 +21,14 @@ from nli_sft.configs import EvalConfig, TrainDataConfig
 from nli_sft.data import files, sources
 from nli_sft.data.sources import (
     VALIDATION_SEED,
-    EvaluationSet,
     fingerprint,
     has_split,
     hold_out,
-    load_calibration_pairs,
-    load_evaluation_sets,
     load_pairs,
     load_train_and_validation,
     subsample,
 )
+from nli_sft.evaluation.sets import EvaluationSet, load_calibration_pairs, load_evaluation_sets
 from nli_sft.labels import LABELS
 
 ROWS = [
@@ -502,7 +500,7 @@ def test_a_folder_of_folders_says_which_have_files(tmp_path):
 def test_splits_of_other_names_on_the_hub(tmp_path):
     script = (
         "from nli_sft.configs import TrainDataConfig as C\n"
-        "from nli_sft.sources import load_train_and_validation as load\n"
+        "from nli_sft.data.sources import load_train_and_validation as load\n"
         "try: load(C(dataset_name='me/rounds'), seed=0)\nexcept ValueError as error: print(error)\n"
         "pairs = load(C(dataset_name='me/rounds', train_split='train_r1', validation_split='dev_r1'), seed=0)\n"
         "print(list(pairs['train']['label']), list(pairs['validation']['label']))"

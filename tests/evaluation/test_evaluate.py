@@ -13,7 +13,7 @@ from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
-from nli_sft.data.sources import EvaluationSet, pairs_dataset
+from nli_sft.data.sources import pairs_dataset
 from nli_sft.evaluation import evaluate as evaluation
 from nli_sft.evaluation.evaluate import (
     Asked,
@@ -21,14 +21,15 @@ from nli_sft.evaluation.evaluate import (
     exchange_premises,
     judge_all,
     judge_run,
-    load_encoder,
     predict,
     write_evaluation,
 )
 from nli_sft.evaluation.scoring import LabelScores
+from nli_sft.evaluation.sets import EvaluationSet
 from nli_sft.hub.export import write_merged
 from nli_sft.hub.push import PushConfig, push
 from nli_sft.labels import LABELS
+from nli_sft.models.loading import load_encoder
 from nli_sft.runs import write_run
 
 

@@ -198,7 +198,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 from nli_sft.configs import EvalConfig
-from nli_sft.suites import load_suite, load_suite_sets
+from nli_sft.evaluation.suites import load_suite, load_suite_sets
 sets, missing = load_suite_sets(load_suite(sys.argv[1], Path()), EvalConfig(run="run", suite="stress"))
 told = {one.name: {"split": one.split, "unlabelled": one.unlabelled, "rows": one.pairs.to_list(),
     "labels": one.pairs.features["label"].names} for one in sets}

@@ -17,7 +17,8 @@ from trl import SFTConfig
 from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.data.prompts import PROMPTS, load_prompt
-from nli_sft.hub.push import PushConfig, model_card, push, put_token_away
+from nli_sft.hub.card import model_card
+from nli_sft.hub.push import PushConfig, push, put_token_away
 from nli_sft.labels import LABELS
 
 BASE_CARD = b"---\nlicense: mit\n---\n# A base\n"

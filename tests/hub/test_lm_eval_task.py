@@ -12,9 +12,9 @@ from trl import ModelConfig
 from nli_sft.configs import BatchConfig, from_recipe
 from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
 from nli_sft.data.sources import load_pairs, pairs_dataset, subsample
-from nli_sft.evaluation.evaluate import Asked, load_encoder, predict
+from nli_sft.evaluation.evaluate import Asked, predict
 from nli_sft.hub.lm_eval_task import model_args, write_task
-from nli_sft.models.loading import load_tuned
+from nli_sft.models.loading import load_encoder, load_tuned
 from nli_sft.runs import read_run
 
 needs_harness = pytest.mark.skipif(

@@ -16,13 +16,13 @@ from trl import ModelConfig, SFTConfig
 
 from nli_sft import UserError
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
-from nli_sft.evaluation.evaluate import load_encoder
 from nli_sft.models.bases import check_base
 from nli_sft.models.loading import (
     adapter_config,
     apply_template,
     check_adapter,
     count_parameters,
+    load_encoder,
     load_model,
     load_tokenizer,
     load_tuned,

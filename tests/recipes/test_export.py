@@ -13,10 +13,9 @@ from trl import ModelConfig
 
 from nli_sft.classifier import Judgement, NLIClassifier
 from nli_sft.configs import from_recipe
-from nli_sft.evaluation.evaluate import load_encoder
 from nli_sft.hub.export import Parity
 from nli_sft.labels import LABELS
-from nli_sft.models.loading import load_tuned
+from nli_sft.models.loading import load_encoder, load_tuned
 from nli_sft.runs import read_run
 
 

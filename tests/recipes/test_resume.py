@@ -145,7 +145,7 @@ def test_a_process_of_two_dies(recipe, workspace):
     log = " ".join((workspace / "two-killed.log").read_text().split())
     said = re.search(r"error: another process of this training has ended, after step \d+ .*? on any number", log)
     assert re.search(r"go on from checkpoint-\d+ with resume_from_checkpoint: auto", said[0]), log
-    assert 'nli_sft/checkpoints.py", line' not in log, "a traceback of ours"
+    assert 'nli_sft/training/checkpoints.py", line' not in log, "a traceback of ours"
 
     on_one = shutil.copytree(output, workspace / "outputs" / "two-then-one")
     arguments = ["--config", recipe, *AUTO, "--output_dir"]

@@ -25,13 +25,12 @@ from nli_sft.report.compare import (
     load_runs,
     paired_tests,
     rank,
-    run_config,
     run_cost,
     why_apart,
 )
 from nli_sft.report.compare_page import as_dict, lay_out, page
 from nli_sft.report.tables import Sheet
-from nli_sft.runs import read_run
+from nli_sft.runs import read_run, run_config
 
 RESOURCES = {
     "seconds": 130.0,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import CHATML, chatml_tokenizer, few_pairs, tiny_llama
+from tiny_trainer import LORA, logged, trainer
 from torch.utils.data import BatchSampler
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -13,39 +14,8 @@ from nli_sft.configs.keys import METRICS, field_values, refuse_keys
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.evaluation.scoring import generate_labels
 from nli_sft.models.loading import apply_template, load_model, load_tokenizer
-from nli_sft.training.trainer import NLITrainer, PairSampler, SharedBatches, TokenRows, TrieCollator
-
-LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, batch_options=None, **options):
-    encoder = PromptEncoder(PROMPTS["plain"], chatml)
-    options = {
-        "output_dir": str(tmp_path),
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        **options,
-    }
-    return NLITrainer(
-        encoder=encoder,
-        batch_args=BatchConfig(batching=batching, max_row_tokens=128, **batch_options or {}),
-        model=model or tiny_llama(len(chatml)),
-        args=SFTConfig(**options),
-        train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
-        eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
-        peft_config=peft_config,
-    )
-
-
-def logged(trainer, key):
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
+from nli_sft.training.batches import PairSampler, SharedBatches, TokenRows, TrieCollator
+from nli_sft.training.trainer import NLITrainer
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])

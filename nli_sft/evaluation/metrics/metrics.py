@@ -20,7 +20,7 @@ Args:
     probabilities: optional, three probabilities a pair.
     mass: optional, the probability of the label words together, one a pair.
     label_names: names of the gold ids; two for a set that does not tell neutral from contradiction.
-Returns: a dict; see nli_sft.metrics.compute.
+Returns: a dict; see nli_sft.evaluation.metrics.compute.
 Example:
     >>> evaluate.load(str(METRICS_PATH)).compute(predictions=[0, 2], references=[0, 1])["accuracy"]
     0.5

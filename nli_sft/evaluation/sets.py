@@ -1,0 +1,145 @@
+"""The sets of pairs that a run is evaluated on, and those that its temperature is fitted on."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from datasets import Dataset
+
+from .. import UserError
+from ..configs import DataConfig, EvalConfig, TrainDataConfig
+from ..data.sources import (
+    SPLIT_NAMES,
+    SourceMissing,
+    fetch,
+    is_whole,
+    load_pairs,
+    load_validation,
+    reading_options,
+    subsample,
+)
+
+logger = logging.getLogger(__name__)
+
+# The keys of a recipe that say how the rows of its source are read.
+READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_column", "label_spellings")
+
+# With fewer pairs a temperature says more of them than of the model.
+FEWEST_TO_CALIBRATE = 100
+
+
+def load_calibration_pairs(
+    args: EvalConfig, *, trained_on: TrainDataConfig, seed: int, sets: Iterable["EvaluationSet"]
+) -> Dataset | None:
+    """Validation pairs of a run's own source to fit a temperature on; `None`, with the reason logged, if it has none.
+
+    Premises that one of `sets` holds are left out: ChaosNLI, for one, was made from SNLI's validation split.
+
+    Args:
+        seed: of the sample of them.
+    """
+    if not args.calibration_pairs:
+        return None
+    try:
+        validation = load_validation(trained_on)
+    except SourceMissing as error:
+        logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
+        return None
+    judged = set().union(*(one.pairs["premise"][:] for one in sets))
+    premises = validation["premise"][:]
+    pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
+    if len(pairs) < FEWEST_TO_CALIBRATE:
+        logger.warning(
+            "no temperature is fitted: %d validation pairs of the run have premises that are not judged; it takes %d",
+            len(pairs),
+            FEWEST_TO_CALIBRATE,
+        )
+        return None
+    return subsample(pairs, args.calibration_pairs, seed)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The pairs of one split that a run is judged on."""
+
+    source: str
+    split: str
+    pairs: Dataset
+    unlabelled: int  # pairs left out because annotators did not agree on a label
+    name: str | None = None  # in a suite
+    unlinked: int = 0  # edits left out because the pair that they were made of is not there
+
+    def __str__(self) -> str:
+        return self.name or f"{Path(self.source).name} {self.split}"
+
+
+def load_evaluation_sets(args: EvalConfig, *, trained_on: TrainDataConfig) -> list[EvaluationSet]:
+    """What to judge a run on: by default the test split of its own source, then the further `sources`.
+
+    Where its own source has no labelled test split, as a single file has not, it is judged on its validation pairs.
+    Columns and label spellings of other sources are those of the run, where they fit and `args` names no others.
+
+    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `demo:test`. The colon
+    of a URL is none of these: a slash comes after it.
+    """
+    if args.dataset_name is None:
+        sets = [_load_own_set(trained_on, args.split)]
+    else:
+        sets = [_load_other_set(args, args.split, trained_on)]
+    for source in args.sources or ():
+        name, split = re.fullmatch(r"(.+?)(?::([^:/]+))?", source).groups()
+        sets.append(_load_other_set(DataConfig(dataset_name=name), split, trained_on))
+    if args.max_samples is None:
+        return sets
+    return [replace(one, pairs=subsample(one.pairs, args.max_samples, args.seed)) for one in sets]
+
+
+def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
+    """A split of the source that a run was trained on; train and validation are those of the run."""
+    dropped: Counter = Counter()
+    try:
+        if split in SPLIT_NAMES["validation"]:
+            pairs = load_validation(data, dropped)
+        else:
+            name = data.train_split if split == "train" and data.train_split else split or "test"
+            pairs = load_pairs(data.dataset_name, name, dropped=dropped, **reading_options(data))
+    except SourceMissing:
+        if split is not None:
+            raise
+        own = _load_own_set(data, "validation")
+        logger.warning(
+            "%s has no labelled test split, so the run is judged on its %s validation pairs, by which its checkpoint "
+            "may have been chosen; dataset_name or split names other pairs",
+            data.dataset_name,
+            f"{len(own.pairs):,}",
+        )
+        return own
+    return EvaluationSet(data.dataset_name, split or "test", pairs, dropped["unlabelled"])
+
+
+def _load_other_set(data: DataConfig, split: str | None, trained_on: DataConfig) -> EvaluationSet:
+    """A split of another source, or all of a file, with the columns and spellings of the run where they fit."""
+    split = split or (None if is_whole(fetch(data.dataset_name)) else "test")
+    keys = [key for key in READING_KEYS if getattr(data, key) is None and getattr(trained_on, key) is not None]
+
+    def load(data: DataConfig) -> EvaluationSet:
+        dropped: Counter = Counter()
+        pairs = load_pairs(data.dataset_name, split, dropped=dropped, **reading_options(data))
+        return EvaluationSet(data.dataset_name, split or "all", pairs, dropped["unlabelled"])
+
+    if not keys:
+        return load(data)
+    try:
+        found = load(replace(data, **{key: getattr(trained_on, key) for key in keys}))
+    except SourceMissing:
+        raise
+    except UserError as error:
+        try:
+            return load(data)
+        except UserError:
+            raise error from None
+    logger.warning("%s is read as the run's own source: by its %s", data.dataset_name, ", ".join(keys))
+    return found
