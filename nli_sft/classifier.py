@@ -22,7 +22,7 @@ from . import UserError
 from .configs import BatchConfig, from_recipe
 from .data.prompts import PromptEncoder
 from .data.sources import check_text
-from .evaluation.scoring import Scorer, deciding
+from .evaluation.scoring import Scorer, distinguishing_prefixes
 from .hub import push as hub
 from .labels import LABELS
 from .models.loading import is_adapter, load_encoder, load_model, load_tuned
@@ -31,7 +31,7 @@ from .runs import read_run
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Prediction:
     """What the model says of one pair.
 
     Attributes:
@@ -75,7 +75,9 @@ class NLIClassifier:
         self.batch_size = batch_size
         # No graphs: they would keep to the weights of the first call, and a user may change the model.
         self._batch_args = replace(batch_args or BatchConfig(), cuda_graph="false")
-        self._scorer = Scorer(self.model, encoder, self._batch_args, batch_size, deciding(encoder.answers))
+        self._scorer = Scorer(
+            self.model, encoder, self._batch_args, batch_size, distinguishing_prefixes(encoder.answers)
+        )
         # Scoring hooks into the model, and a tokenizer changes its own state: one thread at a time. An untuned twin
         # (`before_tuning`) shares model and lock.
         self._lock = threading.Lock()
@@ -132,7 +134,7 @@ class NLIClassifier:
             classifier._load_base = lambda: load_model(model_args, device=device)
         return classifier
 
-    def __call__(self, premise: str | Iterable[str], hypothesis: str | Iterable[str]) -> Judgement | list[Judgement]:
+    def __call__(self, premise: str | Iterable[str], hypothesis: str | Iterable[str]) -> Prediction | list[Prediction]:
         """Judge one pair, or any number of them.
 
         Args:
@@ -140,7 +142,7 @@ class NLIClassifier:
                 `datasets.Dataset`, of a data frame.
 
         Returns:
-            One `Judgement` for two texts, else a list in the order given.
+            One `Prediction` for two texts, else a list in the order given.
 
         Raises:
             UserError: if the two are not as many, or hold something other than text, or a control token of the
@@ -180,7 +182,7 @@ class NLIClassifier:
             twin._mode = self.model.disable_adapter
         return twin
 
-    def _judge(self, premises: list[str], hypotheses: list[str]) -> list[Judgement]:
+    def _judge(self, premises: list[str], hypotheses: list[str]) -> list[Prediction]:
         autocast = self.precision.autocast(self.model.device) if self.precision else nullcontext()
         with self._lock, self._mode(), autocast:
             prompts = self.encoder.encode(premises, hypotheses)
@@ -188,7 +190,7 @@ class NLIClassifier:
         scores.check_numbers(self.model, "the classifier", "take another checkpoint")
         probabilities = scores.log_probs.double().exp().tolist()
         return [
-            Judgement(LABELS[choice], dict(zip(LABELS, row, strict=True)))
+            Prediction(LABELS[choice], dict(zip(LABELS, row, strict=True)))
             for choice, row in zip(scores.choice.tolist(), probabilities, strict=True)
         ]
 

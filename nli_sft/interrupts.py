@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 
-def farewell(output_dir: str | Path | None = None) -> str:
+def exit_message(output_dir: str | Path | None = None) -> str:
     """The sentence with which a stopped script ends.
 
     Args:
@@ -23,9 +23,9 @@ def farewell(output_dir: str | Path | None = None) -> str:
 
 
 def say_goodbye(output_dir: str | Path | None = None) -> None:
-    """Write `farewell`, once for all processes, and see that the launcher adds no traceback to it."""
+    """Write `exit_message`, once for all processes, and see that the launcher adds no traceback to it."""
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"\n{farewell(output_dir)}\n")
+        sys.stderr.write(f"\n{exit_message(output_dir)}\n")
         sys.stderr.flush()
     end_launcher()
 

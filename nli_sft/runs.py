@@ -224,7 +224,7 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read as Parquet ({reason:.200}); {_repair(path)}") from error
     models = [name.removesuffix("_prediction") for name in table if name.endswith("_prediction")]
     needed = ["uid", "premise", "hypothesis", "label"]
-    needed += [f"{model}_{what}_{label}" for model in models for what in ("p", "joint") for label in LABELS]
+    needed += [f"{model}_{what}_{label}" for model in models for what in ("p", "unconstrained") for label in LABELS]
     missing = [name for name in needed if name not in table]
     if missing or not models:
         raise UserError(f"{path} has no column {(missing or ['tuned_prediction'])[0]!r}; {_repair(path)}")
@@ -298,7 +298,7 @@ def rendered_prompt(path: str | Path) -> dict[str, str] | None:
 
 
 def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
-    """Keep what was trained on, as `sources.text_keys` tells it: 8 bytes a pair."""
+    """Keep what was trained on, as `sources.pair_hashes` tells it: 8 bytes a pair."""
     Path(path).mkdir(parents=True, exist_ok=True)
     np.save(Path(path) / TRAINED_PAIRS, np.unique(keys))
 

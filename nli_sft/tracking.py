@@ -67,7 +67,7 @@ def open_run(
     Args:
         run: the run folder; made if it is not there.
         settings: project, group, tags and notes.
-        config: flat, as `ledger.run_config` makes it.
+        config: flat, as `runs.run_config` makes it.
         job_type: what is being done, `train` or `eval`.
         resumed: whether to go on with the run that the folder already has. In W&B that is the same run where this part
             and the last are both online. Offline, W&B cannot resume: there it is a new run in the same group, whose
@@ -164,7 +164,7 @@ def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
         "accuracy": tuned["accuracy"],
         "accuracy_low": low,
         "accuracy_high": high,
-        **{key: tuned[key] for key in ("macro_f1", "nll", "ece", "mass_on_labels")},
+        **{key: tuned[key] for key in ("macro_f1", "nll", "ece", "label_mass")},
         **{f"f1_{label}".replace("-", "_"): per_label["f1"] for label, per_label in tuned["per_label"].items()},
         "difference": comparison.difference,
         "difference_low": comparison.interval[0],
@@ -174,7 +174,7 @@ def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
     for model in evaluation.models:
         if model != "tuned":
             figures[f"{model}_accuracy"] = evaluation.metrics[model]["accuracy"]
-        free = evaluation.summary.get(model, {}).get("free_generation")
+        free = evaluation.summary.get(model, {}).get("unconstrained_generation")
         if free:
             figures[f"{model}_names_no_label"] = free["invalid_share"]
     return {f"{_section(evaluation)}/{key}": figure for key, figure in figures.items()}

@@ -322,7 +322,7 @@ def unsupported_reason(config, longest):
         longest: the tokens of the longest sequence, prompt and answer together.
 
     Returns:
-        One sentence that names the cause and the mend, or None where tries give the model's own results.
+        One sentence that names the cause and the fix, or None where tries give the model's own results.
     """
     if config.is_encoder_decoder:
         return f"{config.model_type} is an encoder-decoder model and tries are for decoders: set batching: padded."

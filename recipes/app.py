@@ -25,7 +25,7 @@ EXAMPLES = [
     ["Two women carry paper bags out of a shop.", "The women have bought shoes."],
     ["Two women carry paper bags out of a shop.", "The women are asleep at home."],
 ]
-TITLES = {"fixed": "Corrected by tuning", "both_wrong": "Not corrected", "broken": "Regressed"}
+TITLES = {"fixed": "Corrected by tuning", "both_wrong": "Not corrected", "regressed": "Regressed"}
 
 
 @dataclass

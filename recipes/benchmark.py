@@ -33,10 +33,10 @@ from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.data.prompts import PromptEncoder, load_prompt
 from nli_sft.data.sources import load_pairs, subsample
-from nli_sft.evaluation.scoring import deciding, generate_labels, score_prompts
+from nli_sft.evaluation.scoring import distinguishing_prefixes, generate_labels, score_prompts
 from nli_sft.models.loading import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.report.figures import speeds
-from nli_sft.training.batches import PairSampler, TokenRows, TrieCollator
+from nli_sft.training.batches import GroupShuffleSampler, TokenRows, TrieCollator
 from nli_sft.training.trainer import NLITrainer
 
 # The first three are TRL's. Compiling takes a minute before it pays.
@@ -84,7 +84,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         "columns": data_args.columns(),
     }
     pairs = subsample(load_pairs(data_args.dataset_name, "train", **source), args.pairs, seed=0).shuffle(seed=0)
-    by_premise = pairs.select(list(PairSampler(pairs["premise"], seed=0)))
+    by_premise = pairs.select(list(GroupShuffleSampler(pairs["premise"], seed=0)))
     shared = {"args": args, "training_args": training_args, "model_args": model_args, "encoder": encoder}
     rows, rows_by_premise = (encoder.encode_rows(some, max_length=None) for some in (pairs, by_premise))
 
@@ -258,7 +258,7 @@ def tokens_per_pair(rows, encoder, batch, collator):
             "trie_tokens"
         ]
         inputs = collator([given[index] for index in range(*part.indices(len(rows)))])
-        fed += sum(piece["input_ids"].numel() for piece in inputs.get("parts", [inputs]))
+        fed += sum(piece["input_ids"].numel() for piece in inputs.get("micro_batches", [inputs]))
     return nodes / len(rows), fed / len(rows)
 
 
@@ -287,7 +287,7 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
         "generate": generate,
         "padded": lambda prompts: score(prompts, answers, None),
         "tries": lambda prompts: score(prompts, answers, row),
-        "tries_choice": lambda prompts: score(prompts, deciding(answers), row),
+        "tries_choice": lambda prompts: score(prompts, distinguishing_prefixes(answers), row),
     }
     figures, said = {}, {}
     for name in [way for way in SCORE if way in args.score]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from nli_sft import UserError
 from nli_sft.configs import run_script
 from nli_sft.report.compare import fetch_runs, load_runs, rank
-from nli_sft.report.compare_page import as_dict, drawings, lay_out, page
+from nli_sft.report.compare_page import as_dict, build_views, drawings, page
 
 # Of a table that is wider than the terminal; more of them would bury the others.
 MOST_PARTS = 3
@@ -38,7 +38,7 @@ class CompareConfig:
 def main(args):
     console = Console()
     with tempfile.TemporaryDirectory() as fetched:
-        sides = lay_out(rank(load_runs(find_runs(args, Path(fetched)))))
+        sides = build_views(rank(load_runs(find_runs(args, Path(fetched)))))
     for side in sides:
         if side.apart:
             print(f"\n{side.apart}")

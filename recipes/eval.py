@@ -17,15 +17,15 @@ from trl import ModelConfig
 
 from nli_sft import UserError
 from nli_sft.configs import BatchConfig, EvalConfig, TrackingConfig, TrainDataConfig, from_recipe, run_script
-from nli_sft.data.sources import fingerprint, text_keys
-from nli_sft.evaluation.evaluate import judge_run, write_evaluation
+from nli_sft.data.sources import fingerprint, pair_hashes
+from nli_sft.evaluation.evaluate import evaluate_run, write_evaluation
 from nli_sft.evaluation.sets import load_calibration_pairs, load_evaluation_sets
 from nli_sft.evaluation.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.models.precision import choose_precision, default_device
 from nli_sft.report import write_report
 from nli_sft.report.content import Report
-from nli_sft.report.outcome import outcome_sheet
-from nli_sft.report.suite import suite_sheets
+from nli_sft.report.outcome import outcome_table
+from nli_sft.report.suite import suite_tables
 from nli_sft.runs import evaluation_folder, fingerprints, read_run, run_config, trained_on, versions
 from nli_sft.tracking import open_run
 from nli_sft.training.resources import ResourceRecorder
@@ -56,13 +56,13 @@ def main(args):
         print(f"{precision}.")
     weights = fingerprints(args.run)
     with resources.phase("evaluation") as phase, precision.autocast(device):
-        judgements = judge_run(
+        judgements = evaluate_run(
             args.run,
             precision.suit(from_recipe(ModelConfig, recipe)),
             sets,
             batch_size=args.per_device_eval_batch_size,
             batch_args=from_recipe(BatchConfig, recipe | ({"batching": args.batching} if args.batching else {})),
-            free_samples=args.free_samples,
+            unconstrained_samples=args.unconstrained_samples,
             calibration_pairs=calibration_pairs,
             checks=suite.checks if suite else None,
             trust_remote_code=args.trust_remote_code,
@@ -75,7 +75,7 @@ def main(args):
     judged_now = set()
     for one, judged in zip(sets, judgements, strict=True):
         results = {model: result for model, (_, result) in judged.items()}
-        seen = trained_on(args.run, text_keys(one.pairs))
+        seen = trained_on(args.run, pair_hashes(one.pairs))
         summary = {
             "name": one.name,
             "source": one.source,
@@ -83,7 +83,7 @@ def main(args):
             "pairs": len(one.pairs),
             "unlabelled_pairs_dropped": one.unlabelled,
             "unlinked_edits_dropped": one.unlinked,
-            "pairs_trained_on": None if seen is None else int(seen.sum()),
+            "train_test_overlap": None if seen is None else int(seen.sum()),
             "data_fingerprint": fingerprint(one.pairs),
             "prompt_fingerprint": prompt.fingerprint,
             "weights": weights,
@@ -101,17 +101,17 @@ def main(args):
     for evaluation in report.evaluations:
         if evaluation.folder.name not in judged_now:
             continue
-        if seen := evaluation.summary["pairs_trained_on"]:
+        if seen := evaluation.summary["train_test_overlap"]:
             print(
                 f"Warning: train-test overlap: {seen:,} of the {evaluation.summary['pairs']:,} pairs of "
                 f"{evaluation.name} are in the training data; accuracy on them says nothing about new pairs."
             )
         if suite is None:  # the sets of a suite share a table, below
-            for part in outcome_sheet(evaluation, record.get("resources", {})).parts(Console().width):
+            for part in outcome_table(evaluation, record.get("resources", {})).parts(Console().width):
                 Console().print(part.rich())
     path = write_report(report)
     if suite is not None:
-        for sheet in suite_sheets(report.suite(suite.name), report.evaluations):
+        for sheet in suite_tables(report.suite(suite.name), report.evaluations):
             for part in sheet.parts(Console().width):
                 Console().print(part.rich())
     print(f"Report: {path}")

@@ -33,9 +33,9 @@ from nli_sft.configs import (
     run_script,
 )
 from nli_sft.data.prompts import PromptEncoder, load_prompt
-from nli_sft.data.sources import describe_source, fingerprint, load_train_and_validation, text_keys
+from nli_sft.data.sources import describe_source, fingerprint, load_train_and_validation, pair_hashes
 from nli_sft.evaluation.comparison import accuracy_interval, choice_warning
-from nli_sft.hub.push import put_token_away
+from nli_sft.hub.push import move_token_to_env
 from nli_sft.models.bases import InputLimits, check_base, locate_model, skeleton, suit_base
 from nli_sft.models.loading import (
     adapter_config,
@@ -79,19 +79,19 @@ class Args(NamedTuple):
 
 def main(*configs):
     args = Args(*configs)
-    put_token_away(args.training)  # or trackers and checkpoints would keep it
+    move_token_to_env(args.training)  # or trackers and checkpoints would keep it
     if args.training.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
     if args.machine.estimate:
-        tell_estimate(args)
+        print_memory_estimate(args)
         return
     run = args.training.output_dir
     prompt = train(args)
     if args.prompt.hypothesis_only_control:
-        say("\nNow the hypothesis-only baseline: the same training without the premises.")
+        print_main("\nNow the hypothesis-only baseline: the same training without the premises.")
         train(without_premises(args, prompt))
-    say(f"To evaluate it:\n  {evaluation_command(run, args.training.trust_remote_code)}")
+    print_main(f"To evaluate it:\n  {evaluation_command(run, args.training.trust_remote_code)}")
 
 
 def train(args):
@@ -100,7 +100,7 @@ def train(args):
     args, limits = suit_to_base(args)
     recipe = resolve_recipe(args)
     if args.training.resume_from_checkpoint == AUTO and is_finished(args.training.output_dir, recipe):
-        say(f"{args.training.output_dir} is finished.")
+        print_main(f"{args.training.output_dir} is finished.")
         return load_prompt(args.prompt.prompt, args.prompt.label_words)
     precision = choose_precision(args.machine.precision, args.training.device)
     args = args._replace(model=precision.suit(args.model))
@@ -115,7 +115,7 @@ def train(args):
         plan = plan_memory(
             args.model, args.training, args.batch, precision, encoder.prompt, encoder=encoder, rows=rows["train"]
         )
-        say(f"{precision}\n{plan}")
+        print_main(f"{precision}\n{plan}")
         trainer = NLITrainer(
             encoder=encoder,
             batch_args=replace(args.batch, max_batch_tokens=plan.max_batch_tokens),
@@ -128,12 +128,12 @@ def train(args):
     facts = describe(args, encoder, data, trainer, precision, plan)
     trainer.made_from = recipe, encoder.prompt, facts
     print_start(args, encoder, pairs, rows, data, checkpoint)
-    say(f"{count_parameters(trainer.model)}.\n")
+    print_main(f"{count_parameters(trainer.model)}.\n")
 
     if trainer.is_world_process_zero():
         if args.machine.overwrite_output_dir:
             clear(args.training.output_dir)
-        write_trained_pairs(args.training.output_dir, text_keys(pairs["train"]))
+        write_trained_pairs(args.training.output_dir, pair_hashes(pairs["train"]))
     tracker = open_run(
         args.training.output_dir,
         report_to=args.training.report_to,
@@ -157,7 +157,7 @@ def train(args):
         tracker.publish_training(record)
         tracker.finish()
         print_accuracy(args, trainer, final["eval_accuracy"], len(rows["validation"]))
-        say(f"Saved in {args.training.output_dir}.")
+        print_main(f"Saved in {args.training.output_dir}.")
     return encoder.prompt
 
 
@@ -203,8 +203,8 @@ def load_data(args):
     pairs = load_train_and_validation(
         args.data, seed=args.training.seed, dropped=data["dropped"], drawn=data["sources"]
     )
-    repeated = np.isin(text_keys(pairs["validation"]), text_keys(pairs["train"]))
-    data["validation_pairs_trained_on"] = int(repeated.sum())
+    repeated = np.isin(pair_hashes(pairs["validation"]), pair_hashes(pairs["train"]))
+    data["train_validation_overlap"] = int(repeated.sum())
     for split in pairs:
         data[split] = {"pairs": len(pairs[split]), "fingerprint": fingerprint(pairs[split])}
     return pairs, data
@@ -278,7 +278,7 @@ def without_premises(args, prompt):
     )
 
 
-def say(*what):
+def print_main(*what):
     """Print, once for all processes."""
     if PartialState().is_main_process:
         print(*what)
@@ -286,18 +286,20 @@ def say(*what):
 
 def print_start(args, encoder, pairs, rows, data, checkpoint):
     """One example as the model reads it, the data, and where training starts."""
-    say("\nOne training example; the loss is on the marked tokens alone:\n")
+    print_main("\nOne training example; the loss is on the marked tokens alone:\n")
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
-    say(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
+    print_main(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
     for source, counts in data["sources"].items():
-        say(f"  {source}: {describe_source(counts)}")
-    if repeated := data["validation_pairs_trained_on"]:
-        say(f"Warning: {repeated:,} of the validation pairs are also training pairs, so validation is too optimistic.")
+        print_main(f"  {source}: {describe_source(counts)}")
+    if repeated := data["train_validation_overlap"]:
+        print_main(
+            f"Warning: {repeated:,} of the validation pairs are also training pairs, so validation is too optimistic."
+        )
     if few := few_pairs_warning(args, len(rows["validation"])):
-        say(few)
+        print_main(few)
     if args.training.resume_from_checkpoint:
-        say(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+        print_main(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
 
 
 def print_accuracy(args, trainer, accuracy, pairs):
@@ -305,9 +307,9 @@ def print_accuracy(args, trainer, accuracy, pairs):
     best = trainer.state.best_global_step
     step = f"the best checkpoint, step {best}" if best else f"the last step, {trainer.state.global_step}"
     low, high = accuracy_interval(accuracy, pairs)
-    say(f"\nLabel accuracy on validation: {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}; {step}).")
+    print_main(f"\nLabel accuracy on validation: {accuracy:.2%} (95% interval {low:.1%} to {high:.1%}; {step}).")
     if few := few_pairs_warning(args, pairs):
-        say(few)
+        print_main(few)
 
 
 def few_pairs_warning(args, pairs):
@@ -320,7 +322,7 @@ def evaluation_command(run, trust_remote_code):
     return launch_command(script, "--run", run, *["--trust_remote_code", "true"] * trust_remote_code)
 
 
-def tell_estimate(args):
+def print_memory_estimate(args):
     """Print what memory the training would take, from the model's config alone."""
     trust = args.training.trust_remote_code
     model_args = suit_base(args.model, check_base(args.model, trust, weights=False), trust)
@@ -330,7 +332,7 @@ def tell_estimate(args):
     plan = plan_memory(precision.suit(model_args), args.training, args.batch, precision, prompt)
     if plan.estimate is None:
         raise UserError(str(plan))
-    say(f"{precision}\n{plan}")
+    print_main(f"{precision}\n{plan}")
 
 
 if __name__ == "__main__":

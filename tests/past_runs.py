@@ -38,7 +38,7 @@ def predictions(accuracy, pairs=600, seed=0):
         table[f"{model}_prediction"] = [LABELS[label] for label in chosen]
         for label, name in enumerate(LABELS):
             table[f"{model}_p_{name}"] = np.where(chosen == label, 0.8, 0.1)
-            table[f"{model}_joint_{name}"] = np.log(np.where(chosen == label, 0.7, 0.05))
+            table[f"{model}_unconstrained_{name}"] = np.log(np.where(chosen == label, 0.7, 0.05))
         random = np.random.default_rng(seed)
     return table
 
@@ -107,7 +107,7 @@ def write_past_run(
         figures = {}
         for model in ("base", "tuned"):
             chosen = [LABELS.index(label) for label in table[f"{model}_prediction"]]
-            mass = np.exp(table[[f"{model}_joint_{label}" for label in LABELS]]).sum(axis=1)
+            mass = np.exp(table[[f"{model}_unconstrained_{label}" for label in LABELS]]).sum(axis=1)
             figures[model] = compute(gold, chosen, table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(), mass)
         if hypothesis_only is not None:
             figures["hypothesis_only"] = {"accuracy": hypothesis_only, "accuracy_interval": [0.5, 0.7]}

@@ -22,15 +22,15 @@ from trl import ModelConfig
 
 from nli_sft import UserError
 from nli_sft.__main__ import main
-from nli_sft.classifier import Judgement, NLIClassifier, pick_device
+from nli_sft.classifier import NLIClassifier, Prediction, pick_device
 from nli_sft.configs import BatchConfig, from_recipe
-from nli_sft.evaluation.evaluate import Asked, judge_all
+from nli_sft.evaluation.evaluate import Asked, evaluate_sets
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import load_tuned
 from nli_sft.models.precision import Precision, choose_precision
 from nli_sft.runs import read_run
 
-RESTS = Judgement("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
+RESTS = Prediction("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_it_says_what_the_evaluation_said(run, classifier):
 def test_one_pair_lists_generators_and_columns(classifier):
     premise, hypothesis, _ = SCENES[0]
     one = classifier(premise, hypothesis)
-    assert isinstance(one, Judgement)
+    assert isinstance(one, Prediction)
     assert one.label in LABELS
     assert list(one.probabilities) == list(LABELS)
     assert sum(one.probabilities.values()) == pytest.approx(1)
@@ -219,7 +219,7 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
     assert {name: weights.dtype for name, weights in classifier.model.named_parameters()} == types
     with chosen.autocast(device):
         asked = [Asked("pairs", few_pairs(), classifier.encoder)]
-        ((_, result),) = judge_all(evaluated, asked, name="tuned", batch_size=64, batch_args=BatchConfig())
+        ((_, result),) = evaluate_sets(evaluated, asked, name="tuned", batch_size=64, batch_args=BatchConfig())
     judgements = classifier(*texts(few_pairs()))
     gold = [LABELS[label] for label in few_pairs()["label"]]
     nll = -sum(math.log(j.probabilities[label]) for j, label in zip(judgements, gold, strict=True)) / len(gold)

@@ -139,7 +139,7 @@ def test_out_of_memory_drops_the_graphs_and_repeats_the_step_in_smaller_parts(ch
 def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
-    (part,) = TrieCollator(encoder.answers, 160, 10**6)(rows)["parts"]
+    (part,) = TrieCollator(encoder.answers, 160, 10**6)(rows)["micro_batches"]
     own = {name: part[name] for name in graph.PASS_TENSORS}
     shape = graph.pass_shape(own, (1, 256))
     padded = graph.pad_pass(own, shape)

@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from nli_sft import UserError, __main__, configs
-from nli_sft.classifier import Judgement, NLIClassifier
+from nli_sft.classifier import NLIClassifier, Prediction
 from nli_sft.configs import parse_recipe
 from nli_sft.data.sources import load_pairs
 from nli_sft.labels import LABELS
@@ -47,7 +47,7 @@ VARIABLES = {
 SMALLER = {
     "recipes/sft.py": "--max_train_samples=24 --max_eval_samples=6 --num_train_epochs=1 --eval_steps=0.5 "
     "--save_steps=0.5 --hypothesis_only_control=false --report_to=none",
-    "recipes/eval.py": "--max_samples=12 --free_samples=2 --calibration_pairs=0",
+    "recipes/eval.py": "--max_samples=12 --unconstrained_samples=2 --calibration_pairs=0",
 }
 
 
@@ -239,8 +239,8 @@ def test_commands_that_need_neither_a_gpu_nor_an_account_run(page, place):
 
 
 def judgement(text):
-    """(label, probabilities) of the last `Judgement(…)` in a text, which must be one that can be meant."""
-    said = eval(re.findall(r"Judgement\(.*\)", text)[-1], {"Judgement": Judgement})
+    """(label, probabilities) of the last `Prediction(…)` in a text, which must be one that can be meant."""
+    said = eval(re.findall(r"Prediction\(.*\)", text)[-1], {"Prediction": Prediction})
     assert list(said.probabilities) == list(LABELS)
     assert sum(said.probabilities.values()) == pytest.approx(1, abs=0.002)
     assert said.label == max(said.probabilities, key=said.probabilities.get)

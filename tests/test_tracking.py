@@ -171,7 +171,7 @@ def test_the_predictions_table_holds_both_models_and_is_capped_aloud(tmp_path, c
         *("base", "base_p_entailment", "base_p_neutral", "base_p_contradiction"),
         *("tuned", "tuned_p_entailment", "tuned_p_neutral", "tuned_p_contradiction"),
     ]
-    assert {row["bucket"] for row in tables["predictions"]} == {"fixed", "broken", "both_right", "both_wrong"}
+    assert {row["bucket"] for row in tables["predictions"]} == {"fixed", "regressed", "both_right", "both_wrong"}
     assert sum(row["pairs"] for row in tables["confusion"] if row["model"] == "tuned") == 600
     assert caplog.text == ""
     assert MOST_ROWS == 10_000

@@ -228,7 +228,7 @@ class EvalConfig(DataConfig):
         default=None,
         metadata={"help": "Evaluate on so many pairs, taken by premise, with the label shares of the whole."},
     )
-    free_samples: int = field(
+    unconstrained_samples: int = field(
         default=200, metadata={"help": "So many pairs are also answered without constraints, to see what is said."}
     )
     per_device_eval_batch_size: int = field(

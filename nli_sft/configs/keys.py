@@ -173,7 +173,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: value >= 0,
         (
             *("weight_decay", "max_grad_norm", "eval_delay", "dataloader_num_workers", "router_aux_loss_coef"),
-            *("calibration_pairs", "free_samples"),
+            *("calibration_pairs", "unconstrained_samples"),
         ),
     ),
     "above 0 and below 1": (lambda value: 0 < value < 1, ("validation_fraction",)),

@@ -302,7 +302,9 @@ class PromptEncoder:
         self.is_chat = tokenizer.chat_template is not None
         if self.is_chat:
             _fix_date(tokenizer)
-        self.frame, answers, end = _chat_frame(prompt, tokenizer) if self.is_chat else _plain_frame(prompt, tokenizer)
+        self.template, answers, end = (
+            _chat_template(prompt, tokenizer) if self.is_chat else _plain_template(prompt, tokenizer)
+        )
         if train_on_end and not end:
             lacks = (
                 "chat template ends an answer with no token" if self.is_chat else "tokenizer has no end-of-sequence"
@@ -320,7 +322,7 @@ class PromptEncoder:
 
         The two are stripped, as pairs to train on are: many templates do so with what stands at the end of a turn.
         """
-        return _fill(self.frame, {"premise": premise.strip(), "hypothesis": hypothesis.strip()})
+        return _fill(self.template, {"premise": premise.strip(), "hypothesis": hypothesis.strip()})
 
     @cached_property
     def rendered(self) -> dict[str, str]:
@@ -330,7 +332,7 @@ class PromptEncoder:
         of the answers. `template_date` is the date that templates were given for today's.
         """
         return {
-            "frame": _digest([self.frame, *self._tokenize([self.frame])]),
+            "frame": _digest([self.template, *self._tokenize([self.template])]),
             "answers": _digest(self.answers),
             "template_date": TEMPLATE_DATE,
         }
@@ -353,7 +355,7 @@ class PromptEncoder:
         """Token ids of each pair's prompt, up to where the answer starts."""
         pairs = self._clean(premises, hypotheses)
         segments = self._checked_segments(pairs)
-        return segments(pairs) if segments else self._tokenize(self._fill_frame(pairs))
+        return segments(pairs) if segments else self._tokenize(self._fill_template(pairs))
 
     def encode_rows(
         self, pairs: Dataset, *, max_length: int | None, drop_too_long: bool = False, dropped: Counter | None = None
@@ -435,14 +437,14 @@ class PromptEncoder:
             self.check_pair(premise, hypothesis)
         return {"premise": [text.strip() for text in premises], "hypothesis": [text.strip() for text in hypotheses]}
 
-    def _fill_frame(self, pairs: Texts) -> list[str]:
+    def _fill_template(self, pairs: Texts) -> list[str]:
         return [self.text(*pair) for pair in zip(pairs["premise"], pairs["hypothesis"], strict=True)]
 
     @cached_property
     def _segments(self) -> Segments | None:
         """The frame in segments, if it has the same tokens in them around all probes."""
         pairs = probes(self.tokenizer, control_tokens(self.tokenizer))
-        parts = cut(self.frame, self.tokenizer, pairs)
+        parts = cut(self.template, self.tokenizer, pairs)
         segments = parts and Segments(self.tokenizer.backend_tokenizer, self._prefix, parts)
         return segments if segments and self._are_same(segments, pairs) else None
 
@@ -457,7 +459,7 @@ class PromptEncoder:
 
     def _are_same(self, segments: Segments, pairs: Texts) -> bool:
         """Whether prompts have the same tokens in segments as whole, by themselves and with each of the answers."""
-        prompts, texts = segments(pairs), self._fill_frame(pairs)
+        prompts, texts = segments(pairs), self._fill_template(pairs)
         return prompts == self._tokenize(texts) and all(
             [prompt + answer for prompt in prompts] == self._tokenize([text + answer_text for text in texts])
             for answer, answer_text in zip(self.answers, self.answer_texts, strict=True)
@@ -478,8 +480,8 @@ class PromptEncoder:
             answer, other = full[len(prompt) :], other_full[len(other_prompt) :]
             if full[: len(prompt)] != prompt or answer != other or not answer:
                 raise UserError(
-                    f"prompt {self.prompt.name}: a token spans the boundary between {self.frame[-20:]!r}, where the "
-                    f"prompt ends, and {text!r}; "
+                    f"prompt {self.prompt.name}: a token spans the boundary between {self.template[-20:]!r}, where "
+                    f"the prompt ends, and {text!r}; "
                     + (_ANOTHER_TEMPLATE if self.is_chat else "take another label word or another tokenizer")
                 )
             unknown = self.tokenizer.unk_token_id
@@ -517,7 +519,7 @@ class PromptEncoder:
         return Dataset(table.add_column(0, "premise", pairs.with_format("arrow")[:]["premise"]))
 
     def _encode_whole(self, pairs: Texts, labels: list[int], uids: list[str]) -> list[list[int]]:
-        texts = self._fill_frame(pairs)
+        texts = self._fill_template(pairs)
         prompts = self._tokenize(texts)
         rows = self._tokenize([text + self.answer_texts[label] for text, label in zip(texts, labels, strict=True)])
         for uid, label, prompt, row in zip(uids, labels, prompts, rows, strict=True):
@@ -566,7 +568,7 @@ def _fix_date(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {k: fixed(t) for k, t in templates.items()} if named else fixed(templates)
 
 
-def _chat_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:
+def _chat_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:
     """(prompt text with open slots, answer texts, text that ends the answer's turn) through the chat template."""
 
     def render(messages: list[dict[str, str]], **arguments) -> str:
@@ -640,7 +642,7 @@ def _check_slots_stay_open(prompt: Prompt, frame: str, render: Callable[..., str
             )
 
 
-def _plain_frame(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:
+def _plain_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], str]:
     """The same for a tokenizer without a chat template."""
     *before, last = prompt.turns()
     text = ""

@@ -471,7 +471,7 @@ def fingerprint(pairs: Dataset) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_keys(pairs: Dataset) -> np.ndarray:
+def pair_hashes(pairs: Dataset) -> np.ndarray:
     """(n,) unsigned 64-bit numbers, the same for pairs whose texts differ in case and white space at most."""
     texts = zip(pairs["premise"][:], pairs["hypothesis"][:], strict=True)
     keys = ["\n".join(" ".join(text.casefold().split()) for text in pair) for pair in texts]

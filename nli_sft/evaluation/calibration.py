@@ -36,7 +36,7 @@ def reached_bound(temperature: float) -> float | None:
 
 
 def temperature_text(calibrated: Mapping[str, object]) -> str:
-    """What a table says of the temperature that `evaluation.judge_run` fitted."""
+    """What a table says of the temperature that `evaluation.evaluate_run` fitted."""
     temperature, bound = calibrated["temperature"], calibrated.get("bound")
     if temperature is not None:
         bound = reached_bound(temperature)  # of evaluations that do not hold it

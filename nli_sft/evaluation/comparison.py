@@ -25,7 +25,7 @@ FEWEST_PREMISES = 20
 FEWEST_TO_CHOOSE = 500
 
 # In the order of (right before, right after): False False, False True, True False, True True.
-BUCKETS = ("both_wrong", "fixed", "broken", "both_right")
+BUCKETS = ("both_wrong", "fixed", "regressed", "both_right")
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def headline(
     low, high = c.interval
     figures = f"from {c.before:.1%} to {c.after:.1%} on {c.pairs:,} {pairs}"
     interval = f"95% interval {points(low)} to {points(high)}"
-    if c.fixed + c.broken == 0:
+    if c.fixed + c.regressed == 0:
         return f"{subject} changed nothing: {c.before:.1%} of {c.pairs:,} {pairs} are right {before} and {after}."
     if c.premises < FEWEST_PREMISES:
         return (

@@ -27,7 +27,7 @@ from ..runs import HYPOTHESIS_ONLY, write_json
 from . import metrics
 from .calibration import apply_temperature, fit_temperature, reached_bound
 from .robustness import label_orders, prompt_choices, sensitivity, set_figures
-from .scoring import LabelScores, Scorer, gather_scores, generate_freely, named_label
+from .scoring import LabelScores, Scorer, gather_scores, generate_unconstrained, named_label
 from .sets import EvaluationSet
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,13 @@ class Asked:
     """Pairs that are put to a model with one prompt.
 
     Attributes:
-        free_samples: how many of them, evenly spaced, are also answered without constraints.
+        unconstrained_samples: how many of them, evenly spaced, are also answered without constraints.
     """
 
     name: str
     pairs: Dataset
     encoder: PromptEncoder
-    free_samples: int = 0
+    unconstrained_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def predict(
     ]
 
 
-def free_generation(
+def unconstrained_generation(
     model: PreTrainedModel, encoder: PromptEncoder, pairs: Dataset, *, batch_size: int, max_new_tokens: int = 16
 ) -> dict[str, object]:
     """What the model says without constraints: the share of answers that name no label, and the accuracy.
@@ -111,7 +111,7 @@ def free_generation(
     if positions is not None:  # the last token that is said is not read
         max_new_tokens = min(max_new_tokens, positions + 1 - max(map(len, prompts)))
     for start in range(0, len(prompts), batch_size):
-        said += generate_freely(model, encoder.tokenizer, prompts[start : start + batch_size], max_new_tokens)
+        said += generate_unconstrained(model, encoder.tokenizer, prompts[start : start + batch_size], max_new_tokens)
     texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
     label_of = {tuple(answer): label for label, answer in enumerate(encoder.answers)}
 
@@ -144,14 +144,14 @@ def judge(
     name: str,
     batch_size: int,
     batch_args: BatchConfig,
-    free_samples: int = 0,
+    unconstrained_samples: int = 0,
 ) -> tuple[LabelScores, dict[str, object]]:
     """Scores and metrics of one model, called `name` on the progress bar, on one set."""
-    asked = [Asked(name, pairs, encoder, free_samples)]
-    return judge_all(model, asked, name=name, batch_size=batch_size, batch_args=batch_args)[0]
+    asked = [Asked(name, pairs, encoder, unconstrained_samples)]
+    return evaluate_sets(model, asked, name=name, batch_size=batch_size, batch_args=batch_args)[0]
 
 
-def judge_all(
+def evaluate_sets(
     model: PreTrainedModel, asked: Sequence[Asked], *, name: str, batch_size: int, batch_args: BatchConfig
 ) -> list[tuple[LabelScores, dict[str, object]]]:
     """Scores and metrics of one model on each set, from one pass over all of them.
@@ -172,27 +172,29 @@ def judge_all(
         names = one.pairs.features["label"].names
         gold, predicted = np.array(one.pairs["label"]), scores.choice.numpy()
         probabilities = scores.log_probs.exp().numpy()
-        result = metrics.compute(gold, predicted, probabilities, scores.mass.numpy(), names)
+        result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names)
         right = np.array([to_two_way(label) for label in predicted]) == gold if len(names) == 2 else predicted == gold
         pairs = one.pairs.to_pandas()
         pairs["label"] = [names[label] for label in gold]
         result |= set_figures(pairs, right, probabilities)
-        if one.free_samples and PartialState().is_main_process:
-            spaced = np.linspace(0, len(pairs) - 1, min(one.free_samples, len(pairs))).astype(int)
+        if one.unconstrained_samples and PartialState().is_main_process:
+            spaced = np.linspace(0, len(pairs) - 1, min(one.unconstrained_samples, len(pairs))).astype(int)
             sample = one.pairs.select(spaced)
-            result["free_generation"] = free_generation(model, one.encoder, sample, batch_size=batch_size)
+            result["unconstrained_generation"] = unconstrained_generation(
+                model, one.encoder, sample, batch_size=batch_size
+            )
         judged.append((scores, result | {"seconds": len(pairs) / speed, "pairs_per_second": speed}))
     return judged
 
 
-def judge_run(
+def evaluate_run(
     run: str | Path,
     model_args: ModelConfig,
     sets: list[EvaluationSet],
     *,
     batch_size: int,
     batch_args: BatchConfig,
-    free_samples: int,
+    unconstrained_samples: int,
     calibration_pairs: Dataset | None = None,
     checks: Checks | None = None,
     trust_remote_code: bool = False,
@@ -215,16 +217,18 @@ def judge_run(
     results = [{} for _ in sets]
     options = {"batch_size": batch_size, "batch_args": batch_args}
 
-    def ask(model: PreTrainedModel, encoder: PromptEncoder, name: str, free_samples: int, checks: Checks | None):
+    def ask(
+        model: PreTrainedModel, encoder: PromptEncoder, name: str, unconstrained_samples: int, checks: Checks | None
+    ):
         first = sets[0].pairs
-        asked = [Asked(str(one), one.pairs, encoder, free_samples) for one in sets]
+        asked = [Asked(str(one), one.pairs, encoder, unconstrained_samples) for one in sets]
         beside = {}
         if calibration_pairs is not None:
             beside["calibration"] = Asked("calibration", calibration_pairs, encoder)
         if name == "tuned" and encoder.prompt.reads_premise:
-            beside["shuffled"] = Asked("shuffled premises", exchange_premises(first), encoder)
+            beside["shuffled"] = Asked("shuffled premises", shuffle_premises(first), encoder)
         variants, refused = _variants(encoder, first, checks) if checks is not None else ({}, {})
-        judged = judge_all(model, [*asked, *beside.values(), *variants.values()], name=name, **options)
+        judged = evaluate_sets(model, [*asked, *beside.values(), *variants.values()], name=name, **options)
         for result, one in zip(results, judged, strict=False):
             result[name] = one
         judged_beside = dict(zip([*beside, *variants], judged[len(asked) :], strict=True))
@@ -255,7 +259,7 @@ def judge_run(
     control_encoder = load_encoder(control, trust_remote_code) if control.is_dir() else None
     if not encoder.prompt.reads_premise:
         checks = None  # other prompts would show the model what it never saw
-    ask(model, encoder, "tuned", free_samples, checks)
+    ask(model, encoder, "tuned", unconstrained_samples, checks)
 
     if isinstance(model, PeftModel):
         base_is_on = model.disable_adapter()
@@ -265,7 +269,7 @@ def judge_run(
             nullcontext(),
         )
     with base_is_on:
-        ask(model, encoder, "base", free_samples, checks)
+        ask(model, encoder, "base", unconstrained_samples, checks)
 
     if control_encoder is not None:
         ask(load_tuned(control, model_args, trust_remote_code), control_encoder, HYPOTHESIS_ONLY, 0, None)
@@ -304,7 +308,7 @@ def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_
     return {"temperature": temperature, "fitted_on_pairs": fitted_on} | {key: figures[key] for key in kept}
 
 
-def exchange_premises(pairs: Dataset, seed: int = 0) -> Dataset:
+def shuffle_premises(pairs: Dataset, seed: int = 0) -> Dataset:
     """The same pairs, each premise exchanged for another one, the same for all pairs that share it."""
     premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"])))
     successor = dict(zip(premises.tolist(), np.roll(premises, 1).tolist(), strict=True))
@@ -318,7 +322,7 @@ def write_evaluation(
     summary: dict[str, object],
     seen: np.ndarray | None = None,
 ) -> None:
-    """Write `predictions.parquet` (pairs; each model's choice, probabilities, joint scores) and `metrics.json`.
+    """Write `predictions.parquet` (pairs; each model's choice, probabilities, unconstrained scores) and `metrics.json`.
 
     Scores of a two-way set are three-way still; its gold labels are those of the set. A column `trained_on` is there
     if any pair was trained on.
@@ -335,7 +339,7 @@ def write_evaluation(
         table[f"{model}_prediction"] = [LABELS[label] for label in score.choice]
         for label, word in enumerate(LABELS):
             table[f"{model}_p_{word}"] = score.log_probs[:, label].exp().numpy()
-            table[f"{model}_joint_{word}"] = score.joint[:, label].numpy()
+            table[f"{model}_unconstrained_{word}"] = score.unconstrained[:, label].numpy()
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / "predictions.parquet")
     write_json(folder / "metrics.json", summary)

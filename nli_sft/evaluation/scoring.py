@@ -6,7 +6,7 @@ Two ways that must agree, and one control:
 - `score_prompts` reads the log-probability of every token of every answer from forward passes; `LabelScores` turns
   them into the same choice, the probability of each label, and the mass that the unrestricted model puts on the
   labels.
-- `generate_freely` lets the model say what it likes, for the share of answers that name no label.
+- `generate_unconstrained` lets the model say what it likes, for the share of answers that name no label.
 """
 
 import logging
@@ -47,13 +47,13 @@ class LabelScores:
         choice: (n,) int64. The label that constrained greedy generation says.
         log_probs: (n, labels) float32. Log-probability of each label under constrained generation: at every step only
             tokens that continue some answer are allowed, and a label's probability is the product over its steps.
-        joint: (n, labels) float32. Sum of the unrestricted log-probabilities of an answer's tokens, which is what
-            lm-evaluation-harness compares for `acc`.
+        unconstrained: (n, labels) float32. Sum of the unconstrained log-probabilities of an answer's tokens, which
+            is what lm-evaluation-harness compares for `acc`.
     """
 
     choice: torch.Tensor
     log_probs: torch.Tensor
-    joint: torch.Tensor
+    unconstrained: torch.Tensor
 
     @classmethod
     def from_token_log_probs(cls, token_log_probs: torch.Tensor, answers: Answers) -> "LabelScores":
@@ -77,31 +77,31 @@ class LabelScores:
         return cls(choice, restricted.sum(dim=2), token_log_probs.sum(dim=2))
 
     @property
-    def mass(self) -> torch.Tensor:
+    def label_mass(self) -> torch.Tensor:
         """(n,) probability that the unrestricted model says any of the label words."""
-        return self.joint.exp().sum(dim=1)
+        return self.unconstrained.exp().sum(dim=1)
 
-    def check_numbers(self, model: torch.nn.Module, asked: str, mend: str) -> None:
+    def check_numbers(self, model: torch.nn.Module, asked: str, fix: str) -> None:
         """Refuse scores that are no numbers: whatever they were counted as, it would be wrong.
 
         Args:
             model: the model that gave them, whose weights are looked through for the reason.
             asked: which model was asked what.
-            mend: what to do where the weights themselves are no numbers.
+            fix: what to do where the weights themselves are no numbers.
 
         Raises:
             UserError: with the number of pairs that have NaN or infinity among their scores.
         """
-        broken = int((~self.joint.isfinite().all(dim=1)).sum())
+        broken = int((~self.unconstrained.isfinite().all(dim=1)).sum())
         if not broken:
             return
         weight = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
         raise UserError(
-            f"{asked}: the scores of {broken:,} of {len(self.joint):,} pairs are NaN or infinite, "
+            f"{asked}: the scores of {broken:,} of {len(self.unconstrained):,} pairs are NaN or infinite, "
             + (
                 "though the weights are not, so something overflows on the way: try precision: fp32"
                 if weight is None
-                else f"and so are weights of the model, such as {weight}: {mend}"
+                else f"and so are weights of the model, such as {weight}: {fix}"
             )
         )
 
@@ -115,11 +115,12 @@ def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, li
     return branches
 
 
-def deciding(answers: Answers) -> Answers:
+def distinguishing_prefixes(answers: Answers) -> Answers:
     """The shortest beginning of each answer that no other has.
 
     Constrained decoding chooses within these; the tokens after them are the only ones allowed. So their scores hold
-    the `choice` and the `log_probs` of the whole answers, for less work; `joint` and `mass` are of the beginnings.
+    the `choice` and the `log_probs` of the whole answers, for less work; `unconstrained` and `label_mass` are of the
+    prefixes.
     """
 
     def shortest(answer: list[int]) -> list[int]:
@@ -433,7 +434,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate_freely(
+def generate_unconstrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy generation without constraints: the token ids that the model says of its own accord."""

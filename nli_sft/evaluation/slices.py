@@ -139,7 +139,7 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
         ("Person words", "any (person, people)", "the hypothesis says person, people or the like"): anybody,
         ("Person words", "none", "the hypothesis has no word for a person"): ~kind & ~anybody,
     }
-    return label_slices | text_slices | told_by_source(pairs)
+    return label_slices | text_slices | source_slices(pairs)
 
 
 def _is_negation(word: str) -> bool:
@@ -150,7 +150,7 @@ def _is_number(word: str) -> bool:
     return word in NUMBERS or word.isdigit()
 
 
-def told_by_source(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+def source_slices(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
     """The slices of `describe` that come from what the source says of its pairs."""
     members = {}
     if "trained_on" in pairs:

@@ -112,7 +112,7 @@ def model_card(
         has_report=(folder / "report.html").is_file(),
         command=launch_command("recipes/sft.py", "--config", "recipe.yaml", record=record),
         prompt=prompt,
-        frame=encoder.frame,
+        frame=encoder.template,
         prefix=_prefix(encoder),
         is_chat=encoder.is_chat,
         labels=LABELS,

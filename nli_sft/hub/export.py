@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from trl import ModelConfig
 
 from .. import UserError
-from ..classifier import Judgement
+from ..classifier import Prediction
 from ..labels import LABELS
 from ..models.bases import check_base, quantization_of
 from ..models.loading import load_encoder, load_tuned
@@ -72,7 +72,7 @@ class Parity:
     mean_difference: float
 
     @classmethod
-    def between(cls, before: list[Judgement], after: list[Judgement]) -> "Parity":
+    def between(cls, before: list[Prediction], after: list[Prediction]) -> "Parity":
         p_before, p_after = (
             torch.tensor([[j.probabilities[label] for label in LABELS] for j in side], dtype=torch.float64)
             for side in (before, after)

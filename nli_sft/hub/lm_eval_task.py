@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness for a run: the same prompt, pairs and answers, judged by others' code.
 
-Its `acc` takes the answer with the largest unrestricted log-probability. That is our `joint` scoring, pair by pair;
+Its `acc` takes the answer with the largest unrestricted log-probability. That is our `unconstrained` scoring, pair by pair;
 constrained greedy generation, by which this package judges otherwise, goes down the answers token by token and can
 choose another one (see recipes/lm_eval/README.md).
 """
@@ -41,7 +41,7 @@ def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dat
         "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": _as_template(encoder.frame),
+        "doc_to_text": _as_template(encoder.template),
         "doc_to_choice": list(encoder.answer_texts),
         "doc_to_target": "gold",
         "target_delimiter": "",

@@ -159,7 +159,7 @@ def push(args: PushConfig) -> str:
     return commit.pr_url or str(commit.commit_url)
 
 
-def put_token_away(training_args: SFTConfig) -> None:
+def move_token_to_env(training_args: SFTConfig) -> None:
     """Move `hub_token`, with which bases and data are fetched, to the environment variable HF_TOKEN of this process.
 
     The Trainer pickles its arguments into every checkpoint, and W&B keeps the command line.
@@ -232,9 +232,9 @@ def _check_destination(
     there = set(there) - {".gitattributes"}
     if not there or overwrite:
         return
-    mend = "push to another hub_model_id, or replace it with recipes/push.py --overwrite"
+    fix = "push to another hub_model_id, or replace it with recipes/push.py --overwrite"
     if not {"prompt.json", "recipe.yaml"} <= there:
-        raise UserError(f"{repo_id} is there and holds something other than a run of nli-sft; {mend}")
+        raise UserError(f"{repo_id} is there and holds something other than a run of nli-sft; {fix}")
     fetched = {name: api.hf_hub_download(repo_id, name, revision=revision) for name in ("prompt.json", "recipe.yaml")}
     their_prompt = load_prompt(fetched["prompt.json"])
     their_base = yaml.safe_load(Path(fetched["recipe.yaml"]).read_text(encoding="utf-8"))["model_name_or_path"]
@@ -244,7 +244,7 @@ def _check_destination(
         ("prompt", their_prompt.fingerprint, prompt.fingerprint),
     ):
         if theirs != ours:
-            raise UserError(f"{repo_id} is there with another {what} ({theirs}; this run has {ours}); {mend}")
+            raise UserError(f"{repo_id} is there with another {what} ({theirs}; this run has {ours}); {fix}")
 
 
 @contextmanager

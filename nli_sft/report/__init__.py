@@ -14,7 +14,7 @@ from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Report, prompt_text
 from .figures import Plot, evaluation_plots, training_plots
 from .pairs import pairs_table
-from .suite import suite_sheets
+from .suite import suite_tables
 from .tables import escape_markdown
 
 
@@ -44,7 +44,7 @@ def write_report(report: Report) -> Path:
         "table_note": table_note,
         "prompt_text": prompt_text(report.prompt),
         "model_names": MODEL_NAMES,
-        "suite_sheets": [sheet for suite in report.suites for sheet in suite_sheets(suite, report.evaluations)],
+        "suite_tables": [sheet for suite in report.suites for sheet in suite_tables(suite, report.evaluations)],
     }
     (report.folder / "report.md").write_text(
         _environment(finalize=escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"

@@ -261,7 +261,7 @@ class Ranking:
         """A base's accuracy on validation, where any of its runs asked for it."""
         return next((run.base_validation for run in self.runs if run.base == base and run.base_validation), None)
 
-    def base_judged(self, base: str, key: str) -> Judged | None:
+    def base_results(self, base: str, key: str) -> Judged | None:
         """An evaluation that holds a base's predictions, where any of its runs went through it."""
         return next((run.judged[key] for run in self.runs if run.base == base and key in run.judged), None)
 
@@ -503,7 +503,7 @@ def paired_tests(ranking: Ranking) -> list[PairedTest]:
     """Test any two of a ranking's bases and runs on the pairs that both judged, evaluation by evaluation."""
     tests, without = [], set()
     for key in ranking.judged:
-        judged = [(base, ranking.base_judged(base, key), "base") for base in ranking.bases]
+        judged = [(base, ranking.base_results(base, key), "base") for base in ranking.bases]
         judged = [one for one in judged if one[1] is not None]
         judged += [(run.name, run.judged[key], "tuned") for run in reversed(ranking.runs) if key in run.judged]
         without |= {name for name, one, _ in judged if one.table is None}

@@ -23,7 +23,7 @@ from .compare import (
 )
 from .content import duration
 from .figures import AFTER, BEFORE, CONTROL, INK, STYLE, WIDTH, Plot, _plot
-from .tables import NONE, Sheet
+from .tables import NONE, Table
 
 # Okabe and Ito's colours, and markers, so that runs can be told apart in grey too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -34,7 +34,7 @@ MOST_CURVES = 12
 
 
 @dataclass(frozen=True)
-class Side:
+class View:
     """All that is said of one ranking.
 
     Attributes:
@@ -45,16 +45,16 @@ class Side:
 
     ranking: Ranking
     apart: str
-    sheets: list[Sheet]
+    sheets: list[Table]
     claims: list[str]
     tests: list[PairedTest]
     plots: list[Plot]
 
 
-def lay_out(rankings: Sequence[Ranking]) -> list[Side]:
+def build_views(rankings: Sequence[Ranking]) -> list[View]:
     """Say and draw everything on each ranking."""
     return [
-        Side(
+        View(
             ranking=ranking,
             apart=why_apart(rankings[0], ranking) if number else "",
             sheets=sheets(ranking, tests),
@@ -67,12 +67,12 @@ def lay_out(rankings: Sequence[Ranking]) -> list[Side]:
     ]
 
 
-def sheets(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Sheet]:
+def sheets(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Table]:
     """The tables of one ranking."""
     found = [_accuracies(ranking), _costs(ranking)]
     if ranking.differing:
         rows = [[run.name, *(_text(value) for value in ranking.differences(run).values())] for run in ranking.runs]
-        found.append(Sheet("Settings that differ", ["run", *ranking.differing], rows))
+        found.append(Table("Settings that differ", ["run", *ranking.differing], rows))
     if ranking.replicates:
         found.append(_replicates(ranking))
     for key in ranking.judged:
@@ -83,7 +83,7 @@ def sheets(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Sheet]:
     return found
 
 
-def _accuracies(ranking: Ranking) -> Sheet:
+def _accuracies(ranking: Ranking) -> Table:
     controls = [
         (key, model)
         for key in ranking.judged
@@ -95,7 +95,7 @@ def _accuracies(ranking: Ranking) -> Sheet:
     for base in ranking.bases:
         row = [base, _estimate(ranking.base_validation(base))]
         for key, model in controls:
-            judged = ranking.base_judged(base, key)
+            judged = ranking.base_results(base, key)
             row.append(_estimate(judged and judged.accuracy("base")) if model == "tuned" else NONE)
         rows.append(row)
     for run in ranking.runs:
@@ -109,10 +109,10 @@ def _accuracies(ranking: Ranking) -> Sheet:
         f"Accuracy with its 95% interval. Validation: {data['validation_pairs']:,} pairs, fingerprint "
         f"{data['validation_fingerprint']}; prompt {data['prompt']}, fingerprint {data['prompt_fingerprint']}."
     )
-    return Sheet(title, columns, rows, note)
+    return Table(title, columns, rows, note)
 
 
-def _costs(ranking: Ranking) -> Sheet:
+def _costs(ranking: Ranking) -> Table:
     columns = ["run", "training", "pairs/s", "peak memory", "trainable parameters"]
     rows = []
     for run in ranking.runs:
@@ -128,19 +128,19 @@ def _costs(ranking: Ranking) -> Sheet:
             ]
         )
     measured = [index for index in range(len(columns)) if any(row[index] != NONE for row in rows)]
-    return Sheet("Cost", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
+    return Table("Cost", [columns[i] for i in measured], [[row[i] for i in measured] for row in rows])
 
 
-def _replicates(ranking: Ranking) -> Sheet:
+def _replicates(ranking: Ranking) -> Table:
     rows = [
         [group.name, _estimate(group.validation), *(_estimate(group.accuracy(key)) for key in ranking.judged)]
         for group in ranking.replicates
     ]
     note = "Mean over seeds with Student's 95% interval (logit scale): what another seed may give, not other pairs."
-    return Sheet("Seeds as replicates", ["runs", "validation", *ranking.judged], rows, note)
+    return Table("Seeds as replicates", ["runs", "validation", *ranking.judged], rows, note)
 
 
-def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Sheet | None:
+def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Table | None:
     tested = {name for test in tests for name in (test.first, test.second)}
     if not tested:
         return None
@@ -155,7 +155,7 @@ def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Shee
         "Row minus column, in points, on the pairs that both answered. In brackets: not significant by the 95% "
         "interval (bootstrap by premise) or the test by premise, corrected for all pairs of runs."
     )
-    return Sheet(f"Differences on {key}", ["", *names], rows, note)
+    return Table(f"Differences on {key}", ["", *names], rows, note)
 
 
 def claims(ranking: Ranking, tests: Sequence[PairedTest]) -> list[str]:
@@ -194,7 +194,7 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
     """Accuracy on one evaluation by method, the bases below: the mean with its interval, and each seed's."""
     methods = [(method, method.accuracy(key)) for method in ranking.methods]
     methods = sorted((pair for pair in methods if pair[1] is not None), key=lambda pair: pair[1].value)
-    bases = [(base, ranking.base_judged(base, key)) for base in reversed(ranking.bases)]
+    bases = [(base, ranking.base_results(base, key)) for base in reversed(ranking.bases)]
     rows = [(base, judged.accuracy("base"), BEFORE) for base, judged in bases if judged is not None]
     first = len(rows)
     rows += [(method.name, accuracy, AFTER) for method, accuracy in methods]
@@ -241,7 +241,7 @@ def pairs_plot(ranking: Ranking, key: str, name: str) -> Plot:
                 pairs, [e.low for e in estimates], [e.high for e in estimates], color=style["color"], alpha=0.15, lw=0
             )
             axes.plot(pairs, [e.value for e in estimates], linewidth=1.2, label=curve, **style)
-        judged = {base: ranking.base_judged(base, key) for base in ranking.bases}
+        judged = {base: ranking.base_results(base, key) for base in ranking.bases}
         _base_lines(axes, {base: judged and judged.accuracy("base") for base, judged in judged.items()})
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -344,17 +344,17 @@ def _seconds(run: RunRecord) -> str:
     return duration(run.cost["training_seconds"])
 
 
-def page(sides: Sequence[Side]) -> str:
+def page(sides: Sequence[View]) -> str:
     """All of it as one HTML file that needs no other."""
-    return _environment(autoescape=True).get_template("ledger.html.jinja").render(sides=sides)
+    return _environment(autoescape=True).get_template("compare.html.jinja").render(sides=sides)
 
 
-def drawings(sides: Sequence[Side]) -> dict[str, str]:
+def drawings(sides: Sequence[View]) -> dict[str, str]:
     """{file name: SVG} of all plots."""
     return {f"{plot.name}.svg": plot.on_white() for side in sides for plot in side.plots}
 
 
-def as_dict(sides: Sequence[Side]) -> dict[str, object]:
+def as_dict(sides: Sequence[View]) -> dict[str, object]:
     """All of it as figures, ready for JSON."""
     return {
         "rankings": [

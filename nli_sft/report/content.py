@@ -41,13 +41,13 @@ MODEL_NAMES = {
 BUCKET_NAMES = {
     "fixed": "corrected",
     "both_wrong": "not corrected",
-    "broken": "regressed",
+    "regressed": "regressed",
     "both_right": "still right",
 }
 
 
 @dataclass(frozen=True)
-class ToldPair:
+class ListedPair:
     """One pair of a list, with the probabilities of the three labels before and after."""
 
     uid: str
@@ -67,7 +67,7 @@ class PairList:
     title: str
     order: str
     total: int
-    pairs: list[ToldPair]
+    pairs: list[ListedPair]
 
 
 class Evaluation:
@@ -107,12 +107,12 @@ class Evaluation:
         return self.table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
 
     def _mass(self, model: str) -> np.ndarray:
-        joint = self.table[[f"{model}_joint_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
-        return np.exp(joint).sum(axis=1)
+        log_probs = self.table[[f"{model}_unconstrained_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
+        return np.exp(log_probs).sum(axis=1)
 
-    def _joint_accuracy(self, model: str) -> float:
+    def _unconstrained_accuracy(self, model: str) -> float:
         """Accuracy of the label with the largest unrestricted probability: `acc` of lm-evaluation-harness."""
-        answers = self.table[[f"{model}_joint_{label}" for label in LABELS]].to_numpy().argmax(axis=1)
+        answers = self.table[[f"{model}_unconstrained_{label}" for label in LABELS]].to_numpy().argmax(axis=1)
         if self.is_two_way:
             answers = np.array([to_two_way(answer) for answer in answers])
         return float((answers == self._ids(self.table["label"], self.label_names)).mean())
@@ -146,8 +146,8 @@ class Evaluation:
         c, t = self.comparison, self.table
         change = self.right("tuned").astype(int) - self.right("base")
         effect = max(1.0, design_effect(change, pd.factorize(t["premise"])[0]))
-        smallest = smallest_difference(c.pairs, c.fixed + c.broken, design_effect=effect)
-        changed = f"Power: {c.fixed + c.broken:,} of {c.pairs:,} pairs turned right or wrong"
+        smallest = smallest_difference(c.pairs, c.fixed + c.regressed, design_effect=effect)
+        changed = f"Power: {c.fixed + c.regressed:,} of {c.pairs:,} pairs turned right or wrong"
         if smallest is None:
             return f"{changed}, too few for the test by premise to find any difference."
         return (
@@ -189,7 +189,7 @@ class Evaluation:
         return [
             self._pair_list("fixed", "Corrected by tuning", "surest of the right label after tuning first", p_gold),
             self._pair_list("both_wrong", "Not corrected", "surest of a wrong label after tuning first", tuned),
-            self._pair_list("broken", "Regressed", "surest of a wrong label after tuning first", tuned),
+            self._pair_list("regressed", "Regressed", "surest of a wrong label after tuning first", tuned),
         ]
 
     def _pair_list(self, bucket: str, title: str, order: str, confidence: np.ndarray) -> PairList:
@@ -200,7 +200,7 @@ class Evaluation:
         for row in surest:
             pair = self.table.iloc[row]
             told.append(
-                ToldPair(
+                ListedPair(
                     uid=pair["uid"],
                     premise=pair["premise"],
                     hypothesis=pair["hypothesis"],
@@ -238,9 +238,9 @@ class Evaluation:
                 sentences.append(f"{figures}: its accuracy could come from the hypotheses alone.")
         return sentences
 
-    def free_generation(self) -> str | None:
+    def unconstrained_generation(self) -> str | None:
         """A sentence on what came of answering a sample without constraints, if that was done."""
-        free = [self.summary.get(model, {}).get("free_generation") for model in ("base", "tuned")]
+        free = [self.summary.get(model, {}).get("unconstrained_generation") for model in ("base", "tuned")]
         if not all(free):
             return None
         (n, invalid_before, right_before), (_, invalid_after, right_after) = (
@@ -278,15 +278,14 @@ class Evaluation:
                 values = (f"{t[key]:.3f}" if key in t else NONE for t in calibrated)
                 rows.append((f"{name} at that temperature", *values))
         mass = (
-            f"{m['mass_on_labels']:.2%}" if m["mass_on_labels"] >= 1e-4 else f"{m['mass_on_labels']:.1e}"
-            for m in (base, tuned)
+            f"{m['label_mass']:.2%}" if m["label_mass"] >= 1e-4 else f"{m['label_mass']:.1e}" for m in (base, tuned)
         )
         rows.append(("Label mass", *mass))
-        joint = (f"{self._joint_accuracy(model):.2%}" for model in ("base", "tuned"))
-        rows.append(("Accuracy by joint probability", *joint))
+        by_probability = (f"{self._unconstrained_accuracy(model):.2%}" for model in ("base", "tuned"))
+        rows.append(("Accuracy by unconstrained probability", *by_probability))
         before, after = self.summary.get("base", {}), self.summary.get("tuned", {})
-        if before.get("free_generation") and after.get("free_generation"):
-            free = before["free_generation"], after["free_generation"]
+        if before.get("unconstrained_generation") and after.get("unconstrained_generation"):
+            free = before["unconstrained_generation"], after["unconstrained_generation"]
             rows.append(("Unconstrained accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
             rows.append(("Unconstrained answers without a valid label", *(f"{f['invalid_share']:.1%}" for f in free)))
         return rows
@@ -470,8 +469,8 @@ class Report:
                 text += f"; {summary['unlabelled_pairs_dropped']:,} without a gold label left out"
             if summary.get("unlinked_edits_dropped"):
                 text += f"; {summary['unlinked_edits_dropped']:,} edits without their original left out"
-            if summary.get("pairs_trained_on"):
-                text += f"; train-test overlap: {summary['pairs_trained_on']:,} pairs"
+            if summary.get("train_test_overlap"):
+                text += f"; train-test overlap: {summary['train_test_overlap']:,} pairs"
             rows.append((f"Pairs of {evaluation.name}", text))
         git = self.record.get("git")
         if git:

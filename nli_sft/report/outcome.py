@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..evaluation.slices import told_by_source
+from ..evaluation.slices import source_slices
 from .content import Evaluation, duration, size_text
-from .tables import NONE, Sheet
+from .tables import NONE, Table
 
 COLUMNS = {
     "base": "base",
@@ -17,7 +17,7 @@ COLUMNS = {
 UNCONSTRAINED = "Unconstrained: the model may say anything. An answer without exactly one label is invalid, so wrong."
 
 
-def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
+def outcome_table(evaluation: Evaluation, trained: Mapping) -> Table:
     """Accuracy on all pairs and on every part that the source names; unconstrained answers; time and memory.
 
     Args:
@@ -29,13 +29,13 @@ def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
     rows = [_row("all pairs", np.ones(len(evaluation.table), dtype=bool), right)]
     low_high = (evaluation.metrics[model]["accuracy_interval"] for model in models)
     rows.append(["95% interval", "", *(f"{100 * low:.1f}–{100 * high:.1f}" for low, high in low_high)])
-    for (family, name, _), inside in told_by_source(evaluation.table).items():
+    for (family, name, _), inside in source_slices(evaluation.table).items():
         if family == "Difficulty":
             rows.append(_row("easy", ~inside, right))
             rows.append(_row("hard", inside, right))
         else:
             rows.append(_row(f"{family.split()[0].lower()}: {name}", inside, right))
-    free = [evaluation.summary.get(model, {}).get("free_generation") for model in models]
+    free = [evaluation.summary.get(model, {}).get("unconstrained_generation") for model in models]
     if any(free):
         asked = next(answers["n"] for answers in free if answers)
         for name, key in (("unconstrained", "accuracy"), ("invalid answers", "invalid_share")):
@@ -46,7 +46,7 @@ def outcome_sheet(evaluation: Evaluation, trained: Mapping) -> Sheet:
     note = ". ".join(f"{what}: {_cost(resources)}" for what, resources in costs if resources)
     if any(free):
         note = f"{UNCONSTRAINED} {note}".strip()
-    return Sheet(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
+    return Table(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
 
 
 def _row(name: str, inside: np.ndarray, right: Mapping[str, np.ndarray]) -> list[str]:

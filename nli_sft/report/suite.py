@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from ..evaluation.calibration import temperature_text
 from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Evaluation
-from .tables import NONE, Sheet
+from .tables import NONE, Table
 
 SCORED = ("base", "tuned", "hypothesis_only")
 CHECKS = {
@@ -14,7 +14,7 @@ CHECKS = {
 }
 
 
-def suite_sheets(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Sheet]:
+def suite_tables(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Table]:
     """The tables on one suite: accuracies, then what was asked beyond them, as far as it was.
 
     Args:
@@ -29,7 +29,7 @@ def suite_sheets(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Shee
     return [sheet for sheet in found if sheet is not None]
 
 
-def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
+def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Table:
     columns = ["set", "pairs", "before", "after", "95% interval", "change", "majority", "hypothesis-only"]
     rows = []
     for name in suite["order"]:
@@ -48,7 +48,7 @@ def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Sheet:
     some = next(iter(judged.values())).summary
     speeds = [f"{MODEL_NAMES[m]} {some[m]['pairs_per_second']:,.0f}" for m in SCORED if m in some]
     note += f" Pairs per second, in one pass over all sets: {', '.join(speeds)}."
-    return Sheet(f"Suite {suite['suite']}", columns, rows, note)
+    return Table(f"Suite {suite['suite']}", columns, rows, note)
 
 
 def _set_rows(name: str, evaluation: Evaluation) -> list[list[str]]:
@@ -81,12 +81,12 @@ def _interval(metrics: Mapping) -> str:
     return f"{100 * low:.1f}–{100 * high:.1f}"
 
 
-def _missing(suite: Mapping) -> Sheet | None:
+def _missing(suite: Mapping) -> Table | None:
     by_reason: dict[str, list[str]] = {}
     for name, reason in suite["missing"].items():
         by_reason.setdefault(reason, []).append(name)
     rows = [[", ".join(names), reason] for reason, names in by_reason.items()]
-    return Sheet("Missing from the suite", ["set", "reason"], rows) if rows else None
+    return Table("Missing from the suite", ["set", "reason"], rows) if rows else None
 
 
 def _told(judged: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Mapping]]:
@@ -99,7 +99,7 @@ def _told(judged: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Ma
     ]
 
 
-def _annotators(judged: Mapping[str, Evaluation]) -> Sheet | None:
+def _annotators(judged: Mapping[str, Evaluation]) -> Table | None:
     columns = ["set and model", "pairs", "annotators per pair", "JS divergence", "JS distance", "KL divergence"]
     rows = [
         [
@@ -113,10 +113,10 @@ def _annotators(judged: Mapping[str, Evaluation]) -> Sheet | None:
     ]
     note = "Divergences in nats, 0 at best. Entropy correlation: Spearman's, over pairs; 1 at best."
     title = "Compared with all annotators"
-    return Sheet(title, [*columns, "entropy correlation"], rows, note) if rows else None
+    return Table(title, [*columns, "entropy correlation"], rows, note) if rows else None
 
 
-def _edits(judged: Mapping[str, Evaluation]) -> Sheet | None:
+def _edits(judged: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
@@ -126,10 +126,10 @@ def _edits(judged: Mapping[str, Evaluation]) -> Sheet | None:
         for name, model, told in _told(judged, "edits")
     ]
     columns = ["set and model", "edits", "original right", "edit right", "both right"]
-    return Sheet("Pairs and their minimal edits", columns, rows) if rows else None
+    return Table("Pairs and their minimal edits", columns, rows) if rows else None
 
 
-def _calibration(judged: Mapping[str, Evaluation]) -> Sheet | None:
+def _calibration(judged: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
@@ -145,10 +145,10 @@ def _calibration(judged: Mapping[str, Evaluation]) -> Sheet | None:
     if any(row[1].startswith("none") for row in rows):
         note += " None: the search ended at its bound, so no temperature calibrates the model."
     columns = ["set and model", "temperature", "ECE", "log loss, nats", "Brier score"]
-    return Sheet("Calibration", columns, rows, note) if rows else None
+    return Table("Calibration", columns, rows, note) if rows else None
 
 
-def _check(evaluation: Evaluation, check: str) -> Sheet | None:
+def _check(evaluation: Evaluation, check: str) -> Table | None:
     told = {m: evaluation.summary[m][check] for m in ("base", "tuned") if check in evaluation.summary.get(m, {})}
     if not told:
         return None
@@ -160,4 +160,4 @@ def _check(evaluation: Evaluation, check: str) -> Sheet | None:
     rows.append(["pairs with different answers", *(f"{t['flips']:.1%}" for t in told.values())])
     refused = "".join(f" {way} is left out: {why}." for way, why in some["refused"].items())
     note = f"Accuracy on {some['n']:,} pairs of {evaluation.name}.{refused}"
-    return Sheet(f"{CHECKS[check]}: {evaluation.name}", columns, rows, note)
+    return Table(f"{CHECKS[check]}: {evaluation.name}", columns, rows, note)

@@ -16,7 +16,7 @@ HEADING = 12
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Table:
     """A table of texts; the first column names the row."""
 
     title: str
@@ -28,7 +28,7 @@ class Sheet:
         """Whether a column holds figures, rather than the names of rows or texts."""
         return index > 0 and all(_width(row[index]) <= 16 for row in self.rows)
 
-    def parts(self, width: int) -> list["Sheet"]:
+    def parts(self, width: int) -> list["Table"]:
         """The same rows in as many sheets, one below the other, as it takes for each to fit into a line of `width`."""
         names = max(_width(cell) for cell in [self.columns[0], *(row[0] for row in self.rows)]) + 4
         parts, left = [[]], width - names
@@ -41,7 +41,7 @@ class Sheet:
             parts[-1].append(index)
             left -= needed
         return [
-            Sheet(
+            Table(
                 self.title if not number else f"{self.title}, continued",
                 [self.columns[index] for index in (0, *part)],
                 [[row[index] for index in (0, *part)] for row in self.rows],

@@ -11,7 +11,7 @@ from .. import graph, trie
 from ..graph import prefetch
 
 
-class PairSampler(Sampler):
+class GroupShuffleSampler(Sampler):
     """Every pair once an epoch, in an order that depends on seed and epoch alone, not on the number of processes.
 
     Args:
@@ -37,7 +37,7 @@ class PairSampler(Sampler):
         return len(self.group)
 
 
-class SharedBatches(Sampler):
+class ShardedBatchSampler(Sampler):
     """The share that one process has in each batch of all of them.
 
     Args:
@@ -58,7 +58,7 @@ class SharedBatches(Sampler):
         self.num_processes = num_processes
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.sampler, PairSampler):
+        if isinstance(self.sampler, GroupShuffleSampler):
             self.sampler.set_epoch(epoch)
 
     def __iter__(self):

@@ -87,7 +87,7 @@ def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
     if wanted is None:
         return None
     if wanted != AUTO:
-        flaw = find_flaw(Path(wanted))
+        flaw = find_damage(Path(wanted))
         if flaw is not None:
             raise UserError(f"resume_from_checkpoint {wanted}: {flaw}; give a checkpoint's folder, or auto")
         return wanted
@@ -106,7 +106,7 @@ def _newest_checkpoint(run: str | Path) -> tuple[str | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with newer ones."""
     flaws = []
     for folder in sorted(Path(run).glob("checkpoint-*"), key=_step, reverse=True):
-        flaw = find_flaw(folder)
+        flaw = find_damage(folder)
         if flaw is None:
             return str(folder), flaws
         flaws.append(f"{folder.name}: {flaw}")
@@ -123,7 +123,7 @@ def is_finished(run: str | Path, recipe: Mapping[str, object]) -> bool:
     return all(made_by.get(key) == asked.get(key) for key in {*made_by, *asked} - {"resume_from_checkpoint"})
 
 
-def find_flaw(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """Say why a training cannot go on from a folder, or `None` if it can."""
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}"
@@ -151,7 +151,7 @@ def find_flaw(checkpoint: Path) -> str | None:
     return None if changed is None else f"{changed.relative_to(checkpoint)} holds other bytes than were written"
 
 
-def outlive_sigterm(_worker: int) -> None:
+def ignore_sigterm(_worker: int) -> None:
     """A data loader's `worker_init_fn`: SIGTERM to a whole process group leaves it to the trainer to end its workers.
 
     So does Ctrl-C. Slurm, torchrun and `timeout` send it to all, and without workers the step could not be finished
@@ -210,10 +210,10 @@ class ResumableTrainer(SFTTrainer):
         self._told_by = None
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
-        passing = _PassingOverWorkers(self.args.dataloader_num_workers)
+        passing = _IgnoreInWorkers(self.args.dataloader_num_workers)
         # Under torchrun and accelerate, SIGTERM may mean that a process has died for which this one is waiting.
         elastic = self.args.world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-        with passing, passing, _LastWord(self) if elastic else nullcontext():
+        with passing, passing, _StopSignals(self) if elastic else nullcontext():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RuntimeError as error:
@@ -223,7 +223,7 @@ class ResumableTrainer(SFTTrainer):
                     handlers[signal.SIGTERM] = signal.SIG_IGN
                 raise UserError(
                     f"another process of this training has ended, after step {self.state.global_step} (killed, or "
-                    f"stopped by an error that it tells itself): {self._way_on()}, on any "
+                    f"stopped by an error that it tells itself): {self._resume_hint()}, on any "
                     "number of processes"
                 ) from error
             finally:
@@ -251,7 +251,7 @@ class ResumableTrainer(SFTTrainer):
         if self._told_by is None:
             self._told_by, self._told_at = signal.Signals(number), time.monotonic()
 
-    def _way_on(self) -> str:
+    def _resume_hint(self) -> str:
         newest, _ = _newest_checkpoint(self.args.output_dir)
         start = f"from {Path(newest).name}" if newest else "from the beginning"
         return f"go on {start} with resume_from_checkpoint: {AUTO}"
@@ -273,7 +273,7 @@ class ResumableTrainer(SFTTrainer):
             if self.args.should_save:
                 self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
                 self._write_made_from(unfinished, final, progress)
-                _seal(unfinished, progress)
+                _write_manifest(unfinished, progress)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(unfinished, final)
         except Exception as error:
@@ -282,7 +282,8 @@ class ResumableTrainer(SFTTrainer):
             if not full:
                 raise
             raise UserError(
-                f"the disk that holds {run} is full: {name} could not be written. Make room, then {self._way_on()}"
+                f"the disk that holds {run} is full: {name} could not be written. Make room, then "
+                f"{self._resume_hint()}"
             ) from error
         finally:
             self._saving = False
@@ -412,7 +413,7 @@ class ResumableTrainer(SFTTrainer):
         return self.accelerator.reduce(counts, reduction="sum").bool().tolist()
 
 
-class _LastWord(AbstractContextManager):
+class _StopSignals(AbstractContextManager):
     """Ends a process in which nothing else can: waiting for one that died, it does not even see SIGTERM.
 
     Python runs signal handlers between two instructions of the main thread, and that stands inside a collective. The
@@ -440,13 +441,13 @@ class _LastWord(AbstractContextManager):
                 trainer, name = self._trainer, signal.Signals(number[0]).name
                 sys.stderr.write(
                     f"error: told to stop ({name}) after step {trainer.state.global_step}, but not all processes of "
-                    f"this training answered within {PATIENCE} s, so one may have died: {trainer._way_on()}\n"
+                    f"this training answered within {PATIENCE} s, so one may have died: {trainer._resume_hint()}\n"
                 )
                 sys.stderr.flush()
                 os._exit(128 + number[0])
 
 
-class _PassingOverWorkers(AbstractContextManager):
+class _IgnoreInWorkers(AbstractContextManager):
     """Passes over what is raised, wherever the program is, when a worker of a data loader has died."""
 
     def __init__(self, workers: int):
@@ -510,7 +511,7 @@ class _Watch(TrainerCallback):
             sys.exit(128 + told_by)
 
 
-def _seal(folder: Path, progress: Mapping[str, object]) -> None:
+def _write_manifest(folder: Path, progress: Mapping[str, object]) -> None:
     """Write a checkpoint's list of files, once all of them have reached the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:

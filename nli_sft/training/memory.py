@@ -44,7 +44,7 @@ from ..models.bases import load_config
 from ..models.loading import adapter_config
 from ..models.precision import Precision
 from ..trie import row_tokens, unsupported_reason
-from .batches import PairSampler, SharedBatches, TokenRows, TrieCollator
+from .batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator
 from .launchers import launched_with
 
 GIB = 2**30
@@ -297,11 +297,11 @@ def measure_batches(
         return [Batch(pairs, longest, pairs * max(map(len, encoder.answers)), cut=False)]
     groups = rows["premise"][:] if batch_args.group_by_premise else range(len(rows))
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-    batches = SharedBatches(PairSampler(groups, seed), pairs * processes, 0, processes, drop_last=False)
+    batches = ShardedBatchSampler(GroupShuffleSampler(groups, seed), pairs * processes, 0, processes, drop_last=False)
     pack = TrieCollator(encoder.answers, length, max_batch_tokens=pairs * longest * length)  # in one part
     measured, taken = [], TokenRows(rows, encoder.answers)
     for batch in islice(batches, MEASURED_BATCHES):
-        (part,) = pack([taken[pair] for pair in batch])["parts"]
+        (part,) = pack([taken[pair] for pair in batch])["micro_batches"]
         measured.append(Batch(*part["input_ids"].shape, part["predict"].numel(), cut=True))
     return measured
 
@@ -359,7 +359,7 @@ def estimate_memory(
     if training_args.world_size > 1 and not sharded:
         gradients *= 2  # DDP sends them from buckets of their own
 
-    peak, mask = _play_step(model, model_args, training_args, precision, rows, length, predicted, several_passes)
+    peak, mask = _trace_step(model, model_args, training_args, precision, rows, length, predicted, several_passes)
     activations = max(peak - mask - trained_bytes, 0)
     share = {
         part: training_args.world_size if part in sharded else 1 for part in ("weights", "gradients", "optimizer")
@@ -429,7 +429,7 @@ def _sharded(training_args: SFTConfig) -> set[str]:
     return sharded.get(launched_with(training_args), set())
 
 
-def _play_step(
+def _trace_step(
     model, model_args, training_args, precision, rows, length, predicted, several_passes
 ) -> tuple[int, int]:
     """(peak of a step beyond the weights, attention mask), in bytes."""
@@ -439,7 +439,7 @@ def _play_step(
     if training_args.gradient_checkpointing:
         checkpoint = dict(training_args.gradient_checkpointing_kwargs or {"use_reentrant": False})
         if checkpoint.get("use_reentrant") is False:  # what is computed again must be computed as on CUDA too
-            checkpoint["context_fn"] = lambda: (nullcontext(), _AsOnCuda())
+            checkpoint["context_fn"] = lambda: (nullcontext(), _EmulateCuda())
         # transformers 5.17 knows it by its older name alone.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(checkpoint)
         if peft:
@@ -458,7 +458,7 @@ def _play_step(
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-        with _cuda_autocast(precision) if autocast else _AsOnCuda():
+        with _cuda_autocast(precision) if autocast else _EmulateCuda():
             hidden = causal_lm.base_model(
                 input_ids=ids, attention_mask=attention_mask, position_ids=ids, use_cache=False
             ).last_hidden_state
@@ -514,14 +514,14 @@ class _LiveBytes(TorchDispatchMode):
         self._counted.add(storage._cdata)
         self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._let_go, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
 
-    def _let_go(self, key: int, nbytes: int) -> None:
+    def _free(self, key: int, nbytes: int) -> None:
         self._counted.discard(key)
         self.now -= nbytes
 
 
-class _AsOnCuda(TorchFunctionMode):
+class _EmulateCuda(TorchFunctionMode):
     """What keeps more or less on CUDA than on a CPU, as on CUDA.
 
     Autocast computes `IN_FLOAT32` in fp32 there (the part of its list that models use), and dropout keeps a mask of
@@ -553,7 +553,7 @@ def _cuda_autocast(precision: Precision):
     before = torch.is_autocast_enabled("cuda")
     torch.set_autocast_enabled("cuda", True)  # PEFT asks for CUDA's alone
     try:
-        with torch.autocast("cpu", precision.dtype), _AsOnCuda():
+        with torch.autocast("cpu", precision.dtype), _EmulateCuda():
             yield
     finally:
         torch.set_autocast_enabled("cuda", before)

@@ -28,14 +28,14 @@ from ..evaluation.scoring import LabelScores, Scorer, gather_scores
 from ..models.bases import batching_beside_router
 from .batches import (
     EpochLoader,
-    PairSampler,
-    SharedBatches,
+    GroupShuffleSampler,
+    ShardedBatchSampler,
     TokenRows,
     TrieCollator,
     split_micro_batch,
     without_labels,
 )
-from .checkpoints import ResumableTrainer, outlive_sigterm
+from .checkpoints import ResumableTrainer, ignore_sigterm
 from .progress import TrainingBar
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class NLITrainer(ResumableTrainer):
         parts = [
             part
             for batch in islice(batches, 32)
-            for part in self.data_collator([rows[index] for index in batch])["parts"]
+            for part in self.data_collator([rows[index] for index in batch])["micro_batches"]
         ]
         return max(len(part["input_ids"]) for part in parts), self.max_row_tokens
 
@@ -213,7 +213,7 @@ class NLITrainer(ResumableTrainer):
         return super().get_batch_samples(epoch_iterator, num_batches, "cpu" if self._use_graphs else device)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches whose pairs are the same for any number of processes, each process its share (`SharedBatches`).
+        """Batches whose pairs are the same for any number of processes; see `ShardedBatchSampler`.
 
         accelerate deals out whole batches and repeats pairs until all processes have as many, so that the last step of
         an epoch depends on their number.
@@ -225,7 +225,7 @@ class NLITrainer(ResumableTrainer):
             self._remove_unused_columns(self.train_dataset, description="Training")
             if self.max_row_tokens is None
             else TokenRows(self.train_dataset, self.encoder.answers),
-            batch_sampler=SharedBatches(
+            batch_sampler=ShardedBatchSampler(
                 self._get_train_sampler(),
                 args.train_batch_size * args.world_size,
                 args.process_index,
@@ -237,7 +237,7 @@ class NLITrainer(ResumableTrainer):
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            worker_init_fn=outlive_sigterm,
+            worker_init_fn=ignore_sigterm,
         )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -246,7 +246,7 @@ class NLITrainer(ResumableTrainer):
         # Not the data set that is handed over: it has lost the column of premises.
         rows = self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return PairSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
+        return GroupShuffleSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and back. Where that does not fit in memory, the step is done again, in smaller parts.
@@ -271,7 +271,7 @@ class NLITrainer(ResumableTrainer):
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                self._use_smaller_parts(error)
+                self._use_smaller_micro_batches(error)
             # Not in the except clause: there the traceback holds on to what the failed pass had computed.
             if self._graphs is None:
                 model.zero_grad()
@@ -287,7 +287,7 @@ class NLITrainer(ResumableTrainer):
 
     def _run_batch(self, model, inputs, num_items_in_batch):
         if not self._use_graphs:
-            return self._pass_parts(model, inputs, num_items_in_batch)
+            return self._pass_micro_batches(model, inputs, num_items_in_batch)
         if self._graphs is None:
             self._graphs = graph.StepGraphs(
                 self._loss_of_pass,
@@ -302,7 +302,7 @@ class NLITrainer(ResumableTrainer):
         if not self.model.training:  # after an evaluation
             self.model.train()
         self._graphs.start_batch(num_items_in_batch)
-        for part in self._parts(inputs):
+        for part in self._micro_batches(inputs):
             self._tokens += part["tokens"]
             tensors = {name: part[name] for name in graph.PASS_TENSORS}
             shape = graph.pass_shape(tensors, self.data_collator.usual)
@@ -332,8 +332,8 @@ class NLITrainer(ResumableTrainer):
             return super().first_bad_step()
         return self._graphs.first_bad_step(self.state.global_step)
 
-    def _use_smaller_parts(self, error: RuntimeError) -> None:
-        parts = [part["input_ids"] for batch in self._step_inputs for part in self._parts(batch)]
+    def _use_smaller_micro_batches(self, error: RuntimeError) -> None:
+        parts = [part["input_ids"] for batch in self._step_inputs for part in self._micro_batches(batch)]
         rows, length = max((ids.shape for ids in parts), key=math.prod)
         if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
             smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
@@ -348,15 +348,15 @@ class NLITrainer(ResumableTrainer):
             self.most_tokens,
         )
 
-    def _parts(self, inputs: dict) -> list[dict]:
-        parts = inputs.get("parts", [inputs])
+    def _micro_batches(self, inputs: dict) -> list[dict]:
+        parts = inputs.get("micro_batches", [inputs])
         if self.most_tokens is None:
             return parts
         return [piece for part in parts for piece in split_micro_batch(part, self.most_tokens)]
 
-    def _pass_parts(self, model, inputs, num_items_in_batch):
+    def _pass_micro_batches(self, model, inputs, num_items_in_batch):
         """A batch's parts one after the other; their losses add up to that of the batch."""
-        parts = self._parts(inputs)
+        parts = self._micro_batches(inputs)
         if self.accelerator.num_processes > 1:
             # Sharded models wait for each other in every pass, so all processes must make as many.
             most = max(gather_object([len(parts)]))
@@ -446,13 +446,13 @@ class NLITrainer(ResumableTrainer):
         own = LabelScores(*(values[: len(share)] for values in vars(own).values()))
         scores = gather_scores(own, len(prompts), shares.process_index, shares.num_processes)
         step = self.state.global_step
-        mend = "resume from an earlier checkpoint with a lower learning_rate" if step else "take another base"
-        scores.check_numbers(self.model, f"the evaluation after step {step}", mend)
+        fix = "resume from an earlier checkpoint with a lower learning_rate" if step else "take another base"
+        scores.check_numbers(self.model, f"the evaluation after step {step}", fix)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
         figures = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
         values = {
-            "loss": -scores.joint[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
+            "loss": -scores.unconstrained[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
             **{name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece")},
             **{f"f1_{label}": of_label["f1"] for label, of_label in figures["per_label"].items()},
         }

@@ -181,7 +181,7 @@ def test_numbers_of_an_adapter(key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_samples", -5), ("calibration_pairs", -1), ("free_samples", -1), ("per_device_eval_batch_size", 0)],
+    [("max_samples", -5), ("calibration_pairs", -1), ("unconstrained_samples", -1), ("per_device_eval_batch_size", 0)],
 )
 def test_numbers_of_an_evaluation(key, value):
     with pytest.raises(UserError, match=rf"^{key} is {value}; it must be "):

@@ -114,7 +114,7 @@ def test_template_that_inserts_thinking_is_refused(chatml):
         "<|im_start|>assistant\n{% endif %}",
         "<|im_start|>assistant\n{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
     )
-    assert PromptEncoder(PROMPTS["plain"], tokenizer).frame.endswith("</think>\n\n")
+    assert PromptEncoder(PROMPTS["plain"], tokenizer).template.endswith("</think>\n\n")
 
 
 def test_template_without_system_role_says_so(chatml):
@@ -214,7 +214,7 @@ def test_a_template_that_reads_the_clock_is_given_a_fixed_date(tmp_path, monkeyp
             return cls(2031, 3, 4)
 
     encoder = PromptEncoder(PROMPTS["plain"], with_template(CLOCK))
-    assert encoder.frame.startswith("<|im_start|>system\nToday: 26 July 2024, day 26<|im_end|>")
+    assert encoder.template.startswith("<|im_start|>system\nToday: 26 July 2024, day 26<|im_end|>")
     encoder.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(chat_template_utils, "datetime", Later)
     saved = type(encoder.tokenizer).from_pretrained(tmp_path)
@@ -230,7 +230,7 @@ def test_the_fixed_date_is_what_strftime_writes():
     moment = time.strptime("2024-07-26", "%Y-%m-%d")
     for sign in "YymbBdeaAjFDpTHIMScxXrRhCGguwUVWklP%":
         template = "{{ strftime_now('%" + sign + "') }}|" + CHATML
-        assert PromptEncoder(PROMPTS["plain"], with_template(template)).frame.split("|")[0] == time.strftime(
+        assert PromptEncoder(PROMPTS["plain"], with_template(template)).template.split("|")[0] == time.strftime(
             f"%{sign}", moment
         )
 
@@ -314,7 +314,7 @@ def test_templates_that_trim_a_turn_or_move_the_system_text_are_fine(name):
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     # The answer is a turn as well: such a template asks and answers in different ways, unless the pair is last.
-    assert PromptEncoder(PROMPTS[name], with_template(moved.replace("loop.last", "loop.first"))).frame
+    assert PromptEncoder(PROMPTS[name], with_template(moved.replace("loop.last", "loop.first"))).template
 
 
 def test_every_added_token_is_refused_in_data_and_text_is_not():
@@ -424,7 +424,7 @@ def test_json_prompt_files(tmp_path):
 
 def test_the_system_text_may_name_the_labels(chatml):
     prompt = Prompt("mine", "{premise} {hypothesis}", system="Say {labels}.", label_words=("yes", "maybe", "no"))
-    assert "Say yes, maybe or no.<|im_end|>" in PromptEncoder(prompt, chatml).frame
+    assert "Say yes, maybe or no.<|im_end|>" in PromptEncoder(prompt, chatml).template
 
 
 def test_a_prompt_that_is_asked_otherwise_than_trained_is_noticed(chatml):
@@ -500,7 +500,7 @@ MISTRAL_V3 = (
 )
 def test_templates_of_known_families(name, template, asks, answers):
     encoder = PromptEncoder(PROMPTS[name], with_template(template), train_on_end=True)
-    assert encoder.frame.endswith(asks)
+    assert encoder.template.endswith(asks)
     assert encoder.answer_texts[0] == answers
 
 
@@ -524,7 +524,7 @@ def test_a_system_text_in_the_last_user_turn_is_refused():
 
 
 def test_an_answer_without_an_end_has_none_to_train(chatml):
-    assert PromptEncoder(PROMPTS["plain"], with_template(ALPACA)).frame.endswith("### Response:\n")
+    assert PromptEncoder(PROMPTS["plain"], with_template(ALPACA)).template.endswith("### Response:\n")
     with pytest.raises(UserError, match="train_on_end: the chat template ends an answer with no token"):
         PromptEncoder(PROMPTS["plain"], with_template(ALPACA), train_on_end=True)
 
@@ -546,7 +546,7 @@ def test_control_tokens_in_a_prompt_are_refused(chatml, prompt):
 def test_without_a_template_a_prompt_may_write_control_tokens_but_an_answer_may_not():
     tokenizer = byte_level_tokenizer()
     prompt = Prompt("mine", "<|endoftext|>{premise} {hypothesis}")
-    assert "<|endoftext|>" in PromptEncoder(prompt, tokenizer).frame
+    assert "<|endoftext|>" in PromptEncoder(prompt, tokenizer).template
     with pytest.raises(UserError, match="holds '<.endoftext.>', a control token of this tokenizer; remove it$"):
         PromptEncoder(load_prompt("plain", ["<|endoftext|>", "maybe", "no"]), tokenizer)
 

@@ -935,7 +935,7 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
 
 def test_a_pair_is_known_again_whatever_its_case_and_white_space():
     def keys(*texts):
-        return sources.text_keys(Dataset.from_list([{"premise": p, "hypothesis": h} for p, h in texts])).tolist()
+        return sources.pair_hashes(Dataset.from_list([{"premise": p, "hypothesis": h} for p, h in texts])).tolist()
 
     asked = [("A dog.", "An animal."), (" a  DOG.", "an animal.\n"), ("A dog. An", "animal."), ("A dog.", "A cat.")]
     first, *others = keys(*asked)

@@ -28,7 +28,7 @@ AFTER = np.array([0, 1, 2, 1, 0, 1])  # right on the first three
 
 def test_buckets_are_counted():
     c = compare(GOLD, BEFORE, AFTER, list("aabbcc"))
-    assert (c.both_right, c.fixed, c.broken, c.both_wrong) == (1, 2, 1, 2)
+    assert (c.both_right, c.fixed, c.regressed, c.both_wrong) == (1, 2, 1, 2)
     assert (c.pairs, c.premises) == (6, 3)
     assert (c.before, c.after, c.difference) == (2 / 6, 3 / 6, pytest.approx(1 / 6))
     assert c.agreement == 2 / 6  # the first and the fifth answer are the same
@@ -36,7 +36,7 @@ def test_buckets_are_counted():
         "both_right",
         "fixed",
         "fixed",
-        "broken",
+        "regressed",
         "both_wrong",
         "both_wrong",
     ]

@@ -18,10 +18,10 @@ from nli_sft.evaluation import evaluate as evaluation
 from nli_sft.evaluation.evaluate import (
     Asked,
     Checks,
-    exchange_premises,
-    judge_all,
-    judge_run,
+    evaluate_run,
+    evaluate_sets,
     predict,
+    shuffle_premises,
     write_evaluation,
 )
 from nli_sft.evaluation.scoring import LabelScores
@@ -42,7 +42,7 @@ def scores(choice):
 
 def test_every_premise_is_exchanged_and_nothing_else_changes():
     pairs = few_pairs()
-    exchanged = exchange_premises(pairs)
+    exchanged = shuffle_premises(pairs)
     assert all(new != old for new, old in zip(exchanged["premise"], pairs["premise"], strict=True))
     assert sorted(exchanged["premise"]) == sorted(pairs["premise"])
     assert len(set(zip(pairs["premise"], exchanged["premise"], strict=True))) == len(set(pairs["premise"]))
@@ -57,8 +57,8 @@ def test_an_answer_that_goes_on_without_a_space_still_names_its_label(chatml, mo
     pairs = few_pairs().select(range(3))
     tail, other = chatml("ral", add_special_tokens=False)["input_ids"], chatml("Who knows?")["input_ids"]
     said = [encoder.answers[0] + tail, encoder.answers[1] + tail, other]
-    monkeypatch.setattr(evaluation, "generate_freely", lambda *_: said)
-    free = evaluation.free_generation(tiny_llama(len(chatml)), encoder, pairs, batch_size=3)
+    monkeypatch.setattr(evaluation, "generate_unconstrained", lambda *_: said)
+    free = evaluation.unconstrained_generation(tiny_llama(len(chatml)), encoder, pairs, batch_size=3)
     assert free["invalid_share"] == pytest.approx(1 / 3)
     assert free["accuracy"] == pytest.approx(2 / 3)
     assert free["accuracy_of_valid"] == 1
@@ -74,13 +74,13 @@ def test_what_is_written_joins_pairs_and_predictions(tmp_path):
     assert list(table["tuned_prediction"]) == [LABELS[label] for label in said]
     assert set(table["base_prediction"]) == {"neutral"}
     assert table["tuned_p_contradiction"][2] == pytest.approx(0.8)
-    assert np.exp(table["base_joint_neutral"][0]) == pytest.approx(0.4)
+    assert np.exp(table["base_unconstrained_neutral"][0]) == pytest.approx(0.4)
 
 
 def test_sets_in_one_pass_are_scored_as_they_are_alone(chatml):
     model = tiny_llama(len(chatml))
     prompts = [PROMPTS["plain"], PROMPTS["few_shot"], PROMPTS["plain"]]
-    sets = [few_pairs(2), few_pairs().select(range(5)), exchange_premises(few_pairs())]
+    sets = [few_pairs(2), few_pairs().select(range(5)), shuffle_premises(few_pairs())]
     asked = [Asked("set", pairs, PromptEncoder(prompt, chatml)) for pairs, prompt in zip(sets, prompts, strict=True)]
     options = {"batch_size": 7, "batch_args": BatchConfig(max_row_tokens=64)}  # few-shot prompts are longer than that
     together = predict(model, asked, **options)
@@ -100,13 +100,13 @@ def test_a_run_is_judged_with_its_control_calibration_and_checks(tmp_path):
     hans = {"uid": ["x", "y"], "premise": ["A man.", "A cat."], "hypothesis": ["A person.", "A dog."]}
     hans |= {"label": ["entailment", "non-entailment"], "subset": ["overlap", "overlap"]}
     sets = [EvaluationSet("few", "test", few_pairs(2), 0), EvaluationSet("hans", "all", pairs_dataset(hans), 0)]
-    first, second = judge_run(
+    first, second = evaluate_run(
         run,
         ModelConfig(model_name_or_path=str(base)),
         sets,
         batch_size=16,
         batch_args=BatchConfig(),
-        free_samples=0,
+        unconstrained_samples=0,
         calibration_pairs=few_pairs(4),
         checks=Checks(label_order_pairs=12, prompt_pairs=6),
     )
@@ -158,7 +158,7 @@ def test_weights_that_are_no_numbers_are_told_before_anything_is_counted(chatml,
     model.model.embed_tokens.weight.data[word] = torch.nan
     asked = [Asked("few test", pairs, encoder)]
     with pytest.raises(UserError) as error:
-        judge_all(model, asked, name="tuned", batch_size=8, batch_args=BatchConfig(batching=batching))
+        evaluate_sets(model, asked, name="tuned", batch_size=8, batch_args=BatchConfig(batching=batching))
     told = re.fullmatch(
         r"tuned on few test: the scores of (\d+) of 12 pairs are NaN or infinite, and so are weights of the model, "
         r"such as model.embed_tokens.weight: take an earlier checkpoint, or train with a lower learning_rate",
@@ -173,9 +173,9 @@ def test_weights_that_overflow_in_fp16_are_told_from_weights_that_are_no_numbers
     options = {"name": "base", "batch_size": 8, "batch_args": BatchConfig()}
     model = tiny_llama(len(chatml))
     model.model.norm.weight.data.fill_(6e4)  # fp16 ends at 65,504
-    judge_all(model, asked, **options)
+    evaluate_sets(model, asked, **options)
     with pytest.raises(UserError, match="12 of 12 pairs are NaN or infinite, though the weights are not.*fp32"):
-        judge_all(model.half(), asked, **options)
+        evaluate_sets(model.half(), asked, **options)
 
 
 def test_a_run_whose_prompt_has_changed_is_not_loaded(tmp_path):
@@ -199,7 +199,7 @@ def test_a_run_whose_prompt_has_changed_is_not_loaded(tmp_path):
     with pytest.raises(UserError, match=changed):
         load_encoder(run)
     with pytest.raises(UserError, match=changed):
-        judge_run(str(run), ModelConfig(), [], batch_size=1, batch_args=BatchConfig(), free_samples=0)
+        evaluate_run(str(run), ModelConfig(), [], batch_size=1, batch_args=BatchConfig(), unconstrained_samples=0)
     with pytest.raises(UserError, match=changed):
         NLIClassifier.from_pretrained(run)
     with pytest.raises(UserError, match=changed):

@@ -82,7 +82,7 @@ def test_a_wrong_label_that_was_certain_has_a_finite_loss():
 
 
 def test_mass_is_averaged():
-    assert compute(GOLD, PREDICTED, mass=[0.1, 0.2, 0.3, 0.4])["mass_on_labels"] == pytest.approx(0.25)
+    assert compute(GOLD, PREDICTED, mass=[0.1, 0.2, 0.3, 0.4])["label_mass"] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

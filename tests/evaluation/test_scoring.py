@@ -3,12 +3,12 @@ import torch
 from tiny import TOKENIZERS, few_pairs, tiny_llama
 
 from nli_sft.data.prompts import PROMPTS, PromptEncoder, load_prompt
-from nli_sft.evaluation import scoring as decoding
+from nli_sft.evaluation import scoring
 from nli_sft.evaluation.scoring import (
     LabelScores,
-    deciding,
-    generate_freely,
+    distinguishing_prefixes,
     generate_labels,
+    generate_unconstrained,
     named_label,
     score_prompts,
 )
@@ -41,7 +41,7 @@ def test_scoring_and_generation_agree_on_every_pair(words, family, padding_side,
     assert len(set(said)) > 1, "a model that always says one label cannot tell the ways apart"
     torch.testing.assert_close(scores.log_probs.exp().sum(dim=1), torch.ones(len(prompts)))
     # The tokens after an answer is decided are forced, and can be left out.
-    beginnings = deciding(encoder.answers)
+    beginnings = distinguishing_prefixes(encoder.answers)
     if words == "shared first tokens":
         assert max(map(len, beginnings)) > 1
         assert sum(map(len, beginnings)) < sum(map(len, encoder.answers))
@@ -61,14 +61,14 @@ def test_joint_scores_are_those_of_plain_forward_passes(chatml, max_row_tokens):
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(chatml))
     scores = score_prompts(model, prompts, encoder.answers, 0, batch_size=5, max_row_tokens=max_row_tokens)
-    for prompt, joint in zip(prompts, scores.joint, strict=True):
+    for prompt, joint in zip(prompts, scores.unconstrained, strict=True):
         for answer, score in zip(encoder.answers, joint, strict=True):
             with torch.no_grad():
                 log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
             steps = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
             expected = sum(log_probs[step, token] for step, token in zip(steps, answer, strict=True))
             torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-4)
-    assert (scores.mass < 1).all()
+    assert (scores.label_mass < 1).all()
 
 
 def test_restricted_probabilities_by_hand():
@@ -80,7 +80,7 @@ def test_restricted_probabilities_by_hand():
     expected = torch.tensor([[0.6 * 0.2, 0.6 * 0.8, 0.4], [0.4 * 0.2, 0.4 * 0.8, 0.6]])
     torch.testing.assert_close(scores.log_probs.exp(), expected)
     assert scores.choice.tolist() == [1, 2]
-    torch.testing.assert_close(scores.mass[0], torch.tensor(0.03 + 0.12 + 0.2))
+    torch.testing.assert_close(scores.label_mass[0], torch.tensor(0.03 + 0.12 + 0.2))
 
 
 def test_greedy_may_leave_the_most_probable_answer():
@@ -109,10 +109,10 @@ def test_a_repetition_penalty_does_not_reach_the_judgement(chatml):
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(chatml), seed=1)
     said = generate_labels(model, chatml, prompts, encoder.answers)
-    free = generate_freely(model, chatml, prompts, 4)
+    free = generate_unconstrained(model, chatml, prompts, 4)
     model.generation_config.repetition_penalty = 5.0
     assert generate_labels(model, chatml, prompts, encoder.answers) == said
-    assert generate_freely(model, chatml, prompts, 4) == free
+    assert generate_unconstrained(model, chatml, prompts, 4) == free
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
@@ -128,7 +128,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
         "max_row_tokens": 128,
     }
     expected = score_prompts(**options, batch_size=4)
-    real, seen = decoding.score_packed, []
+    real, seen = scoring.score_packed, []
 
     def small_device(model, batch):
         if len(batch["answer_nodes"]) > 5:
@@ -136,9 +136,9 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
         seen.append(len(batch["answer_nodes"]))
         return real(model, batch)
 
-    monkeypatch.setattr(decoding, "score_packed", small_device)
+    monkeypatch.setattr(scoring, "score_packed", small_device)
     scores = score_prompts(**options, batch_size=24)
-    torch.testing.assert_close(scores.joint, expected.joint)
+    torch.testing.assert_close(scores.unconstrained, expected.unconstrained)
     assert sum(seen) == len(prompts)
     assert max(seen) == 3  # 24, 12 and 6 did not fit
 
@@ -147,7 +147,7 @@ def test_other_errors_are_not_taken_for_memory(chatml, monkeypatch):
     def broken(*_):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(decoding, "score_padded", broken)
+    monkeypatch.setattr(scoring, "score_padded", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         score_prompts(None, [[1], [2]], [[1], [2], [3]], 0, batch_size=2, max_row_tokens=None)
 

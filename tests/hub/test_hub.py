@@ -18,7 +18,7 @@ from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.data.prompts import PROMPTS, load_prompt
 from nli_sft.hub.card import model_card
-from nli_sft.hub.push import PushConfig, push, put_token_away
+from nli_sft.hub.push import PushConfig, move_token_to_env, push
 from nli_sft.labels import LABELS
 
 BASE_CARD = b"---\nlicense: mit\n---\n# A base\n"
@@ -253,7 +253,7 @@ def test_the_token_is_put_away_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "another")
     monkeypatch.setattr(sys, "argv", ["sft.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"])
     args = SFTConfig(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False, report_to="none")
-    put_token_away(args)
+    move_token_to_env(args)
     assert os.environ["HF_TOKEN"] == TOKEN
     assert TOKEN not in repr(args)
     assert TOKEN not in json.dumps(args.to_dict(), default=str)

@@ -23,7 +23,7 @@ from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
-from nli_sft.evaluation.evaluate import free_generation, judge
+from nli_sft.evaluation.evaluate import judge, unconstrained_generation
 from nli_sft.models.bases import InputLimits, check_base, skeleton, suit_base
 from nli_sft.models.loading import load_model, load_tokenizer
 
@@ -440,7 +440,7 @@ def test_evaluation_and_predict_stop_at_the_last_position(tmp_path, kind, batchi
     model = load_model(model_args(fits)).eval()
     _, result = judge(model, encoder, pairs, name="tuned", **options)
     assert result["n"] == len(pairs)
-    assert free_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
+    assert unconstrained_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
     run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     assert len(NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
     message = f"the longest pair takes {longest} tokens with its prompt, but the model has {longest - 1} positions"

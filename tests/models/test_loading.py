@@ -263,7 +263,7 @@ def test_a_template_is_applied_before_prompts_are_encoded(tmp_path):
     file.write_text("Hello, {{ strftime_now('%Y') }}.\n" + CHATML)
     tokenizer = chatml_tokenizer()
     apply_template(tokenizer, SFTConfig(chat_template_path=str(file), bf16=False))
-    assert PromptEncoder(PROMPTS["plain"], tokenizer).frame.startswith("Hello, 2024.\n<|im_start|>user")
+    assert PromptEncoder(PROMPTS["plain"], tokenizer).template.startswith("Hello, 2024.\n<|im_start|>user")
 
     other = chatml_tokenizer()
     other.chat_template, other.eos_token = "Hi.\n" + CHATML, "<|endoftext|>"

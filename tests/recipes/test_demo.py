@@ -39,7 +39,7 @@ def demo(wheel, tmp_path_factory):
     output = ""
     for command in (
         ("sft.py", "--config", ROOT / "recipes/demo/lora.yaml", *short, "--save_steps=0.5"),
-        ("eval.py", "--run", "outputs/demo-lora", "--max_samples=120", "--free_samples=6"),
+        ("eval.py", "--run", "outputs/demo-lora", "--max_samples=120", "--unconstrained_samples=6"),
     ):
         result = launch(*command, cwd=folder, **environment)
         assert result.returncode == 0, result.output

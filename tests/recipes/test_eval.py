@@ -15,7 +15,7 @@ from nli_sft.labels import LABELS
 @pytest.fixture(scope="module")
 def judged(lora_run, workspace):
     folder, _ = lora_run
-    result = launch("eval.py", "--run", folder, "--free_samples", "6", cwd=workspace)
+    result = launch("eval.py", "--run", folder, "--unconstrained_samples", "6", cwd=workspace)
     assert result.returncode == 0, result.output
     return folder / "eval" / "data-test", result.output
 
@@ -33,7 +33,7 @@ def test_metrics_and_predictions_say_the_same(judged):
         probabilities = table[[f"{model}_p_{label}" for label in LABELS]]
         assert probabilities.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
         assert sum(map(sum, metrics[model]["confusion"])) == 36
-        free = metrics[model]["free_generation"]
+        free = metrics[model]["unconstrained_generation"]
         assert free["n"] == 6
         assert free["accuracy"] <= 1 - free["invalid_share"]
     assert not (table["base_p_entailment"] == table["tuned_p_entailment"]).all(), (
@@ -50,7 +50,14 @@ def test_every_process_count_gives_the_same_predictions(judged, lora_run, worksp
         alone[["uid", "premise", "hypothesis", "label"]].head(35).to_dict("records"),
     )
     result = launch(
-        "eval.py", "--run", lora_run[0], "--dataset_name", data, "--free_samples=0", cwd=workspace, processes=2
+        "eval.py",
+        "--run",
+        lora_run[0],
+        "--dataset_name",
+        data,
+        "--unconstrained_samples=0",
+        cwd=workspace,
+        processes=2,
     )
     assert result.returncode == 0, result.output
     shared = pd.read_parquet(lora_run[0] / "eval" / "some-all" / "predictions.parquet")
@@ -63,7 +70,7 @@ def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
     rows = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()][:9]
     new = [{**row, "premise": row["premise"] + " It is late."} for row in rows[:3]]
     data = write_jsonl(workspace / "known.jsonl", rows + new)
-    arguments = ["--run", lora_run[0], "--dataset_name", data, "--free_samples=0"]
+    arguments = ["--run", lora_run[0], "--dataset_name", data, "--unconstrained_samples=0"]
     result = launch("eval.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
     said = " ".join(result.output.split())
@@ -72,7 +79,7 @@ def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
         "9 of the 12 pairs of known are in the training data; accuracy on them says nothing about new pairs." in said
     )
     folder = lora_run[0] / "eval" / "known-all"
-    assert json.loads((folder / "metrics.json").read_text())["pairs_trained_on"] == 9
+    assert json.loads((folder / "metrics.json").read_text())["train_test_overlap"] == 9
     table = pd.read_parquet(folder / "predictions.parquet")
     assert table["trained_on"].tolist() == [True] * 9 + [False] * 3
     assert re.search(r"training: unseen +3 ", result.output)
@@ -85,7 +92,9 @@ def test_two_way_sets_are_mapped(lora_run, workspace):
         {"premise": "The doctor saw the actor.", "hypothesis": "The doctor saw the actor.", "label": "entailment"},
     ]
     path = write_jsonl(workspace / "hans.jsonl", rows)
-    result = launch("eval.py", "--run", lora_run[0], "--dataset_name", path, "--free_samples=2", cwd=workspace)
+    result = launch(
+        "eval.py", "--run", lora_run[0], "--dataset_name", path, "--unconstrained_samples=2", cwd=workspace
+    )
     assert result.returncode == 0, result.output
     metrics = json.loads((lora_run[0] / "eval" / "hans-all" / "metrics.json").read_text())
     assert list(metrics["tuned"]["per_label"]) == ["entailment", "non-entailment"]
@@ -107,7 +116,7 @@ def test_a_full_model_is_judged_beside_its_base(recipe, workspace):
     assert result.returncode == 0, result.output
     assert "(100.00%)" in result.output
     result = launch(
-        "eval.py", "--run", folder, "--free_samples=0", "--max_samples=12", "--batching=padded", cwd=workspace
+        "eval.py", "--run", folder, "--unconstrained_samples=0", "--max_samples=12", "--batching=padded", cwd=workspace
     )
     assert result.returncode == 0, result.output
     table = pd.read_parquet(folder / "eval" / "data-test" / "predictions.parquet")
@@ -129,7 +138,7 @@ def test_qlora_on_the_cpu(recipe, workspace):
     assert result.returncode == 0, result.output
     parameters = json.loads((folder / "run.json").read_text())["parameters"]
     assert parameters["stored"] < parameters["total"]
-    result = launch("eval.py", "--run", folder, "--free_samples=0", cwd=workspace)
+    result = launch("eval.py", "--run", folder, "--unconstrained_samples=0", cwd=workspace)
     assert result.returncode == 0, result.output
 
 
@@ -145,7 +154,7 @@ def test_a_model_with_weights_that_are_no_numbers_is_told_in_a_sentence(lora_run
     weights = load_file(file)
     next(iter(weights.values())).fill_(float("nan"))
     save_file(weights, file)
-    result = launch("eval.py", "--run", tmp_path / "run", "--free_samples=0", cwd=workspace)
+    result = launch("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0", cwd=workspace)
     assert result.returncode != 0
     told = " ".join(result.output.split())
     assert "error: tuned on data test: the scores of 36 of 36 pairs are NaN or infinite, and so are weights" in told
@@ -168,7 +177,7 @@ def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace,
     (tmp_path / "snli").symlink_to(workspace / "data")
     sets = "sets: {snli: , hans: , chaosnli_snli: , sick: }\nlabel_order_pairs: 6\nprompt_pairs: 6\n"
     (tmp_path / "few.yaml").write_text(sets)
-    arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--free_samples=0"]
+    arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--unconstrained_samples=0"]
     result = launch("eval.py", "--run", tmp_path / "run", *arguments, cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
     told = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())

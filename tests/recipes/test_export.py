@@ -11,7 +11,7 @@ from tiny_run import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
-from nli_sft.classifier import Judgement, NLIClassifier
+from nli_sft.classifier import NLIClassifier, Prediction
 from nli_sft.configs import from_recipe
 from nli_sft.hub.export import Parity
 from nli_sft.labels import LABELS
@@ -108,7 +108,7 @@ def test_what_cannot_be_exported(workspace, tmp_path, export):
 
 def test_parity_counts_flips_and_the_largest_move():
     def judgement(*p):
-        return Judgement(LABELS[p.index(max(p))], dict(zip(LABELS, p, strict=True)))
+        return Prediction(LABELS[p.index(max(p))], dict(zip(LABELS, p, strict=True)))
 
     parity = Parity.between(
         [judgement(0.5, 0.3, 0.2), judgement(0.1, 0.8, 0.1)], [judgement(0.3, 0.5, 0.2), judgement(0.1, 0.8, 0.1)]

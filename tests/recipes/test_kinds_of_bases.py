@@ -61,7 +61,7 @@ def test_positions_that_run_out(train, script, tmp_path):
     said = train(base, "--drop_too_long=true")
     assert f"max_length is {positions}: the base has no more positions." in said
     assert "Saved in" in said
-    said = script("eval.py", "--run", tmp_path / "run", "--free_samples=4")
+    said = script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=4")
     assert "the longest pair takes" in said
     assert f"but the model has {positions} positions" in said
 
@@ -72,7 +72,7 @@ def test_experts(train, script, tmp_path):
     assert "lora_dropout is 0, not 0.05" in said
     assert "router_aux_loss_coef is 0: tries go without the router's loss" in said
     assert "Saved in" in said
-    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--free_samples=0")
+    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0")
     assert list((tmp_path / "run" / "eval").glob("*/metrics.json"))
     pairs = few_pairs()
     assert len(NLIClassifier.from_pretrained(tmp_path / "run")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
@@ -84,7 +84,7 @@ def test_the_loss_of_a_router_is_trained_on_padded_batches(train, script, tmp_pa
     assert "Padded batches instead of tries: router_aux_loss_coef asks for the router's loss." in said
     history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
     assert any("aux_loss" in entry for entry in history)
-    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--free_samples=0")
+    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0")
     assert list((tmp_path / "run" / "eval").glob("*/metrics.json"))
 
 
@@ -101,7 +101,7 @@ def test_a_base_that_is_quantised_already(train, script, tmp_path, bits):
 
     assert f"is quantised (bitsandbytes {bits}-bit)" in train(tmp_path / "base")
     assert "Saved in" in train(tmp_path / "base", *LORA)
-    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--free_samples=0")
+    assert "error" not in script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0")
     assert list((tmp_path / "run" / "eval").glob("*/metrics.json"))
 
     anything = ["--device=cpu", "--max_difference=1", "--max_flips=1"]

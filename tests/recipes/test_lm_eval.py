@@ -27,10 +27,10 @@ def test_the_printed_command_gives_our_joint_answers(lora_run, workspace, tmp_pa
     (path,) = tmp_path.rglob("samples_*.jsonl")
     samples = sorted(map(json.loads, path.open()), key=lambda sample: sample["doc_id"])
 
-    result = launch("eval.py", "--run", run, "--free_samples=0", cwd=workspace)
+    result = launch("eval.py", "--run", run, "--unconstrained_samples=0", cwd=workspace)
     assert result.returncode == 0, result.output
     ours = pd.read_parquet(run / "eval" / "data-test" / "predictions.parquet")
-    joint = ours[[f"tuned_joint_{label}" for label in LABELS]].to_numpy()
+    joint = ours[[f"tuned_unconstrained_{label}" for label in LABELS]].to_numpy()
     assert [sample["doc"]["uid"] for sample in samples] == list(ours["uid"])
     theirs = np.array([[float(answer[0][0]) for answer in sample["resps"]] for sample in samples])
     assert theirs.argmax(axis=1).tolist() == joint.argmax(axis=1).tolist()

@@ -103,7 +103,7 @@ def test_judged_and_pushed_the_card_has_the_test_split(hub, trained):
     folder, _ = trained
     environment = hub.environment(folder / "cache")
     arguments = ["--run", folder / "tiny-lora", "--hub_model_id", "me/tiny-lora", "--hub_private_repo", "true"]
-    result = launch("eval.py", "--run", folder / "tiny-lora", "--free_samples=6", cwd=folder, **environment)
+    result = launch("eval.py", "--run", folder / "tiny-lora", "--unconstrained_samples=6", cwd=folder, **environment)
     assert result.returncode == 0, result.output
     result = launch("push.py", *arguments, "--eval_results", cwd=folder, **environment)
     assert result.returncode == 0, result.output

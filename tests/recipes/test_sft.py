@@ -96,7 +96,7 @@ def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_pa
     result = launch("sft.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
     assert "Warning: 5 validation pairs are also training pairs" in " ".join(result.output.split())
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["validation_pairs_trained_on"] == 5
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train_validation_overlap"] == 5
 
 
 def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
@@ -124,7 +124,11 @@ def test_the_command_printed_at_the_end_works_for_a_run_on_a_single_file(recipe,
     assert result.returncode == 0, result.output
     command = shlex.split(result.stdout.partition("To evaluate it:\n")[2].splitlines()[0])
     assert command[0] == "python"
-    result = launch(sys.executable, *command[1:], "--free_samples=0", cwd=workspace, command=lambda *words: words)
+    result = launch(
+        sys.executable, *command[1:], "--unconstrained_samples=0", cwd=workspace, command=lambda *words: words
+    )
     assert result.returncode == 0, result.output
     assert "has no labelled test split, so the run is judged on its" in result.output
-    assert json.loads((tmp_path / "my run/eval/my-pairs-validation/metrics.json").read_text())["pairs_trained_on"] == 0
+    assert (
+        json.loads((tmp_path / "my run/eval/my-pairs-validation/metrics.json").read_text())["train_test_overlap"] == 0
+    )

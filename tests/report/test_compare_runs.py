@@ -28,8 +28,8 @@ from nli_sft.report.compare import (
     run_cost,
     why_apart,
 )
-from nli_sft.report.compare_page import as_dict, lay_out, page
-from nli_sft.report.tables import Sheet
+from nli_sft.report.compare_page import as_dict, build_views, page
+from nli_sft.report.tables import Table
 from nli_sft.runs import read_run, run_config
 
 RESOURCES = {
@@ -270,7 +270,7 @@ def test_keys_of_nested_values_are_compared_whole(tmp_path):
 
 def test_every_form_says_the_same(six, tmp_path):
     odd = write_past_run(tmp_path / "other <prompt> | x", 0.9, prompt="hypothesis_only", evaluations=())
-    sides = lay_out(rank([*six, *load_runs([odd])]))
+    sides = build_views(rank([*six, *load_runs([odd])]))
     figures = json.loads(json.dumps(as_dict(sides), allow_nan=False))
     first, second = figures["rankings"]
     assert second["not_ranked_with_the_first"].startswith("Not ranked with full-seed2: other <prompt> | x.")
@@ -292,14 +292,14 @@ def test_every_form_says_the_same(six, tmp_path):
 
 
 def test_replicates_look_alike_and_the_legend_has_them_once(six):
-    plots = {plot.name: plot.svg for plot in lay_out(rank(six))[0].plots}
+    plots = {plot.name: plot.svg for plot in build_views(rank(six))[0].plots}
     for name in ("cost", "epochs"):
         assert plots[name].count(">full (3 seeds)<") == plots[name].count(">lora (3 seeds)<") == 1
         assert ">full-seed2<" not in plots[name]
 
 
 def test_the_best_run_is_told_against_another_method_not_its_own_seeds(six):
-    told = lay_out(rank(six))[0].claims
+    told = build_views(rank(six))[0].claims
     assert any(claim.startswith("full-seed2 is better than lora-seed2: ") for claim in told)
     assert not any("full-seed1" in claim for claim in told)
 
@@ -307,14 +307,14 @@ def test_the_best_run_is_told_against_another_method_not_its_own_seeds(six):
 def test_no_claims_are_made_for_methods_that_do_not_differ(tmp_path):
     """A whole page about runs that are alike says better, worse, raised or lowered of none of them."""
     runs = load_runs([write_past_run(tmp_path / f"r{s}", 0.7, seed=s, lora_r=s) for s in (1, 2)])
-    side = lay_out(rank(runs))[0]
+    side = build_views(rank(runs))[0]
     assert all("better" not in claim for claim in side.claims if "base" not in claim)
     cells = [cell for row in side.sheets[-1].rows for cell in row[1:]]
     assert any(cell.startswith("(") for cell in cells)
 
 
 def test_ties_in_the_matrix_are_antisymmetric(six):
-    side = lay_out(rank(six))[0]
+    side = build_views(rank(six))[0]
     matrix = side.sheets[-1]
     cells = {
         (row[0], column): cell for row in matrix.rows for column, cell in zip(matrix.columns[1:], row[1:], strict=True)
@@ -342,19 +342,19 @@ def test_runs_of_several_sizes_make_a_learning_curve_for_each_method(tmp_path):
     assert {group.name for group in ranking.replicates} == {
         f"{m}-{n} (2 seeds)" for m in ("full", "lora") for n in (500, 1000, 1500)
     }
-    by_pairs = next(plot for plot in lay_out([ranking])[0].plots if plot.name == "snli-test-by-pairs")
+    by_pairs = next(plot for plot in build_views([ranking])[0].plots if plot.name == "snli-test-by-pairs")
     assert "lora: 500 " in by_pairs.description
     full, lora = by_pairs.description.split("; ")
     assert "1,500 " in lora
     assert "1,500 " not in full, "one of the two seeds was not judged"
-    again = next(plot for plot in lay_out([ranking])[0].plots if plot.name == "snli-test-by-pairs")
+    again = next(plot for plot in build_views([ranking])[0].plots if plot.name == "snli-test-by-pairs")
     assert again.svg == by_pairs.svg
 
 
 def test_one_size_is_no_learning_curve(six):
     (ranking,) = rank(six)
     assert not ranking.learning_curves
-    assert [plot.name for plot in lay_out([ranking])[0].plots] == ["snli-test", "cost", "epochs"]
+    assert [plot.name for plot in build_views([ranking])[0].plots] == ["snli-test", "cost", "epochs"]
 
 
 @pytest.fixture
@@ -407,7 +407,7 @@ def test_no_login_is_a_sentence(own_wandb, monkeypatch, tmp_path):  # noqa: F811
 def test_a_wide_table_comes_in_parts_that_a_narrow_terminal_holds():
     columns = ["run", *(f"evaluation-{number}, tuned" for number in range(9))]
     rows = [[name, *(f"{number}1.0%\n(10.0–12.0)" for number in range(9))] for name in ("base tiny", "lora-seed1")]
-    parts = Sheet("Accuracy", columns, rows, "A note.").parts(80)
+    parts = Table("Accuracy", columns, rows, "A note.").parts(80)
     assert [column for part in parts for column in part.columns[1:]] == columns[1:]
     assert [part.note for part in parts] == [*[""] * (len(parts) - 1), "A note."]
     for part in parts:
@@ -417,7 +417,7 @@ def test_a_wide_table_comes_in_parts_that_a_narrow_terminal_holds():
         assert all(row[0] in shown and all(text.split("\n")[0] in shown for text in row) for row in part.rows)
         assert shown.count("(10.0–12.0)") == 2 * (len(part.columns) - 1)
         assert "…" not in shown
-    assert len(Sheet("Accuracy", columns, rows).parts(200)) == 1
+    assert len(Table("Accuracy", columns, rows).parts(200)) == 1
 
 
 def test_a_mixture_differs_by_its_sources(tmp_path):

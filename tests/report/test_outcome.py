@@ -5,8 +5,8 @@ from rich.console import Console
 from tiny_run import make_base, make_run
 
 from nli_sft.report.content import Report
-from nli_sft.report.outcome import outcome_sheet
-from nli_sft.report.suite import suite_sheets
+from nli_sft.report.outcome import outcome_table
+from nli_sft.report.suite import suite_tables
 
 RESOURCES = {"seconds": 90.0, "processes": [{"peak_ram_bytes": 2**30, "device": None}] * 2}
 
@@ -18,7 +18,7 @@ def evaluation(tmp_path_factory):
 
 
 def rows_of(evaluation, trained=RESOURCES):
-    return {row[0]: row[1:] for row in outcome_sheet(evaluation, trained).rows}
+    return {row[0]: row[1:] for row in outcome_table(evaluation, trained).rows}
 
 
 def test_every_part_that_the_source_names_has_its_own_accuracy(evaluation):
@@ -33,8 +33,8 @@ def test_every_part_that_the_source_names_has_its_own_accuracy(evaluation):
 
 
 def test_cost_is_told_where_it_is_known(evaluation):
-    assert outcome_sheet(evaluation, RESOURCES).note == "Training: 90 s, 2.00 GiB of RAM"
-    assert outcome_sheet(evaluation, {}).note == ""
+    assert outcome_table(evaluation, RESOURCES).note == "Training: 90 s, 2.00 GiB of RAM"
+    assert outcome_table(evaluation, {}).note == ""
 
 
 def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
@@ -44,7 +44,7 @@ def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
         evaluation.table[f"{model}_prediction"] = evaluation.table["tuned_prediction"]
     evaluation.table["subset"] = "lexical"
     console = Console(width=80, record=True, file=io.StringIO())
-    sheet = outcome_sheet(evaluation, RESOURCES)
+    sheet = outcome_table(evaluation, RESOURCES)
     console.print(sheet.rich())
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
@@ -56,11 +56,11 @@ def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
 
 def test_unconstrained_generation_is_explained(evaluation):
     for model in ("base", "tuned"):
-        evaluation.summary[model]["free_generation"] = {"n": 6, "accuracy": 0.5, "invalid_share": 0.25}
+        evaluation.summary[model]["unconstrained_generation"] = {"n": 6, "accuracy": 0.5, "invalid_share": 0.25}
     rows = rows_of(evaluation)
     assert rows["unconstrained"][:3] == ["6", "50.0%", "50.0%"]
     assert rows["invalid answers"][:3] == ["6", "25.0%", "25.0%"]
-    note = outcome_sheet(evaluation, RESOURCES).note
+    note = outcome_table(evaluation, RESOURCES).note
     assert note.startswith("Unconstrained: the model may say anything. An answer without exactly one label is invalid")
     assert note.endswith("Training: 90 s, 2.00 GiB of RAM")
 
@@ -76,7 +76,7 @@ def test_a_suite_keeps_the_names_of_its_sets_on_a_narrow_terminal(evaluation):
         "judged": {"snli": evaluation.key},
         "missing": {"gone": "?"},
     }
-    sheet = suite_sheets(suite, [evaluation])[0]
+    sheet = suite_tables(suite, [evaluation])[0]
     console = Console(width=80, record=True, file=io.StringIO())
     for one in sheet.parts(80):
         console.print(one.rich())

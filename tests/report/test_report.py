@@ -65,7 +65,9 @@ def predictions(golds, answers, premises=None, **columns):
         for label in LABELS:
             p = np.array([p if label == answer else (1 - p) / 2 for answer, p in told])
             table[f"{model}_p_{label}"] = p.astype(np.float32)
-            table[f"{model}_joint_{label}"] = np.log(p * 0.5).astype(np.float32)  # half the mass is on the labels
+            table[f"{model}_unconstrained_{label}"] = np.log(p * 0.5).astype(
+                np.float32
+            )  # half the mass is on the labels
     return pd.DataFrame(table)
 
 
@@ -129,7 +131,7 @@ def make_run(folder, own, *, record=None, **others):
         summary = {"source": source, "split": split, "pairs": len(table), "data_fingerprint": "beef" * 4}
         summary |= figures(table)
         for model in ("base", "tuned"):
-            summary[model] |= {"seconds": 2.0, "pairs_per_second": 5.0, "free_generation": free}
+            summary[model] |= {"seconds": 2.0, "pairs_per_second": 5.0, "unconstrained_generation": free}
         write_json(evaluation / "metrics.json", summary)
     return folder
 
@@ -193,10 +195,10 @@ def test_the_figures_can_be_counted_by_hand(nine):
     text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     evaluation = Report(nine).own
     c = evaluation.comparison
-    assert (c.fixed, c.broken, c.both_right, c.both_wrong) == (3, 2, 2, 2)
+    assert (c.fixed, c.regressed, c.both_right, c.both_wrong) == (3, 2, 2, 2)
     assert c.p_value == 1  # of five changed pairs three were fixed
     assert evaluation.metrics["base"]["confusion"] == [[1, 2, 0], [1, 2, 0], [0, 2, 1]]
-    assert evaluation.metrics["tuned"]["mass_on_labels"] == pytest.approx(0.5)
+    assert evaluation.metrics["tuned"]["label_mass"] == pytest.approx(0.5)
     assert "44.44% 55.56%" in text.replace("Accuracy ", "")
     assert "right before 2 2 regressed" in text
     assert "wrong before 3 corrected 2 not corrected" in text
@@ -328,7 +330,7 @@ def test_a_run_without_premises_is_told_to_be_a_control(nine):
 
 def test_joint_probability_may_answer_otherwise(tmp_path):
     table = predictions(GOLDS, {"base": BASE, "tuned": TUNED})
-    table["tuned_joint_entailment"] = 0.0  # as likely as can be, for every pair
+    table["tuned_unconstrained_entailment"] = 0.0  # as likely as can be, for every pair
     rows = {name: values for name, *values in Report(make_run(tmp_path / "run", table)).own.figures()}
     assert rows["Accuracy by joint probability"] == ["44.44%", "33.33%"]
     assert rows["Accuracy"] == ["44.44%", "55.56%"]
@@ -465,7 +467,7 @@ def test_power_and_calibration_are_told(tmp_path):
     evaluation = Report(run).own
     c = evaluation.comparison
     told = re.search(r"Power: ([\d,]+) of 3,000 pairs turned .*? a true difference of (\d\.\d) points", text)
-    assert int(told[1].replace(",", "")) == c.fixed + c.broken
+    assert int(told[1].replace(",", "")) == c.fixed + c.regressed
     assert 1 < float(told[2]) < 6
     coverage, accuracy = evaluation.abstention("tuned")
     assert coverage[-1] == 1
@@ -480,7 +482,7 @@ def test_a_report_says_nothing_twice(tmp_path):
     own = Report(folder).own
     page = " ".join(" ".join(Page((folder / "report.html").read_text()).text).split())
     notes = " ".join((folder / "report.md").read_text().replace("\\", "").split())
-    told = [own.headline, *own.controls(), *own.explanation, own.free_generation(), own.power]
+    told = [own.headline, *own.controls(), *own.explanation, own.unconstrained_generation(), own.power]
     assert len(told) >= 6
     for sentence in told:
         assert page.count(sentence) == notes.count(sentence) == 1, sentence

@@ -20,7 +20,7 @@ from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.runs import read_run, write_run
 from nli_sft.training import checkpoints
-from nli_sft.training.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_flaw, is_finished
+from nli_sft.training.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_damage, is_finished
 from nli_sft.training.trainer import NLITrainer
 
 # With dropout: the states of the random generators have to be right too.
@@ -283,7 +283,7 @@ def test_a_checkpoint_is_a_run_folder(trainer, tmp_path, chatml):
     there, prompt, record = read_run(tmp_path / "checkpoint-3")
     assert (there, prompt) == (recipe, PROMPTS["plain"])
     assert record["validation"]["eval_accuracy"] == record["history"][-1]["eval_accuracy"]
-    assert find_flaw(tmp_path / "checkpoint-3") is None
+    assert find_damage(tmp_path / "checkpoint-3") is None
 
 
 def test_nothing_to_go_on_from(tmp_path):
@@ -426,7 +426,7 @@ def test_what_is_not_a_number_stops_before_it_is_learned(trainer, tmp_path, what
         run.train()
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
     assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-6")
-    assert find_flaw(tmp_path / "checkpoint-6") is None
+    assert find_damage(tmp_path / "checkpoint-6") is None
 
 
 @pytest.mark.parametrize("batching", ["trie", "padded"])
@@ -549,7 +549,7 @@ def test_a_step_that_loss_scaling_passes_over_is_no_fault(trainer, tmp_path):
 def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(trainer, tmp_path):
     run = trainer(tmp_path, max_steps=3, save_only_model=True, load_best_model_at_end=True)
     run.train()
-    assert find_flaw(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
+    assert find_damage(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
     with pytest.raises(
         UserError, match="no checkpoint to go on from: checkpoint-3: it was written with save_only_model"
     ):

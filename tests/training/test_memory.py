@@ -152,7 +152,7 @@ def test_no_error_of_the_simulation_ends_a_training(base, training, monkeypatch)
     def fail(*_, **__):
         raise KeyError
 
-    monkeypatch.setattr(estimate, "_play_step", fail)
+    monkeypatch.setattr(estimate, "_trace_step", fail)
     told = plan(base, training, BatchConfig())
     assert told.estimate is None
     assert str(told) == "No estimate: the training step cannot be simulated (KeyError: )."
@@ -217,7 +217,7 @@ def test_with_data_at_hand_the_passes_are_those_of_the_training(base, training, 
     trainer = NLITrainer(
         encoder=encoder, batch_args=batch_args, model=tiny_llama(len(chatml)), args=training, train_dataset=rows
     )
-    shapes = [part["input_ids"].shape for batch in trainer.get_train_dataloader() for part in batch["parts"]]
+    shapes = [part["input_ids"].shape for batch in trainer.get_train_dataloader() for part in batch["micro_batches"]]
     assert estimated.rows * estimated.length == max(rows * length for rows, length in shapes)
     assert len(shapes) == 4 if most_tokens == 8192 else len(shapes) > 4
 

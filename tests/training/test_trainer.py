@@ -14,7 +14,7 @@ from nli_sft.configs.keys import METRICS, field_values, refuse_keys
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.evaluation.scoring import generate_labels
 from nli_sft.models.loading import apply_template, load_model, load_tokenizer
-from nli_sft.training.batches import PairSampler, SharedBatches, TokenRows, TrieCollator
+from nli_sft.training.batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator
 from nli_sft.training.trainer import NLITrainer
 
 
@@ -76,26 +76,26 @@ def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
     rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
     whole = TrieCollator(encoder.answers, 128, 10**6)(rows)
     parts = TrieCollator(encoder.answers, 128, 256)(rows)
-    assert len(whole["parts"]) == 1
-    assert len(parts["parts"]) > 1
-    assert all(part["input_ids"].numel() <= 256 for part in parts["parts"])
+    assert len(whole["micro_batches"]) == 1
+    assert len(parts["micro_batches"]) > 1
+    assert all(part["input_ids"].numel() <= 256 for part in parts["micro_batches"])
     assert torch.equal(parts["shift_labels"], whole["shift_labels"])
     for name in ("input_ids", "position_ids", "exit"):
-        assert torch.equal(torch.cat([part[name] for part in parts["parts"]]), whole["parts"][0][name])
-    assert sum(part["tokens"] for part in parts["parts"]) == whole["parts"][0]["tokens"]
+        assert torch.equal(torch.cat([part[name] for part in parts["micro_batches"]]), whole["micro_batches"][0][name])
+    assert sum(part["tokens"] for part in parts["micro_batches"]) == whole["micro_batches"][0]["tokens"]
 
 
 def test_pairs_of_one_premise_stand_together(chatml):
     premises = [f"premise {number % 10}" for number in range(30)]
-    sampler = PairSampler(premises, seed=1)
+    sampler = GroupShuffleSampler(premises, seed=1)
     first, again = list(sampler), list(sampler)
     assert sorted(first) == list(range(30))
     assert first == again
     assert [len({premises[index] for index in first[start : start + 3]}) for start in range(0, 30, 3)] == [1] * 10
     sampler.set_epoch(1)
     assert list(sampler) != first
-    assert list(PairSampler(premises, seed=2)) != first
-    scattered = list(PairSampler(range(30), seed=1))
+    assert list(GroupShuffleSampler(premises, seed=2)) != first
+    scattered = list(GroupShuffleSampler(range(30), seed=1))
     assert sorted(scattered) == list(range(30))
     assert scattered != list(range(30))
 
@@ -198,9 +198,9 @@ def test_trls_card_is_not_written(chatml, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("pairs", [1, 20, 21, 25, 39])
 def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
-    sampler = PairSampler(range(pairs), seed=1)
+    sampler = GroupShuffleSampler(range(pairs), seed=1)
     batches = list(BatchSampler(sampler, 12, drop_last=False))
-    shares = [SharedBatches(sampler, 12, index, processes, drop_last=False) for index in range(processes)]
+    shares = [ShardedBatchSampler(sampler, 12, index, processes, drop_last=False) for index in range(processes)]
     assert {len(share) for share in shares} == {len(batches)}
     for batch, *own in zip(batches, *shares, strict=True):
         assert all(own), "every process takes part in every step"
@@ -254,11 +254,11 @@ def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
 
 
 @pytest.mark.parametrize(("step", "mend"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
-def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, mend):
+def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, fix):
     run = trainer(chatml, tmp_path)
     run.state.global_step = step
     run.model.lm_head.weight.data[:] = torch.nan
-    message = f"evaluation after step {step}: the scores of 12 of 12 pairs are NaN or infinite, .* lm_head.*: {mend}"
+    message = f"evaluation after step {step}: the scores of 12 of 12 pairs are NaN or infinite, .* lm_head.*: {fix}"
     with pytest.raises(UserError, match=message):
         run.evaluate()
 

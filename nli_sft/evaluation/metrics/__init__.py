@@ -47,7 +47,7 @@ def compute(
           distance between probabilities and gold, summed over labels, 0 to 2 (Brier, 1950); `ece`, expected
           calibration error; `mean_confidence`; `reliability`, its bins [{low, high, n, confidence, accuracy}], the
           empty ones left out;
-        - with mass: `mass_on_labels`, its mean.
+        - with mass: `label_mass`, its mean.
 
     Raises:
         ValueError: if there are no pairs, or lengths or shapes do not match.
@@ -98,7 +98,7 @@ def compute_arrays(
     if probabilities is not None:
         result |= _calibration(gold, predicted, _mapped(probabilities, len(gold), is_two_way), ids)
     if mass is not None:
-        result["mass_on_labels"] = float(np.mean(mass))
+        result["label_mass"] = float(np.mean(mass))
     return result
 
 
