@@ -1,8 +1,8 @@
 """Predict the labels of pairs from the command line, one JSON object a pair.
 
-python -m nli_sft predict --model me/snli --premise "A man sleeps." --hypothesis "A person is awake."
-python -m nli_sft predict --model outputs/qwen3-0.6b-lora pairs.tsv --output predictions.jsonl
-head pairs.jsonl | python -m nli_sft predict --model outputs/qwen3-0.6b-lora - | jq .prediction
+nli-sft predict --model me/snli --premise "A man sleeps." --hypothesis "A person is awake."
+nli-sft predict --model outputs/qwen3-0.6b-lora pairs.tsv --output predictions.jsonl
+head pairs.jsonl | nli-sft predict --model outputs/qwen3-0.6b-lora - | jq .prediction
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
-from . import UserError
+from . import UserError, __version__
 from .labels import LABELS
 
 # Pairs judged at a time: enough that those that share a premise meet, few enough to hold.
@@ -210,7 +210,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m nli_sft", description="Predict the labels of premise-hypothesis pairs.")
+    parser = _Parser(prog="nli-sft", description="Predict the labels of premise-hypothesis pairs.")
+    parser.add_argument("--version", action="version", version=f"nli-sft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="predict")
     command = commands.add_parser(
         "predict", allow_abbrev=False, help="print label and probabilities of each pair as JSON lines"

@@ -401,7 +401,7 @@ def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
         (["joined.csv"], "joined.csv row 3: the heading again"),
         (["book.xlsx"], "book.xlsx: cannot read this kind of file; expected one of .jsonl"),
         (["late.csv", "--premise_column", "hypothesis"], "the column hypothesis is named for premise and hypothesis"),
-        (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; python -m nli_sft"),
+        (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; nli-sft"),
         (["late.csv", "--batchsize", "3"], "unknown argument --batchsize; did you mean --batch_size?"),
         (["late.csv", "--hypothesis-column=x"], "unknown argument --hypothesis-column; did you mean --hypothesis_col"),
         (["late.csv", "twice.csv"], "unknown argument twice.csv; give one file"),

@@ -28,6 +28,7 @@ def test_every_module_can_be_imported_from_elsewhere(tmp_path):
         "names = [module.name for module in pkgutil.walk_packages(nli_sft.__path__, 'nli_sft.')]\n"
         "for name in names:\n"
         "    importlib.import_module(name)\n"
+        "assert nli_sft.NLIClassifier is nli_sft.classifier.NLIClassifier\n"
         "print(len(names))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)

@@ -110,12 +110,12 @@ def understand(command):
     if words[0] == "torchrun":
         args = get_args_parser().parse_args(words[1:])
         words = ["python", args.training_script, *args.training_script_args]
-    assert words[0] == "python", f"what is {words[0]}?"
-    if words[1:3] == ["-m", "nli_sft"]:
+    if words[0] == "nli-sft":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(__main__, "predict", lambda args, stdout: None)
-            __main__.main(words[3:])
+            __main__.main(words[1:])
         return
+    assert words[0] == "python", f"what is {words[0]}?"
     known_by(words[1], words[2:])
 
 
@@ -136,9 +136,10 @@ def test_a_command_is_understood(page, command, marked):
         ("torchrun --nproc_per_nodes 4 -- recipes/eval.py --run outputs/demo-lora", SystemExit),
         ("python recipes/compare.py outputs/* --htm compare.html", UserError),
         ("python recipes/evaluate.py --run outputs/demo-lora", FileNotFoundError),
-        ("python -m nli_sft predict --modle outputs/demo-lora pairs.csv", SystemExit),
+        ("nli-sft predict --modle outputs/demo-lora pairs.csv", SystemExit),
         ("make demos", subprocess.CalledProcessError),
-        ("nli-sft train", AssertionError),
+        ("nli-sft train", SystemExit),
+        ("nli_sft predict", AssertionError),
     ],
 )
 def test_a_command_that_is_misspelt_is_found(command, error, capsys):

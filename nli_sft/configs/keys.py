@@ -1,7 +1,7 @@
 """What the keys of a recipe may say. Each is honoured, or refused with a reason before anything is loaded.
 
 Most keys of a recipe are TRL's and transformers'. `REFUSED` lists those that cannot do anything here, or would do
-harm; tests/test_keys.py lists the others, and fails when an installed TRL has a key that is in neither list.
+harm; tests/configs/test_keys.py lists the others, and fails when an installed TRL has a key that is in neither list.
 """
 
 import copy

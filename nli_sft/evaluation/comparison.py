@@ -37,7 +37,7 @@ class Comparison:
         before, after: accuracy.
         difference: `after - before`.
         interval: 95 % bootstrap interval of the difference, resampled by premise.
-        fixed, broken, both_right, both_wrong: pairs that turned right, turned wrong, stayed right, stayed wrong.
+        fixed, regressed, both_right, both_wrong: pairs that turned right, turned wrong, stayed right, stayed wrong.
         p_value: that a changed pair is as likely to be broken as to be fixed; see `change_p_value`.
         agreement: share of pairs with the same prediction before and after.
     """
@@ -49,7 +49,7 @@ class Comparison:
     difference: float
     interval: tuple[float, float]
     fixed: int
-    broken: int
+    regressed: int
     both_right: int
     both_wrong: int
     p_value: float
@@ -106,9 +106,9 @@ def buckets(gold: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarr
     return np.array(BUCKETS)[(before == gold) * 2 + (after == gold)]
 
 
-def mcnemar(fixed: int, broken: int) -> float:
+def mcnemar(fixed: int, regressed: int) -> float:
     """p-value of the exact, two-sided test on the pairs that changed sides (McNemar, 1947); 1 if none did."""
-    return float(binomtest(fixed, fixed + broken).pvalue) if fixed + broken else 1.0
+    return float(binomtest(fixed, fixed + regressed).pvalue) if fixed + regressed else 1.0
 
 
 def change_p_value(change: np.ndarray, groups: np.ndarray) -> float:

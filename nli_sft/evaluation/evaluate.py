@@ -322,7 +322,7 @@ def write_evaluation(
     summary: dict[str, object],
     seen: np.ndarray | None = None,
 ) -> None:
-    """Write `predictions.parquet` (pairs; each model's choice, probabilities, unconstrained scores) and `metrics.json`.
+    """Write `predictions.parquet` (pairs; each model's prediction and scores) and `metrics.json`.
 
     Scores of a two-way set are three-way still; its gold labels are those of the set. A column `trained_on` is there
     if any pair was trained on.

@@ -1,8 +1,8 @@
 """Tasks of EleutherAI's lm-evaluation-harness for a run: the same prompt, pairs and answers, judged by others' code.
 
-Its `acc` takes the answer with the largest unrestricted log-probability. That is our `unconstrained` scoring, pair by pair;
-constrained greedy generation, by which this package judges otherwise, goes down the answers token by token and can
-choose another one (see recipes/lm_eval/README.md).
+Its `acc` takes the answer with the largest unconstrained log-probability, which is `LabelScores.unconstrained`.
+Constrained greedy generation, which this package evaluates by, goes down the answers token by token and can choose
+another one (see recipes/lm_eval/README.md).
 """
 
 import json

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 from rich import box
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 NONE = "–"
@@ -29,7 +29,7 @@ class Table:
         return index > 0 and all(_width(row[index]) <= 16 for row in self.rows)
 
     def parts(self, width: int) -> list["Table"]:
-        """The same rows in as many sheets, one below the other, as it takes for each to fit into a line of `width`."""
+        """The same rows in as many tables, one below the other, as it takes for each to fit into a line of `width`."""
         names = max(_width(cell) for cell in [self.columns[0], *(row[0] for row in self.rows)]) + 4
         parts, left = [[]], width - names
         for index, column in enumerate(self.columns[1:], start=1):
@@ -50,9 +50,9 @@ class Table:
             for number, part in enumerate(parts)
         ]
 
-    def rich(self) -> Table:
-        """The sheet for a terminal."""
-        table = Table(
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = RichTable(
             title=Text(self.title),
             caption=Text(self.note) if self.note else None,
             box=box.SIMPLE_HEAD,

@@ -92,14 +92,14 @@ class TrieCollator:
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
 
     Attributes:
-        usual: set to pad the parts to the few shapes of `graph.pass_shape`.
+        usual: set to pad micro-batches to the few shapes of `graph.pass_shape`.
 
     Returns:
         A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
-        counts the items of a batch in the second. And of `parts`, one dict a forward pass: `input_ids`, `position_ids`
-        and `exit` of some rows of `trie.pack_training`; `predict`, the nodes that have a label, as indices into the
-        flattened (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, what separate sequences would
-        have fed (for the whole batch, in its first part).
+        counts the items of a batch in the second. And of `micro_batches`, one dict a forward pass: `input_ids`,
+        `position_ids` and `exit` of some rows of `trie.pack_training`; `predict`, the nodes that have a label, as
+        indices into the flattened (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, what separate
+        sequences would have fed (for the whole batch, in its first micro-batch).
     """
 
     def __init__(self, answers: list[list[int]], max_row_tokens: int, max_batch_tokens: int):
@@ -114,21 +114,21 @@ class TrieCollator:
         longest = max(map(len, prompts)) + max(map(len, answers))
         batch = trie.pack_training(prompts, answers, max(self.max_row_tokens, longest))
         n_rows, length = batch["input_ids"].shape
-        n_parts = -(-n_rows // max(1, self.max_batch_tokens // length))
+        count = -(-n_rows // max(1, self.max_batch_tokens // length))
         tokens = chain([batch["sequence_tokens"]], repeat(0))
-        parts = [
+        micro_batches = [
             self._part(*tensors)
             for tensors in zip(
-                *(batch[name].tensor_split(n_parts) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
+                *(batch[name].tensor_split(count) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
                 tokens,
                 strict=False,
             )
         ]
-        labels = torch.cat([part["shift_labels"] for part in parts], dim=1)
+        labels = torch.cat([part["shift_labels"] for part in micro_batches], dim=1)
         if self.usual is not None:
-            parts = [part | graph.pad_pass(part, graph.pass_shape(part, self.usual)) for part in parts]
+            micro_batches = [part | graph.pad_pass(part, graph.pass_shape(part, self.usual)) for part in micro_batches]
         # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
-        return {"parts": parts, "labels": labels, "shift_labels": labels}
+        return {"micro_batches": micro_batches, "labels": labels, "shift_labels": labels}
 
     @staticmethod
     def _part(input_ids, position_ids, exit, shift_labels, tokens):
@@ -149,7 +149,7 @@ def without_labels(part: dict) -> dict:
 
 
 def split_micro_batch(part: dict, most_tokens: int) -> list[dict]:
-    """Cut a part of a trie, or a padded batch, into parts of at most `most_tokens` tokens, but of at least one row."""
+    """Split a part of a batch into parts of at most `most_tokens` tokens, but of at least one row."""
     rows, length = part["input_ids"].shape
     pieces = -(-rows // max(1, most_tokens // length))
     if pieces == 1:
@@ -159,16 +159,16 @@ def split_micro_batch(part: dict, most_tokens: int) -> list[dict]:
             dict(zip(part, tensors, strict=True))
             for tensors in zip(*(tensor.tensor_split(pieces) for tensor in part.values()), strict=True)
         ]
-    cut_parts, start, tokens = [], 0, part["tokens"]
+    found, start, tokens = [], 0, part["tokens"]
     names = ("input_ids", "position_ids", "exit")
     for tensors in zip(*(part[name].tensor_split(pieces) for name in names), strict=True):
         piece = dict(zip(names, tensors, strict=True))
         end = start + piece["input_ids"].numel()
         inside = (start <= part["predict"]) & (part["predict"] < end)
         piece |= {"predict": part["predict"][inside] - start, "shift_labels": part["shift_labels"][:, inside]}
-        cut_parts.append(piece | {"tokens": tokens})
+        found.append(piece | {"tokens": tokens})
         start, tokens = end, 0
-    return cut_parts
+    return found
 
 
 class TokenRows(torch.utils.data.Dataset):

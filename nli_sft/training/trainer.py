@@ -46,7 +46,7 @@ class NLITrainer(ResumableTrainer):
 
     A batch of pairs is packed into the rows of a trie by the data loader's workers (`trie.py`). Batches, steps and the
     loss are those of padded batches; only what is computed twice there is computed once. A batch of more tokens than
-    `max_batch_tokens` is passed forward and back in parts, with the same gradient: memory does not grow with it.
+    `max_batch_tokens` passes in micro-batches, with the same gradient, so that memory does not grow with it.
 
     Every evaluation reports `eval_loss` (mean negative log-likelihood of a gold answer's token, as in training) and
     `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass
@@ -174,12 +174,12 @@ class NLITrainer(ResumableTrainer):
         """The rows of most passes and their length, the same when a training is resumed: see `graph.pass_shape`."""
         rows = TokenRows(self.train_dataset, self.encoder.answers)
         batches = BatchSampler(self._get_train_sampler(), self.args.train_batch_size, drop_last=False)
-        parts = [
+        micro_batches = [
             part
             for batch in islice(batches, 32)
             for part in self.data_collator([rows[index] for index in batch])["micro_batches"]
         ]
-        return max(len(part["input_ids"]) for part in parts), self.max_row_tokens
+        return max(len(part["input_ids"]) for part in micro_batches), self.max_row_tokens
 
     def _has_dropout(self) -> bool:
         modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
@@ -249,7 +249,7 @@ class NLITrainer(ResumableTrainer):
         return GroupShuffleSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and back. Where that does not fit in memory, the step is done again, in smaller parts.
+        """Forward and back. Where that does not fit in memory, the step is repeated in smaller micro-batches.
 
         Raises:
             UserError: where a single row does not fit, or where other processes wait for this one in every pass.
@@ -333,8 +333,8 @@ class NLITrainer(ResumableTrainer):
         return self._graphs.first_bad_step(self.state.global_step)
 
     def _use_smaller_micro_batches(self, error: RuntimeError) -> None:
-        parts = [part["input_ids"] for batch in self._step_inputs for part in self._micro_batches(batch)]
-        rows, length = max((ids.shape for ids in parts), key=math.prod)
+        micro_batches = [part["input_ids"] for batch in self._step_inputs for part in self._micro_batches(batch)]
+        rows, length = max((ids.shape for ids in micro_batches), key=math.prod)
         if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
             smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
             raise UserError(
@@ -349,21 +349,21 @@ class NLITrainer(ResumableTrainer):
         )
 
     def _micro_batches(self, inputs: dict) -> list[dict]:
-        parts = inputs.get("micro_batches", [inputs])
+        micro_batches = inputs.get("micro_batches", [inputs])
         if self.most_tokens is None:
-            return parts
-        return [piece for part in parts for piece in split_micro_batch(part, self.most_tokens)]
+            return micro_batches
+        return [piece for part in micro_batches for piece in split_micro_batch(part, self.most_tokens)]
 
     def _pass_micro_batches(self, model, inputs, num_items_in_batch):
-        """A batch's parts one after the other; their losses add up to that of the batch."""
-        parts = self._micro_batches(inputs)
+        """The micro-batches of a batch one after the other; their losses add up to that of the batch."""
+        micro_batches = self._micro_batches(inputs)
         if self.accelerator.num_processes > 1:
             # Sharded models wait for each other in every pass, so all processes must make as many.
-            most = max(gather_object([len(parts)]))
-            parts = parts + [without_labels(parts[0])] * (most - len(parts))
+            most = max(gather_object([len(micro_batches)]))
+            micro_batches = micro_batches + [without_labels(micro_batches[0])] * (most - len(micro_batches))
         loss = 0.0
-        for number, part in enumerate(parts, start=1):
-            with nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+        for number, part in enumerate(micro_batches, start=1):
+            with nullcontext() if number == len(micro_batches) else self.accelerator.no_sync(model):
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss
 

@@ -8,6 +8,7 @@ from nli_sft import UserError
 from nli_sft.data import prompts
 from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
 from nli_sft.data.sources import pairs_dataset
+from nli_sft.labels import LABELS
 
 # How Llama 3, Qwen 2 and GPT-4o split a text, after their tokenizer.json.
 SPLITS = {
@@ -98,7 +99,7 @@ def test_which_tokenizers_have_segments(name):
 
 def many_pairs(**changed):
     """Enough of them for segments, one changed."""
-    columns = few_pairs(10).to_dict() | {"label": [number % 3 for number in range(120)]}
+    columns = few_pairs(10).to_dict() | {"label": [LABELS[number % 3] for number in range(120)]}
     for column, value in changed.items():
         columns[column][77] = value
     return pairs_dataset(columns)
@@ -138,7 +139,7 @@ def test_a_token_across_the_boundary_is_found_in_the_data():
     encoder.encode_rows(many_pairs(), max_length=None)
     assert encoder._segments is not None
     with pytest.raises(UserError, match="pair pair-77: a token spans the boundary between the prompt and its answer"):
-        encoder.encode_rows(many_pairs(hypothesis="A man zq", label=1), max_length=None)
+        encoder.encode_rows(many_pairs(hypothesis="A man zq", label="neutral"), max_length=None)
 
 
 def test_padding_that_is_left_switched_on_pads_no_segment():

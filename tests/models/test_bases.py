@@ -343,7 +343,7 @@ def test_a_quantisation_without_a_method_is_that_of_mlx(base):
 
 def test_the_quantisation_of_a_config_is_not_overridden(base, monkeypatch):
     with_quantization(base, {"quant_method": "gptq", "bits": 4})
-    monkeypatch.setattr("nli_sft.models.loading.bases._check_packages", lambda *_: None)
+    monkeypatch.setattr("nli_sft.models.bases._check_packages", lambda *_: None)
     passed = {}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda _, **given: passed.update(given) or 1 / 0)
     with pytest.raises(UserError):

@@ -92,7 +92,10 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line():
-    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere: cannot load the tokenizer \(.+\)$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^model_name_or_path ./nowhere: cannot load the tokenizer \(.+\); check its tokenizer files",
+    ):
         load_tokenizer("./nowhere")
     with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere is not there; give a Hub id or a folder$"):
         load_model(ModelConfig(model_name_or_path="./nowhere"))

@@ -84,7 +84,7 @@ def figures(table):
             gold,
             [LABELS.index(label) for label in table[f"{model}_prediction"]],
             columns(model, "p"),
-            np.exp(columns(model, "joint")).sum(axis=1),
+            np.exp(columns(model, "unconstrained")).sum(axis=1),
             names,
         )
         for model in (column.removesuffix("_prediction") for column in table if column.endswith("_prediction"))
@@ -332,7 +332,7 @@ def test_joint_probability_may_answer_otherwise(tmp_path):
     table = predictions(GOLDS, {"base": BASE, "tuned": TUNED})
     table["tuned_unconstrained_entailment"] = 0.0  # as likely as can be, for every pair
     rows = {name: values for name, *values in Report(make_run(tmp_path / "run", table)).own.figures()}
-    assert rows["Accuracy by joint probability"] == ["44.44%", "33.33%"]
+    assert rows["Accuracy by unconstrained probability"] == ["44.44%", "33.33%"]
     assert rows["Accuracy"] == ["44.44%", "55.56%"]
 
 

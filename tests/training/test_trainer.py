@@ -253,7 +253,7 @@ def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
     assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "all tokens keep a part"
 
 
-@pytest.mark.parametrize(("step", "mend"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
+@pytest.mark.parametrize(("step", "fix"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
 def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, fix):
     run = trainer(chatml, tmp_path)
     run.state.global_step = step

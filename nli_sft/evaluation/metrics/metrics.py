@@ -4,8 +4,8 @@
 import datasets
 import evaluate
 
-from ...labels import LABELS
-from . import compute_arrays
+from nli_sft.evaluation.metrics import compute_arrays
+from nli_sft.labels import LABELS
 
 DESCRIPTION = """
 How well labels of natural language inference are predicted: accuracy with Wilson's 95 % interval, macro-F1,
