@@ -1,5 +1,7 @@
 """A trainer of a tiny model on a few pairs."""
 
+import copy
+
 from peft import LoraConfig
 from tiny import few_pairs, tiny_llama
 from trl import SFTConfig
@@ -33,7 +35,7 @@ def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, 
         args=SFTConfig(**options),
         train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
         eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
-        peft_config=peft_config,
+        peft_config=copy.deepcopy(peft_config),  # PEFT writes the name of the base into it
     )
 
 

@@ -2,9 +2,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from tiny import CHATML, chatml_tokenizer, few_pairs, tiny_llama
+from tiny_bases import make_base
 from tiny_trainer import LORA, logged, trainer
 from torch.utils.data import BatchSampler
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from trl import ModelConfig, SFTConfig
 
@@ -288,3 +289,23 @@ def test_the_template_that_was_encoded_is_the_one_that_is_saved(tmp_path, source
     assert trainer.model.config.eos_token_id == saved.eos_token_id
     assert trainer.model.get_input_embeddings().num_embeddings == len(tokenizer)
     assert args.chat_template_path == str(path), "the control is trained with it too"
+
+
+@pytest.mark.parametrize(
+    ("kind", "dropouts"),
+    [
+        ("gpt2", ["resid_pdrop", "embd_pdrop", "attn_pdrop"]),
+        ("opt", ["dropout"]),
+        ("gpt_neo", ["resid_dropout", "embed_dropout", "attention_dropout"]),
+    ],
+)
+def test_bases_with_learned_positions_train_on_tries_as_on_padded_batches(chatml, tmp_path, kind, dropouts):
+    make_base(tmp_path / "base", kind, positions=256, **dict.fromkeys(dropouts, 0.0))
+    losses = {}
+    for batching in ("trie", "padded"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        run = trainer(chatml, tmp_path / batching, model=model, batching=batching)
+        run.train()
+        assert (run.max_row_tokens is None) == (batching == "padded")
+        losses[batching] = logged(run, "loss")
+    assert losses["trie"] == pytest.approx(losses["padded"], rel=1e-4)
