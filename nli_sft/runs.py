@@ -377,7 +377,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         **recipe,
         **{f"parameters_{name}": number for name, number in parameters.items()},
         **{f"dropped_{reason}": number for reason, number in data.get("dropped", {}).items()},
-        **{f"pairs_of_{source}": drawn["pairs"] for source, drawn in sources.items() if len(sources) > 1},
+        **{f"pairs_of_{source}": counts["pairs"] for source, counts in sources.items() if len(sources) > 1},
         "gpu": devices[0]["name"] if devices and devices[0] else record.get("gpu"),
         "world_size": record.get("world_size"),
         "git_commit": git.get("commit"),

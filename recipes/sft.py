@@ -201,7 +201,7 @@ def load_data(args):
     """The pairs of both splits, and what the run's record says of them."""
     data = {"dropped": Counter(), "sources": {}}
     pairs = load_train_and_validation(
-        args.data, seed=args.training.seed, dropped=data["dropped"], drawn=data["sources"]
+        args.data, seed=args.training.seed, dropped=data["dropped"], mixture=data["sources"]
     )
     repeated = np.isin(pair_hashes(pairs["validation"]), pair_hashes(pairs["train"]))
     data["train_validation_overlap"] = int(repeated.sum())

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -252,7 +253,7 @@ def has_split(source: str, split: str, config: str | None = None, revision: str 
 
 
 def load_train_and_validation(
-    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None, drawn: dict[str, dict] | None = None
+    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None, mixture: dict[str, dict] | None = None
 ) -> dict[str, Dataset]:
     """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
@@ -262,8 +263,8 @@ def load_train_and_validation(
     Args:
         seed: of the training pairs that are drawn; those of validation are the same for every seed.
         dropped: a counter of what was left out, by reason.
-        drawn: a dict that gets what the training pairs are made of, by source: {source: {"pairs": how many, "labels":
-            {label: how many}, "dropped": {reason: how many}}}.
+        mixture: filled with what each source contributes to the training pairs: {source: {"pairs": n, "labels":
+            {label: n}, "dropped": {reason: n}}}.
     """
     dropped = Counter() if dropped is None else dropped
     left_out: dict[str, Counter] = defaultdict(Counter)
@@ -291,12 +292,12 @@ def load_train_and_validation(
         train = balance_labels(train, seed) if args.balance == "label" else balance_premises(train, seed)
         logger.info("balance: %s leaves out %s of %s training pairs", args.balance, before - len(train), before)
         dropped["left_out_for_balance"] += before - len(train)
-    if drawn is not None:
+    if mixture is not None:
         for source, reasons in left_out.items():
             labels = np.asarray(train["label"][:])[np.asarray(train["source"][:]) == source]
             counts = np.bincount(labels, minlength=len(LABELS)).tolist()
             by_label = dict(zip(train.features["label"].names, counts, strict=False))
-            drawn[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
+            mixture[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
     if args.max_eval_samples is not None:
         validation = subsample(validation, args.max_eval_samples, VALIDATION_SEED)
     _check_labels(args.dataset_name, train, validation)
@@ -330,11 +331,11 @@ def _with_column(pairs: Dataset, name: str, values: list[str]) -> Dataset:
     return Dataset(pa.table(columns).cast(features.arrow_schema))
 
 
-def describe_source(drawn: Mapping[str, object]) -> str:
-    """What the training pairs of one source are, in words, from what `load_train_and_validation` tells of it."""
-    labels = ", ".join(f"{n:,} {label}" for label, n in drawn["labels"].items())
-    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in drawn["dropped"].items())
-    return f"{drawn['pairs']:,} pairs ({labels})" + (f"; left out: {dropped}" if dropped else "")
+def describe_source(counts: Mapping[str, Any]) -> str:
+    """One source of the `mixture` of `load_train_and_validation`, in words."""
+    labels = ", ".join(f"{n:,} {label}" for label, n in counts["labels"].items())
+    dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in counts["dropped"].items())
+    return f"{counts['pairs']:,} pairs ({labels})" + (f"; left out: {dropped}" if dropped else "")
 
 
 def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:

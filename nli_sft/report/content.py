@@ -458,8 +458,8 @@ class Report:
             if split in data:
                 fingerprint = f"{data[split]['pairs']:,}, fingerprint {data[split]['fingerprint']}"
                 rows.append((f"{split.capitalize()} pairs", fingerprint))
-        for source, drawn in data.get("sources", {}).items():
-            rows.append((f"Train pairs of {source}", describe_source(drawn)))
+        for source, counts in data.get("sources", {}).items():
+            rows.append((f"Train pairs of {source}", describe_source(counts)))
         dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.get("dropped", {}).items() if n)
         rows.append(("Rows dropped before training", dropped or "none"))
         for evaluation in self.evaluations:

@@ -863,8 +863,8 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     unlabelled = [{**other[0], "label": "-"}] * 2
     write_jsonl(tmp_path / "other.jsonl", [{**row, "subset": "x"} for row in other + unlabelled])
     args = TrainDataConfig(dataset_name=str(folder), train_mix=[f"{tmp_path / 'other.jsonl'}=0.5", "demo=0.25"])
-    dropped, drawn = Counter(), {}
-    train = load_train_and_validation(args, seed=0, dropped=dropped, drawn=drawn)["train"]
+    dropped, mixture = Counter(), {}
+    train = load_train_and_validation(args, seed=0, dropped=dropped, mixture=mixture)["train"]
     assert train.column_names == ["uid", "premise", "hypothesis", "label"]
     told = Counter(
         "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "demo" for uid in train["uid"]
@@ -874,7 +874,7 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     held_out = {f"Other {k}." for k in range(10)}
     assert not held_out & set(train["premise"])
     assert dropped == {"mixed_premise_in_validation": 90, "unlabelled": 2}
-    assert drawn == {
+    assert mixture == {
         str(folder): {"pairs": 60, "labels": dict.fromkeys(LABELS, 20), "dropped": {}},
         str(tmp_path / "other.jsonl"): {
             "pairs": 30,
@@ -917,10 +917,10 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
     rows = numbered(12, "entailment") + numbered(30, "neutral") + numbered(6, "contradiction", per_premise=1)
     write_jsonl(tmp_path / "train.jsonl", [{**row, "uid": f"{row['label']}-{row['uid']}"} for row in rows])
     write_jsonl(tmp_path / "dev.jsonl", numbered(9, text="Held"))
-    dropped, drawn = Counter(), {}
+    dropped, mixture = Counter(), {}
     args = TrainDataConfig(dataset_name=str(tmp_path), balance="label")
-    both = load_train_and_validation(args, seed=0, dropped=dropped, drawn=drawn)
-    assert drawn[str(tmp_path)]["labels"] == dict.fromkeys(LABELS, 6), "what is trained on, not what was there"
+    both = load_train_and_validation(args, seed=0, dropped=dropped, mixture=mixture)
+    assert mixture[str(tmp_path)]["labels"] == dict.fromkeys(LABELS, 6), "what is trained on, not what was there"
     assert np.bincount(both["train"]["label"]).tolist() == [6, 6, 6]
     assert dropped["left_out_for_balance"] == 30
     assert len(both["validation"]) == 9
