@@ -183,7 +183,7 @@ def read_all(folder):
 )
 def test_a_damaged_file_ends_in_a_sentence_that_names_it(past, tmp_path, name, harm):
     folder = shutil.copytree(past, tmp_path / "run")
-    write_json(folder / "eval" / "stress.json", {"suite": "stress", "order": [], "judged": {}, "missing": {}})
+    write_json(folder / "eval" / "stress.json", {"suite": "stress", "order": [], "evaluated": {}, "missing": {}})
     read_all(folder)
     DAMAGE[harm](folder / name)
     with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as told:

@@ -248,5 +248,5 @@ def write_suite(run: str | Path, suite: Suite, sets: list[EvaluationSet], missin
         reason = "the run has no hypothesis-only baseline; hypothesis_only_control: true trains one"
         missing = missing | {HYPOTHESIS_ONLY: reason}
     keys = {one.name: evaluation_folder(run, one.name, one.split).name for one in sets}
-    content = {"suite": suite.name, "order": order, "judged": keys, "missing": missing}
+    content = {"suite": suite.name, "order": order, "evaluated": keys, "missing": missing}
     write_json(Path(run) / "eval" / f"{suite.name}.json", content)

@@ -35,7 +35,7 @@ def write_report(report: Report) -> Path:
             (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
             (figures / f"{plot.name}.png").write_bytes(plot.png)
 
-    in_suites = {key for suite in report.suites for key in suite["judged"].values()}
+    in_suites = {key for suite in report.suites for key in suite["evaluated"].values()}
     content = {
         "report": report,
         "apart": [evaluation for evaluation in report.evaluations if evaluation.key not in in_suites],

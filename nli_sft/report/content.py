@@ -345,11 +345,11 @@ class Training:
 
 def _read_suite(path: Path, evaluations: set[str]) -> dict:
     """What `suites.write_suite` wrote; the sets whose evaluation is not read count as missing."""
-    suite = read_json(path, {"suite": str, "order": list, "judged": dict, "missing": dict})
-    stale = {name for name, key in suite["judged"].items() if re.sub(r"[^\w.-]+", "-", key) not in evaluations}
-    judged = {name: key for name, key in suite["judged"].items() if name not in stale}
+    suite = read_json(path, {"suite": str, "order": list, "evaluated": dict, "missing": dict})
+    stale = {name for name, key in suite["evaluated"].items() if re.sub(r"[^\w.-]+", "-", key) not in evaluations}
+    judged = {name: key for name, key in suite["evaluated"].items() if name not in stale}
     missing = suite["missing"] | dict.fromkeys(stale, "its evaluation is not there, or of other weights")
-    return suite | {"judged": judged, "missing": missing}
+    return suite | {"evaluated": judged, "missing": missing}
 
 
 def _epoch(entry: Mapping) -> int:
@@ -380,7 +380,7 @@ class Report:
         if not evaluations:
             raise UserError(f"{folder} has not been evaluated; run recipes/eval.py --run {folder} first")
         suites = [_read_suite(path, {e.key for e in evaluations}) for path in sorted(self.folder.glob("eval/*.json"))]
-        places = [key for suite in suites for key in suite["judged"].values()]
+        places = [key for suite in suites for key in suite["evaluated"].values()]
         self.evaluations = sorted(
             evaluations,
             key=lambda e: (

@@ -22,7 +22,7 @@ def suite_tables(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Tabl
         evaluations: those of the run.
     """
     by_key = {evaluation.key: evaluation for evaluation in evaluations}
-    judged = {name: by_key[key] for name, key in suite["judged"].items() if key in by_key}
+    judged = {name: by_key[key] for name, key in suite["evaluated"].items() if key in by_key}
     found = [_accuracies(suite, judged), _missing(suite), _annotators(judged), _edits(judged), _calibration(judged)]
     for evaluation in judged.values():
         found += [_check(evaluation, check) for check in CHECKS]

@@ -210,7 +210,7 @@ def _figures(run: Path) -> Iterator[Path]:
 
 
 def _suites(run: Path) -> Iterator[Path]:
-    return (path for path in run.glob("eval/*.json") if '"judged"' in path.read_text("utf-8", errors="replace"))
+    return (path for path in run.glob("eval/*.json") if '"evaluated"' in path.read_text("utf-8", errors="replace"))
 
 
 def _remove_empty(folder: Path) -> None:

@@ -181,11 +181,11 @@ def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace,
     result = launch("eval.py", "--run", tmp_path / "run", *arguments, cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
     told = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())
-    assert told["judged"] == {"snli": "snli-test", "hans": "hans-all", "chaosnli_snli": "chaosnli_snli-all"}
+    assert told["evaluated"] == {"snli": "snli-test", "hans": "hans-all", "chaosnli_snli": "chaosnli_snli-all"}
     assert set(told["missing"]) == {"sick", "hypothesis_only"}
     metrics = {
         name: json.loads((tmp_path / "run" / "eval" / key / "metrics.json").read_text())["tuned"]
-        for name, key in told["judged"].items()
+        for name, key in told["evaluated"].items()
     }
     assert len(metrics["snli"]["label_orders"]["accuracy"]) == 6
     assert len(metrics["snli"]["prompts"]["accuracy"]) == 3

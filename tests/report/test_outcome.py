@@ -73,7 +73,7 @@ def test_a_suite_keeps_the_names_of_its_sets_on_a_narrow_terminal(evaluation):
     suite = {
         "suite": "stress",
         "order": ["snli", "gone"],
-        "judged": {"snli": evaluation.key},
+        "evaluated": {"snli": evaluation.key},
         "missing": {"gone": "?"},
     }
     sheet = suite_tables(suite, [evaluation])[0]

@@ -494,7 +494,7 @@ def test_a_suite_is_told_once_with_what_is_missing_by_reason(tmp_path):
     suite = {
         "suite": "few",
         "order": ["pairs", "hans", "anli_r1", "anli_r2", "sick"],
-        "judged": {"pairs": "pairs-test", "hans": "hans-all"},
+        "evaluated": {"pairs": "pairs-test", "hans": "hans-all"},
         "missing": {"anli_r1": "out of reach", "anli_r2": "out of reach", "sick": "not there"},
     }
     write_json(folder / "eval" / "few.json", suite)

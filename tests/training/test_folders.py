@@ -27,7 +27,7 @@ def used(tmp_path):
         fill(part, "adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "trained_pairs.npy")
         fill(part, "checkpoint-3/trainer_state.json", "checkpoint-3/optimizer.pt", "_unfinished/checkpoint-6/a")
     fill(folder, "report.html", "report.md", "figures/change.svg", "figures/change.png", "tracking.json")
-    write_json(folder / "eval" / "stress.json", {"suite": "stress", "judged": {}})
+    write_json(folder / "eval" / "stress.json", {"suite": "stress", "evaluated": {}})
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# Model Card\n[More Information Needed]")
     return folder
 
