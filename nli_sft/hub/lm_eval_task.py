@@ -2,7 +2,7 @@
 
 Its `acc` takes the answer with the largest unconstrained log-probability, which is `LabelScores.unconstrained`.
 Constrained greedy generation, which this package evaluates by, goes down the answers token by token and can choose
-another one (see recipes/lm_eval/README.md).
+another one (see recipes/lm_eval_task/README.md).
 """
 
 import json

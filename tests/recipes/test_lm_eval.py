@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval.models", reason="needs lm-evaluation-harness: pip i
 def test_the_printed_command_gives_our_joint_answers(lora_run, workspace, tmp_path):
     """As a user: write the task, run what it prints, and hold the answers against those of recipes/eval.py."""
     run, _ = lora_run
-    arguments = [sys.executable, ROOT / "recipes" / "lm_eval" / "make_task.py", "--run", run, "--output_dir", tmp_path]
+    arguments = [sys.executable, ROOT / "recipes" / "lm_eval_task" / "make_task.py", "--run", run, "--output_dir", tmp_path]
     made = subprocess.run(arguments, capture_output=True, text=True, cwd=workspace)
     assert made.returncode == 0, made.stdout + made.stderr
     command = shlex.split(made.stdout[made.stdout.index("lm_eval --model") :].replace("\\\n", ""))
@@ -39,7 +39,7 @@ def test_the_printed_command_gives_our_joint_answers(lora_run, workspace, tmp_pa
 
 
 def test_without_a_run_it_says_so(workspace):
-    script = ROOT / "recipes" / "lm_eval" / "make_task.py"
+    script = ROOT / "recipes" / "lm_eval_task" / "make_task.py"
     made = subprocess.run([sys.executable, script, "--run", "nowhere"], capture_output=True, text=True, cwd=workspace)
     assert made.returncode == 1
     assert "nowhere is not a run folder" in made.stderr

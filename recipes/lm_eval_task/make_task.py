@@ -1,7 +1,7 @@
 """Write a task for lm-evaluation-harness that asks a run's prompt of a run's pairs, and the command that runs it.
 
-python recipes/lm_eval/make_task.py --run outputs/qwen3-0.6b-lora
-python recipes/lm_eval/make_task.py --run outputs/qwen3-0.6b-lora --dataset_name hans.jsonl --max_samples 1000
+python recipes/lm_eval_task/make_task.py --run outputs/qwen3-0.6b-lora
+python recipes/lm_eval_task/make_task.py --run outputs/qwen3-0.6b-lora --dataset_name hans.jsonl --max_samples 1000
 
 The task is made from the run's own prompt object, so the two cannot drift apart. README.md beside this file says what
 its `acc` is to our figures.
