@@ -33,7 +33,7 @@ IGNORE_INDEX = -100
 FLEX_BLOCK = 128
 
 
-def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16):
+def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share=True):
     """Pack pairs into rows to train on, loss on the answers only.
 
     Args:
@@ -43,6 +43,7 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16):
         pad_to_multiple_of: rows are padded to a common length, a multiple of this. With 16 (see `attention_mask`) and
             a `max_row_tokens` that is a multiple too, no row is longer than `max_row_tokens`; but where that is 64
             more than a multiple of 128, rows may be one step longer (see `_pack`).
+        share: without it sequences stand one after the other, whole, as packing has them: to measure against.
 
     Returns:
         A dict of int64 tensors of shape (rows, length), all indices relative to the row:
@@ -69,7 +70,7 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16):
         fed = np.flatnonzero(answer_lengths - 1 > step)
         tokens[fed, prompt_lengths[fed] + step] = targets[fed, step]
     # What a pair owns must not match its neighbour's: it is blanked for the comparison.
-    shared = np.where(np.arange(tokens.shape[1]) < (prompt_lengths - 1)[:, None], tokens, -1)
+    shared = np.where(share & (np.arange(tokens.shape[1]) < (prompt_lengths - 1)[:, None]), tokens, -1)
     batch, nodes = _pack(tokens, lengths, shared, prompt_lengths - 1, max_row_tokens, pad_to_multiple_of)
 
     shift_labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)

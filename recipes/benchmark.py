@@ -19,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
@@ -33,14 +34,16 @@ from nli_sft import trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.data.prompts import PromptEncoder, load_prompt
 from nli_sft.data.sources import load_pairs, subsample
-from nli_sft.evaluation.scoring import distinguishing_prefixes, generate_labels, score_prompts
+from nli_sft.evaluation.scoring import distinguishing_prefixes, generate_labels, score_prompts, scoring_graphs
 from nli_sft.models.loading import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.report.figures import speeds
 from nli_sft.training.batches import GroupShuffleSampler, TokenRows, TrieCollator
 from nli_sft.training.trainer import NLITrainer
 
-# The first three are TRL's. Compiling takes a minute before it pays.
-TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "tries", "tries_by_premise", "tries_compiled"]
+# The first four are TRL's. Compiling takes a minute before it pays. `packed_compiled` is `tries_compiled` but for the
+# sharing: each pair stands whole in its row.
+TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "packed_compiled"]
+TRAIN += ["tries", "tries_by_premise", "tries_compiled"]
 # lm-evaluation-harness and the tries of that name score every token of every label, as an evaluation does; generation
 # and `tries_choice` only find the label, as a classifier does.
 SCORE = ["lm_eval", "generate", "padded", "tries", "tries_choice", "tries_compiled", "tries_choice_compiled"]
@@ -100,6 +103,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         "trl_grouped": lambda: train_speed(**shared, rows=rows, train_sampling_strategy="group_by_length"),
         # One length for nearly all batches: with many it compiles anew again and again.
         "trl_compiled": lambda: train_speed(**shared, rows=rows, pad_to_multiple_of=64, **compiled),
+        "packed_compiled": lambda: train_packed(**shared, rows=rows_by_premise, batch_args=batch_args, **compiled),
         "tries": lambda: train_speed(**shared, rows=rows, batch_args=batch_args),
         "tries_by_premise": lambda: train_speed(**shared, rows=rows_by_premise, batch_args=batch_args),
         "tries_compiled": lambda: train_speed(**shared, rows=rows_by_premise, batch_args=batch_args, **compiled),
@@ -239,6 +243,11 @@ def train_speed(args, training_args, model_args, encoder, rows, batch_args=None,
     }
 
 
+def train_packed(**options):
+    with patch.object(trie, "pack_training", functools.partial(trie.pack_training, share=False)):
+        return train_speed(**options)
+
+
 def forget_compilation():
     """Accelerate remembers, for all trainers of a process, that one of them compiled."""
     AcceleratorState._reset_state()
@@ -279,15 +288,17 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
         batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
         return [label for batch in batches for label in generate_labels(model, tokenizer, batch, answers)]
 
-    def score(prompts, answers, row):
-        scores = score_prompts(model, prompts, answers, tokenizer.pad_token_id, batch_size=size, max_row_tokens=row)
-        return scores.choice.tolist()
+    def score(answers, row, compiled):
+        options = {"batch_size": size, "max_row_tokens": row, "graphs": scoring_graphs(model, size, row, compiled)}
+        return lambda prompts: score_prompts(
+            model, prompts, answers, tokenizer.pad_token_id, **options
+        ).choice.tolist()
 
     ways = {
-        "generate": generate,
-        "padded": lambda prompts: score(prompts, answers, None),
-        "tries": lambda prompts: score(prompts, answers, row),
-        "tries_choice": lambda prompts: score(prompts, distinguishing_prefixes(answers), row),
+        "generate": lambda compiled: generate,
+        "padded": functools.partial(score, answers, None),
+        "tries": functools.partial(score, answers, row),
+        "tries_choice": functools.partial(score, distinguishing_prefixes(answers), row),
     }
     figures, said = {}, {}
     for name in [way for way in SCORE if way in args.score]:
@@ -295,12 +306,12 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
             if importlib.util.find_spec("lm_eval.models"):
                 figures[name] = lm_eval_speed(model, encoder, prompts, size)
             continue
-        if name.endswith("compiled"):
+        if compiled := name.endswith("compiled"):
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
-                    layer.compile(dynamic=True)
-        way = ways[name.removesuffix("_compiled")]
-        way(prompts[: 2 * size])  # warm up
+                    layer.compile(dynamic=not torch.cuda.is_available())  # graphs have few shapes
+        way = ways[name.removesuffix("_compiled")](compiled)
+        way(prompts if name.startswith("tries") else prompts[: 2 * size])  # warm up; record
         start_memory_count()
         rates = []
         for _ in range(3):

@@ -98,6 +98,8 @@ class NLITrainer(ResumableTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
         )
+        if args.tf32 is False:  # accelerate turns it on for torch_compile in fp32, whatever is asked for
+            torch.backends.cuda.matmul.allow_tf32 = False
         if self.max_row_tokens is not None:
             self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labelled tokens of the whole step
         # Sums over the labelled tokens since the last log: see `graph.label_loss`.
