@@ -19,7 +19,7 @@ def exit_message(output_dir: str | Path | None = None) -> str:
     saved = output_dir is not None and _saved_since_start(Path(output_dir))
     if not saved:
         return f"Stopped by Ctrl-C. Start it again with: {command()}"
-    return f"Stopped by Ctrl-C; what was saved stays. Go on with: {command(resume=True)}"
+    return f"Stopped by Ctrl-C. Saved checkpoints are kept. Resume with: {command(resume=True)}"
 
 
 def say_goodbye(output_dir: str | Path | None = None) -> None:

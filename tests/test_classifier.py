@@ -177,7 +177,7 @@ def test_a_base_in_pickles_is_not_read_either(tmp_path, run):
         if path.is_file():
             text = path.read_bytes().replace(str(run.parent / "base").encode(), str(base).encode())
             (tmp_path / "run" / path.name).write_bytes(text)
-    with pytest.raises(UserError, match="has its weights as pickles"):
+    with pytest.raises(UserError, match="has pickled weights"):
         NLIClassifier.from_pretrained(tmp_path / "run")
 
 

@@ -2,6 +2,7 @@ import random
 import re
 import time
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ LABEL_WORDS = [[30], [31, 32, 33], [34, 35]]
 LONGEST = 14  # tokens of the longest prompt and label word
 ROW = 30  # most tokens in a row of PAIRS: several rows, each longer than the windows below
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 40,
@@ -47,8 +48,8 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-GROUPED = {**SMALL, "num_key_value_heads": 2}
-ALTERNATING = {"sliding_window": LONGEST, "layer_types": ["sliding_attention", "full_attention"]}
+GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
+ALTERNATING: dict[str, Any] = {"sliding_window": LONGEST, "layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS = {
     "llama": lambda: tf.LlamaConfig(**GROUPED),
     "qwen2": lambda: tf.Qwen2Config(**GROUPED),

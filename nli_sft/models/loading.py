@@ -1,10 +1,11 @@
-"""Tokenizer, base model, adapter: loading them, and counting what they hold."""
+"""Loading the tokenizer, the base, adapters and tuned models, and counting parameters."""
 
 import difflib
 import re
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import PartialState
@@ -18,6 +19,7 @@ from ..data.prompts import PromptEncoder, control_tokens
 from ..runs import REPAIR, read_run, weight_files
 from .bases import (
     DEQUANTIZED_ON_LOADING,
+    base_name,
     check_base,
     check_tokenizer,
     find_damage,
@@ -36,10 +38,10 @@ class ParameterCounts:
     """How large a model is.
 
     Attributes:
-        total: parameters, each 4-bit weight counted as the one weight it is.
+        total: parameters; each 4-bit weight counts as one.
         trainable: those that training changes.
-        stored: elements of the tensors that hold them. bitsandbytes keeps two 4-bit weights in a byte, so
-            `sum(p.numel())`, which many tools print as the total, gives this.
+        stored: elements of their tensors, `sum(p.numel())`. It is smaller than `total` for 4-bit weights, because
+            bitsandbytes packs two of them into a byte.
     """
 
     total: int
@@ -61,12 +63,12 @@ class ParameterCounts:
 def count_parameters(model: torch.nn.Module) -> ParameterCounts:
     """Count the distinct parameters of a model, on any device, the meta device included.
 
-    A 4-bit parameter is packed when its weights are quantised. On the meta device none is yet: it is counted as it
-    will be stored.
+    4-bit parameters on the meta device, which are not packed yet, are counted as they will be stored.
     """
     total = trainable = stored = 0
-    for parameter in model.parameters():  # tied weights are given once
-        elements = getattr(parameter, "ds_numel", parameter.numel())  # of which ZeRO-3 leaves each process a part
+    parameter: Any
+    for parameter in model.parameters():  # yields tied weights once
+        elements = getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel() is that of a shard
         if type(parameter).__name__ == "Params4bit":
             per_element = 2 * parameter.quant_storage.itemsize
             weights = elements * per_element if parameter.bnb_quantized else elements
@@ -80,9 +82,9 @@ def count_parameters(model: torch.nn.Module) -> ParameterCounts:
 
 
 def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token: the end-of-sequence token where it has none of its own.
+    """The tokenizer of a model. Without a padding token it pads with its end-of-sequence token.
 
-    Sharing the two is safe here: labels are masked by position, not by token.
+    That is safe here because labels are masked by position, not by token.
     """
     check_tokenizer(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code)
@@ -90,20 +92,20 @@ def load_tokenizer(name: str, revision: str | None = None, trust_remote_code: bo
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise UserError(
-            f"{name}: the tokenizer has neither a padding nor an end-of-sequence token; name one in its "
+            f"{name}: the tokenizer has neither a padding nor an end-of-sequence token; set one in its "
             "tokenizer_config.json"
         )
     return tokenizer
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
-    """Apply `eos_token` and `chat_template_path` to a tokenizer, as TRL does: before prompts are encoded, not after.
+    """Apply `eos_token` and `chat_template_path` to a tokenizer, as TRL does, but before prompts are encoded.
 
-    A template of another model comes with that model's end-of-sequence token.
+    The template of another model comes with that model's end-of-sequence token.
 
     Raises:
-        UserError: if there is no such token or template, or the template's model has control tokens that the tokenizer
-            lacks: TRL adds them to the model, where their embeddings would have to be learned.
+        UserError: if the token or template does not exist, or the template uses control tokens that the tokenizer
+            lacks. TRL would add them to the model with untrained embeddings.
     """
     path = args.chat_template_path
     if path is not None and path.endswith((".jinja", ".j2")):
@@ -115,18 +117,19 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
     elif path is not None:
         source = _from_pretrained(AutoTokenizer, path, key="chat_template_path")
         if source.chat_template is None:
-            raise UserError(f"chat_template_path {path}: its tokenizer has no chat template; name one that has")
+            raise UserError(f"chat_template_path {path}: its tokenizer has no chat template; give one that has")
         lacking = [token for token in control_tokens(source) if token not in tokenizer.get_vocab()]
         used = [token for token in lacking if token in str(source.chat_template) or token == source.eos_token]
         if used:
             raise UserError(
                 f"chat_template_path {path}: its template uses {', '.join(used)}, which the base does not have as "
-                f"{'a token' if len(used) == 1 else 'tokens'}; save the template as a .jinja file that does without"
+                f"{'a token' if len(used) == 1 else 'tokens'}; give a .jinja file with a template that does not use "
+                f"{'it' if len(used) == 1 else 'them'}"
             )
         tokenizer.chat_template, tokenizer.eos_token = source.get_chat_template(), source.eos_token
     if args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise UserError(f"eos_token {args.eos_token!r} is not a token of this model; leave it out, or name one")
+            raise UserError(f"eos_token {args.eos_token!r} is not a token of this model; remove or change it")
         tokenizer.eos_token = args.eos_token
 
 
@@ -140,29 +143,31 @@ def load_model(
     """A base model, quantised if the recipe or its own config says so. Safetensors only.
 
     Args:
-        args: what to load, and the type to compute in, as `Precision.suit` has chosen it.
-        device: where to load it. By default plain weights stay where the Trainer finds them, and quantised ones go to
-            this process's device: each process holds all of them.
-        dequantize: turn quantised weights back into plain ones, in `args.dtype`: the same values.
+        args: what to load, with the dtype that `Precision.suit` has chosen.
+        device: where to load it. By default plain weights stay where the Trainer expects them, and quantised ones go
+            to this process's device.
+        dequantize: convert quantised weights to `args.dtype`, without changing their values.
 
     Raises:
-        UserError: if it cannot be loaded, or weights are missing that would begin at random.
+        UserError: if the model cannot be loaded, or lacks weights, which would be initialised at random.
     """
-    config = check_base(args, trust_remote_code)
+    name, config = base_name(args), check_base(args, trust_remote_code)
     quantized = quantization_of(config)
-    how = {}
+    arguments: dict[str, Any] = {}
     if quantized is None:
-        how = {"quantization_config": get_quantization_config(args)}
+        quantization_config = get_quantization_config(args)
+        if quantization_config is not None:
+            arguments["quantization_config"] = quantization_config
     elif quantized.startswith("bitsandbytes"):
-        # The checkpoint's own, but for the type to compute in, which the device decides.
+        # The checkpoint's own config, except for the dtype to compute in, which depends on the device.
         config.quantization_config["bnb_4bit_compute_dtype"] = args.dtype
     elif quantized in DEQUANTIZED_ON_LOADING:
         config.quantization_config["dequantize"] = True
-    if device is None and (quantized or how["quantization_config"]):
+    if device is None and (quantized or arguments):
         device = PartialState().device
     model, loading = _from_pretrained(
         AutoModelForCausalLM,
-        args.model_name_or_path,
+        name,
         config=config,
         revision=args.model_revision,
         trust_remote_code=trust_remote_code,
@@ -171,60 +176,61 @@ def load_model(
         attn_implementation=args.attn_implementation,
         device_map=None if device is None else {"": device},
         output_loading_info=True,
-        **{key: value for key, value in how.items() if value is not None},
+        **arguments,
     )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"model_name_or_path {args.model_name_or_path} lacks {len(missing)} weights, such as {missing[0]}, which "
-            "would begin at random; give a whole causal language model"
+            f"model_name_or_path {name} lacks {len(missing)} weights, such as {missing[0]}, which would be "
+            "initialised at random; give a complete causal language model"
         )
     text_config = model.config.get_text_config()
     if getattr(text_config, "output_router_logits", False):
-        text_config.output_router_logits = False  # TRL asks for them where a recipe trains with the router's loss
-    return model.dequantize(dtype=getattr(torch, args.dtype, None)) if dequantize else model
+        text_config.output_router_logits = False  # TRL sets it for recipes with the router's loss
+    return model.dequantize(dtype=getattr(torch, args.dtype or "", None)) if dequantize else model
 
 
 def adapter_config(args: ModelConfig) -> PeftConfig | None:
     """PEFT's config of a recipe, `None` without an adapter.
 
-    TRL makes a text of a list of one module, and PEFT takes a text for a pattern of the whole name, which a plain name
-    such as `q_proj` never matches. It is taken for the name that it is.
+    TRL turns a list of one module into a string, which PEFT reads as a pattern of the whole name. A plain name such as
+    `q_proj` would match nothing, so it becomes a set of one name here.
     """
-    config = get_peft_config(args)
+    config: Any = get_peft_config(args)
     if config is not None and _is_plain_name(args.lora_target_modules):
         config.target_modules = {args.lora_target_modules}
     return config
 
 
-def _is_plain_name(modules: str | list[str] | None) -> bool:
-    return isinstance(modules, str) and bool(re.fullmatch(r"[\w.]+", modules))  # which all-linear is not
+def _is_plain_name(modules: str | list[str] | None) -> TypeGuard[str]:
+    return isinstance(modules, str) and bool(re.fullmatch(r"[\w.]+", modules))  # not all-linear, which has a hyphen
 
 
 def check_adapter(args: ModelConfig, trust_remote_code: bool = False) -> None:
-    """Hold the adapter of a recipe against the structure of its base, which the base's config alone gives.
+    """Check the adapter of a recipe against the structure of its base, from the base's config alone.
 
     Raises:
-        UserError: for a module or parameter that the base has not, with the nearest that it has; for the output
-            embedding as a target; for tied weights that would be trained apart; or with what PEFT cannot adapt.
+        UserError: for a module or parameter that the base does not have, with the closest name; for the output
+            embedding as a target; for tied weights that would be trained apart; or with PEFT's own error.
     """
-    if not args.use_peft:
+    peft_config = adapter_config(args)
+    if peft_config is None:
         return
     config = load_config(args, trust_remote_code)
     try:
         model = skeleton(config, trust_remote_code)
-    except Exception:  # whatever a base of another kind raises, loading it says what is wrong
+    except Exception:  # loading the base reports what is wrong
         return
     check_modules(args, model)
     try:
         with torch.device("meta"):
-            get_peft_model(model, adapter_config(args), low_cpu_mem_usage=True)
+            get_peft_model(model, peft_config, low_cpu_mem_usage=True)
     except (ValueError, NotImplementedError) as error:
         raise UserError(f"lora_target_modules: {' '.join(str(error).split())}") from error
 
 
-def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
-    """See that everything that the `lora_` keys name is in a model without an adapter, and may be trained there.
+def check_modules(args: ModelConfig, model: PreTrainedModel) -> None:
+    """Check that a model without an adapter has everything that the `lora_` keys name, and that it can be trained.
 
     Raises:
         UserError: as `check_adapter`.
@@ -232,20 +238,20 @@ def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
     modules = dict(model.named_modules())
     layers = [name for name, module in modules.items() if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
     head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
-    targets = args.lora_target_modules or []
+    targets: Any = args.lora_target_modules or []
     targets = [targets] if _is_plain_name(targets) else targets
     if isinstance(targets, str):
         is_pattern = targets.lower() != "all-linear"
         matched = [name for name in modules if is_pattern and re.fullmatch(targets, name)]
         if is_pattern and not matched:
             hint = "; give several modules as a list" if re.search(r"[,\s]", targets) else ""
-            raise UserError(f"lora_target_modules: the pattern {targets} matches the whole name of no module{hint}")
+            raise UserError(f"lora_target_modules: the pattern {targets} matches no module's full name{hint}")
     else:
         matched = [name for target in targets for name in _find(target, modules, layers, "lora_target_modules")]
     if head in matched:
         raise UserError(
             f"lora_target_modules: {head} cannot have an adapter, because TRL computes the loss from its weights; "
-            "leave it out"
+            "remove it"
         )
     for name in args.lora_target_parameters or []:
         parameters = [name for name, _ in model.named_parameters()]
@@ -254,18 +260,18 @@ def check_modules(args: ModelConfig, model: torch.nn.Module) -> None:
     if head in saved and model.config.get_text_config().tie_word_embeddings:
         raise UserError(
             f"{SAVED}: {head} shares its weights with the embedding (tie_word_embeddings), and would be trained apart "
-            "from it; leave it out"
+            "from it; remove it"
         )
 
 
 def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
-    """The names that end in a part of that name, as PEFT looks for them."""
+    """The names that end in `wanted`, as PEFT matches them."""
     found = [name for name in names if name == wanted or name.endswith(f"{ending}{wanted}")]
     if not found:
         last = sorted({name.rpartition(".")[2] for name in nearby})
         near = difflib.get_close_matches(wanted.rpartition(".")[2].lower(), last, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(last)}"
-        raise UserError(f"{key}: no part of the model is called {wanted!r}; {hint}")
+        raise UserError(f"{key}: the model has no {wanted!r}; {hint}")
     return found
 
 
@@ -273,7 +279,7 @@ def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEnco
     """The encoder with which a run was trained.
 
     Raises:
-        UserError: if prompt or answers come out otherwise than they were trained.
+        UserError: if files are damaged, or prompt or answers are rendered differently than in training.
     """
     recipe, prompt, record = read_run(run)
     check_files(run)
@@ -293,16 +299,16 @@ def load_tuned(
 ) -> PreTrainedModel | PeftModel:
     """The tuned model of a run folder, ready for evaluation: its adapter on its base, or the full model.
 
-    The one way to load it: evaluation, classifier and export get the same weights in the same type.
+    Evaluation, classifier and export all load it here, with the same weights and dtype.
 
     Args:
         path: the run folder.
-        model_args: the base of the run and its quantisation, in a type that `Precision.suit` has chosen.
+        model_args: the base of the run and its quantisation, with the dtype that `Precision.suit` has chosen.
         device: where to load it; this process's device by default.
-        dequantize: as for `load_model`, before the adapter is put on.
+        dequantize: as for `load_model`; applies to the base, before the adapter is loaded.
 
     Raises:
-        UserError: if the weights, or those of the base, are not there as safetensors.
+        UserError: if its weights, or those of the base, cannot be loaded from safetensors.
     """
     path, device = Path(path), device or PartialState().device
     if not is_adapter(path):
@@ -313,12 +319,12 @@ def load_tuned(
         )
         return load_model(full, trust_remote_code, device=device).eval()
     if not (path / "adapter_model.safetensors").is_file():  # PEFT would fall back on a pickle
-        raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not read")
+        raise UserError(f"{path} has no adapter_model.safetensors; other formats can run code and are not loaded")
     base = load_model(model_args, trust_remote_code, device=device, dequantize=dequantize)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys")  # which would begin at random
-            return PeftModel.from_pretrained(base, path).eval()
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # they would be initialised at random
+            return PeftModel.from_pretrained(base, str(path)).eval()
     except Exception as error:  # of PEFT, safetensors or torch
         raise UserError(
             f"{path}: adapter_config.json and adapter_model.safetensors do not fit the base ({one_line(error):.300}); "
@@ -327,16 +333,16 @@ def load_tuned(
 
 
 def check_files(run: str | Path) -> None:
-    """See that the files that the model of a run folder is loaded from are there and can be read.
+    """Check that the files from which a run folder's model is loaded exist and can be read.
 
     Raises:
-        UserError: naming the first that is not.
+        UserError: naming the first that cannot.
     """
     run = Path(run)
     damage = find_damage(run) or _missing_file(run)
     for file in weight_files(run) if damage is None else ():
         try:
-            with safe_open(file, framework="pt"):  # reads the header, which says how long the file must be
+            with safe_open(file, framework="pt"):  # compares the file's size with its header
                 pass
         except (SafetensorError, OSError) as error:
             damage = f"{file.name} cannot be read ({one_line(error)})"
@@ -349,7 +355,7 @@ def _missing_file(run: Path) -> str | None:
         return "adapter_config.json is missing"
     if not weight_files(run):
         name = "adapter_model.safetensors" if is_adapter(run) else "model.safetensors"
-        return f"it has no {name}; other formats can run code and are not read"
+        return f"it has no {name}; other formats can run code and are not loaded"
     return None
 
 
@@ -358,12 +364,12 @@ def is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def _from_pretrained(auto_class: type, name: str, key: str = "model_name_or_path", **arguments):
+def _from_pretrained(auto_class: Any, name: str, key: str = "model_name_or_path", **arguments):
     try:
         return auto_class.from_pretrained(locate_model(name), **arguments)
     except Exception as error:  # also of tokenizers, safetensors, and packages that a format needs
-        if "ignore_mismatched_sizes" in str(error):  # which points at a table above it
-            error = ValueError("its weights have other shapes than config.json says; download both again")
+        if "ignore_mismatched_sizes" in str(error):  # that message refers to a table printed above it
+            error = ValueError("the shapes of its weights differ from config.json; download both again")
         if auto_class is AutoTokenizer:
             fix = "check its tokenizer files, such as tokenizer.json and tokenizer_config.json"
             raise UserError(f"{key} {name}: cannot load the tokenizer ({one_line(error)}); {fix}") from error

@@ -1,6 +1,6 @@
-"""The precision policy: bf16 where the device computes in it natively, fp16 on older cards, fp32 on most CPUs.
+"""The choice of precision: bf16 on devices that support it natively, fp16 on older GPUs, fp32 on most CPUs.
 
-`torch.cuda.is_bf16_supported()` is not asked: it also counts emulation, under which a T4 takes bf16 and crawls.
+`torch.cuda.is_bf16_supported()` is not used because it counts emulation too, which is slow (on a T4, for instance).
 """
 
 import os
@@ -13,18 +13,18 @@ from .. import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Compute capabilities: bf16 came with Ampere, fast fp16 with the tensor cores of Volta.
+# Compute capabilities with bf16 (Ampere) and with fast fp16, by tensor cores (Volta).
 AMPERE, VOLTA = (8, 0), (7, 0)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What a device computes in.
+    """The precision of computations.
 
     Attributes:
         name: `bf16`, `fp16` or `fp32`. The first two are mixed precision: matrix products are computed in them, while
-            weights that are trained may be kept in fp32.
-        reason: why, for the one line that a user is told.
+            trained weights may be kept in fp32.
+        reason: why it was chosen, for the log.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Precision:
         return {"name": self.name, "reason": self.reason}
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """A context in which models compute in this precision; it does nothing in fp32."""
+        """A context in which models compute in this precision; without effect for fp32."""
         return torch.autocast(device.type, self.dtype, enabled=self.name != "fp32")
 
     def suit(self, model_args: ModelConfig) -> ModelConfig:
-        """The same model in a type of weights that goes with this precision, whatever card the recipe was written for.
+        """The model settings with a `dtype` for this precision, whatever GPU the recipe was written for.
 
-        - A quantised base computes in its `dtype` (`bnb_4bit_compute_dtype`), so that is this precision.
-        - The frozen weights below an adapter take this precision if the recipe has them in 16 bits.
-        - Weights trained in full may be bf16 where that is the precision. In fp16 they stay in fp32: loss scaling
-          cannot work on gradients in fp16.
+        - A quantised base computes in its `dtype` (`bnb_4bit_compute_dtype`), which becomes this precision.
+        - Frozen weights under an adapter take this precision if the recipe has them in 16 bits.
+        - Weights trained in full may be bf16 with bf16. With fp16 they are fp32, because loss scaling cannot unscale
+          fp16 gradients.
         """
         dtype = str(self.dtype).removeprefix("torch.")
         if model_args.load_in_4bit or model_args.load_in_8bit:
@@ -61,7 +61,7 @@ class Precision:
 
 
 def choose_precision(wanted: str = "auto", device: torch.device | None = None) -> Precision:
-    """The precision that a recipe asks for, or the one that a device is made for.
+    """The precision that a recipe requests, or for `auto` the device's native one.
 
     Args:
         wanted: `auto`, `bf16`, `fp16` or `fp32`.
@@ -76,35 +76,35 @@ def choose_precision(wanted: str = "auto", device: torch.device | None = None) -
         return native
     if wanted == "fp16" and device.type == "cpu":
         raise UserError("precision: fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
-    return Precision(wanted, f"as the recipe says; auto would be {native.name}: {native.reason}")
+    return Precision(wanted, f"set in the recipe; auto would be {native.name}: {native.reason}")
 
 
 def native_precision(device: torch.device) -> Precision:
-    """What a device is made for, and how that is known."""
+    """The best precision that a device supports natively, and why."""
     if device.type == "cuda":
-        # The processes of one training must agree, so the oldest of the cards that they use decides.
+        # All processes of a training must agree, so the oldest of their GPUs decides.
         used = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         cards = range(used) if device.index is None else [device.index]
         capability, card = min((torch.cuda.get_device_capability(card), card) for card in cards)
         about = f"{torch.cuda.get_device_name(card)}, compute capability {capability[0]}.{capability[1]}"
         if capability >= AMPERE:
-            return Precision("bf16", f"{about}, has it natively")
+            return Precision("bf16", f"{about}, native bf16")
         if capability >= VOLTA:
-            return Precision("fp16", f"{about}, has no native bf16; with loss scaling")
-        return Precision("fp32", f"{about}, is older than fast 16-bit arithmetic")
+            return Precision("fp16", f"{about}, no native bf16; with loss scaling")
+        return Precision("fp32", f"{about}, no fast 16-bit arithmetic")
     if device.type == "xpu" and torch.xpu.is_bf16_supported():
-        return Precision("bf16", "this GPU has it natively")
+        return Precision("bf16", "this GPU supports it natively")
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         for feature, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-bf16")):
             if capabilities.get(feature):
                 return Precision("bf16", f"this CPU has {name}")
         return Precision("fp32", "this CPU has neither AMX nor AVX512-bf16")
-    return Precision("fp32", f"nothing is known about 16 bits on {device.type}")
+    return Precision("fp32", f"16-bit support of {device.type} is unknown")
 
 
 def default_device() -> torch.device:
-    """The kind of device that this process would use: an accelerator where there is one and accelerate allows it."""
+    """The type of device that this process would use: an accelerator if there is one and accelerate allows it."""
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
     accelerator = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
     return torch.device(accelerator.type if accelerator else "cpu")

@@ -1,6 +1,7 @@
-"""Batches: which pairs stand in one, and how it is packed into tries."""
+"""Batches: which pairs each holds, and how they are packed into tries."""
 
 from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class GroupShuffleSampler(Sampler):
 
 
 class ShardedBatchSampler(Sampler):
-    """The share that one process has in each batch of all of them.
+    """The share of one process in each global batch.
 
     Args:
         sampler: the order of the pairs, the same on all processes.
@@ -47,8 +48,8 @@ class ShardedBatchSampler(Sampler):
         drop_last: leave out the last batch of an epoch if it is smaller.
 
     Yields:
-        Lists of indices. Where there are fewer pairs than processes, in the last batch of an epoch, some get a pair
-        that another has too: each must take part in every step.
+        Lists of indices. If the last batch of an epoch has fewer pairs than there are processes, some processes repeat
+        a pair of another: each must take part in every step.
     """
 
     def __init__(self, sampler: Sampler, batch_size: int, process_index: int, num_processes: int, drop_last: bool):
@@ -63,7 +64,7 @@ class ShardedBatchSampler(Sampler):
 
     def __iter__(self):
         for batch in self.batches:
-            # Neighbours stay together: they may share a premise.
+            # Neighbours stay together because they may share a premise.
             start = len(batch) * self.process_index // self.num_processes
             end = len(batch) * (self.process_index + 1) // self.num_processes
             yield batch[start:end] or batch[start : start + 1]
@@ -73,13 +74,15 @@ class ShardedBatchSampler(Sampler):
 
 
 class EpochLoader(DataLoader):
-    """Passes the number of the epoch on to its batches, as the loaders do that accelerate makes for the Trainer."""
+    """Passes the epoch on to its batch sampler, as accelerate's loaders do."""
+
+    batch_sampler: ShardedBatchSampler  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
 
     def __iter__(self):
-        batches = super().__iter__()  # workers are ahead by themselves
+        batches = super().__iter__()  # with workers, PyTorch prefetches
         return prefetch(batches) if self.pin_memory and self.num_workers == 0 else batches
 
 
@@ -88,18 +91,20 @@ class TrieCollator:
 
     Args:
         answers: the token ids of the answers.
-        max_row_tokens: the longest row of a trie; a longer pair makes the rows of its batch as long as itself.
+        max_row_tokens: the longest row of a trie. A longer pair makes the rows of its batch as long as itself.
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
 
     Attributes:
         usual: set to pad micro-batches to the few shapes of `graph.pass_shape`.
 
     Returns:
-        A dict of `labels` and `shift_labels`, both (1, P), the tokens to predict: the Trainer asks for the first, then
-        counts the items of a batch in the second. And of `micro_batches`, one dict a forward pass: `input_ids`,
-        `position_ids` and `exit` of some rows of `trie.pack_training`; `predict`, the nodes that have a label, as
-        indices into the flattened (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, what separate
-        sequences would have fed (for the whole batch, in its first micro-batch).
+        A dict with
+        - `labels` and `shift_labels`, both (1, P): the tokens to predict. The Trainer requires the first and counts
+          the items of a batch in the second;
+        - `micro_batches`, one dict for each forward pass: `input_ids`, `position_ids` and `exit` of some rows of
+          `trie.pack_training`; `predict`, (p,), the nodes that have a label, as indices into the flattened
+          (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, the number of tokens in separate
+          sequences (of the whole batch, in its first micro-batch; 0 in the others).
     """
 
     def __init__(self, answers: list[list[int]], max_row_tokens: int, max_batch_tokens: int):
@@ -108,7 +113,7 @@ class TrieCollator:
         self.max_batch_tokens = max_batch_tokens
         self.usual: tuple[int, int] | None = None
 
-    def __call__(self, rows: list[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor | list]:
+    def __call__(self, rows: list[tuple[np.ndarray, int]]) -> dict[str, Any]:
         prompts, gold = zip(*rows, strict=True)
         answers = [self.answers[label] for label in gold]
         longest = max(map(len, prompts)) + max(map(len, answers))
@@ -117,21 +122,24 @@ class TrieCollator:
         count = -(-n_rows // max(1, self.max_batch_tokens // length))
         tokens = chain([batch["sequence_tokens"]], repeat(0))
         micro_batches = [
-            self._part(*tensors)
+            self._micro_batch(*tensors)
             for tensors in zip(
                 *(batch[name].tensor_split(count) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
                 tokens,
                 strict=False,
             )
         ]
-        labels = torch.cat([part["shift_labels"] for part in micro_batches], dim=1)
+        labels = torch.cat([micro_batch["shift_labels"] for micro_batch in micro_batches], dim=1)
         if self.usual is not None:
-            micro_batches = [part | graph.pad_pass(part, graph.pass_shape(part, self.usual)) for part in micro_batches]
-        # Of a batch without `labels` the Trainer counts no items, and each part would be a mean of its own.
+            micro_batches = [
+                micro_batch | graph.pad_pass(micro_batch, graph.pass_shape(micro_batch, self.usual))
+                for micro_batch in micro_batches
+            ]
+        # Without `labels` the Trainer counts no items, and the loss of each micro-batch would be its own mean.
         return {"micro_batches": micro_batches, "labels": labels, "shift_labels": labels}
 
     @staticmethod
-    def _part(input_ids, position_ids, exit, shift_labels, tokens):
+    def _micro_batch(input_ids, position_ids, exit, shift_labels, tokens):
         predict = (shift_labels.flatten() != trie.IGNORE_INDEX).nonzero().flatten()
         return {
             "input_ids": input_ids,
@@ -143,39 +151,41 @@ class TrieCollator:
         }
 
 
-def without_labels(part: dict) -> dict:
-    """A pass that computes and changes nothing."""
-    return part | {"shift_labels": torch.full_like(part["shift_labels"], trie.IGNORE_INDEX), "tokens": 0}
+def without_labels(micro_batch: dict) -> dict:
+    """The same micro-batch without labels: its loss and gradients are 0."""
+    shift_labels = torch.full_like(micro_batch["shift_labels"], trie.IGNORE_INDEX)
+    return micro_batch | {"shift_labels": shift_labels, "tokens": 0}
 
 
-def split_micro_batch(part: dict, most_tokens: int) -> list[dict]:
-    """Split a part of a batch into parts of at most `most_tokens` tokens, but of at least one row."""
-    rows, length = part["input_ids"].shape
-    pieces = -(-rows // max(1, most_tokens // length))
-    if pieces == 1:
-        return [part]
-    if "exit" not in part:
-        return [
-            dict(zip(part, tensors, strict=True))
-            for tensors in zip(*(tensor.tensor_split(pieces) for tensor in part.values()), strict=True)
-        ]
-    found, start, tokens = [], 0, part["tokens"]
-    names = ("input_ids", "position_ids", "exit")
-    for tensors in zip(*(part[name].tensor_split(pieces) for name in names), strict=True):
-        piece = dict(zip(names, tensors, strict=True))
+def split_micro_batch(micro_batch: dict, most_tokens: int) -> list[dict]:
+    """Split a micro-batch into smaller ones of at most `most_tokens` tokens, but at least one row."""
+    rows, length = micro_batch["input_ids"].shape
+    count = -(-rows // max(1, most_tokens // length))
+    if count == 1:
+        return [micro_batch]
+    names: tuple[str, ...] = ("input_ids", "position_ids", "exit") if "exit" in micro_batch else tuple(micro_batch)
+    pieces = [
+        dict(zip(names, tensors, strict=True))
+        for tensors in zip(*(micro_batch[name].tensor_split(count) for name in names), strict=True)
+    ]
+    if "exit" not in micro_batch:
+        return pieces
+    start, tokens, predict = 0, micro_batch["tokens"], micro_batch["predict"]
+    for piece in pieces:
         end = start + piece["input_ids"].numel()
-        inside = (start <= part["predict"]) & (part["predict"] < end)
-        piece |= {"predict": part["predict"][inside] - start, "shift_labels": part["shift_labels"][:, inside]}
-        found.append(piece | {"tokens": tokens})
+        inside = (start <= predict) & (predict < end)
+        piece["predict"] = predict[inside] - start
+        piece["shift_labels"] = micro_batch["shift_labels"][:, inside]
+        piece["tokens"] = tokens
         start, tokens = end, 0
-    return found
+    return pieces
 
 
 class TokenRows(torch.utils.data.Dataset):
-    """Rows of `PromptEncoder.encode_rows` in flat arrays, from which a row is taken in a microsecond.
+    """Rows of `PromptEncoder.encode_rows` in flat arrays, for fast access to single rows.
 
     Args:
-        rows: with `input_ids` and `labels`, which are -100 on the prompt and the ids of an answer after it.
+        rows: with `input_ids` and `labels`, which are -100 on the prompt and the answer's ids after it.
         answers: the token ids of the answers.
 
     Attributes:
@@ -202,7 +212,7 @@ class TokenRows(torch.utils.data.Dataset):
         return len(self.gold)
 
     def prompt(self, index: int) -> np.ndarray:
-        """The token ids up to where the answer starts."""
+        """The token ids before the answer."""
         return self.tokens[self.offsets[index] : self.prompt_ends[index]]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:

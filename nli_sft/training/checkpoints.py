@@ -1,17 +1,16 @@
-"""Checkpoints that survive: a training killed at any moment goes on from the newest whole one, to the same weights.
+"""Checkpoints for interrupted training, which resumes from the newest complete one and reaches the same weights.
 
-A checkpoint is written under another name and renamed when all of it is on the disk. Its `checkpoint.json` lists every
-file with its size and hash, so that one cut short or changed in another way (a copy that broke off, a bad disk) is
-recognised too; and it holds what the Trainer would forget: the loss since the last log, the count of tokens, the time
-that the training has taken so far.
+A checkpoint is written under another name and renamed when all of it is on disk. Its `checkpoint.json` lists every
+file with its size and hash, so that truncated or corrupted files are found; it also holds what the Trainer keeps in
+memory only: the loss since the last log, the token count, the training time so far.
 
-What ends a training leaves a run folder that can go on:
+However training ends, the run folder can be resumed:
 
     SIGTERM (Slurm's preemption, a shutdown)   saved at the end of the step; exit status 143
-    Ctrl-C                                     likewise, with status 130; the second one ends at once
-    SIGKILL, power, a process or worker dying  the newest whole checkpoint stands; other processes end and say so
-    a full disk                                what was half written is removed, the one before stands
-    a loss or gradient that is not a number    stopped before the weights are changed; the last good checkpoint stands
+    Ctrl-C                                     likewise, with status 130; a second Ctrl-C ends it at once
+    SIGKILL, power, a process or worker dying  the newest complete checkpoint remains; other processes end with errors
+    a full disk                                the partial checkpoint is removed, the one before remains
+    a loss or gradient that is not a number    stopped before the weights change; the last good checkpoint remains
 """
 
 import errno
@@ -30,7 +29,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import xxhash
@@ -52,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "checkpoint.json"
 
-# What a manifest says of the training so far.
+# The Trainer's state that a manifest holds.
 PROGRESS = (
     "seconds",
     "loss_since_log",
@@ -62,27 +61,26 @@ PROGRESS = (
     "metrics",
 )
 
-# Seconds after SIGTERM in which processes must agree to stop. torchrun and accelerate, which send it to all processes
-# when one has died, follow it up with SIGKILL after 30.
-PATIENCE = 25
+# Seconds after SIGTERM in which processes must agree to stop. When a process dies, torchrun and accelerate send the
+# others SIGTERM, and SIGKILL 30 seconds later.
+STOP_TIMEOUT = 25
 
-# Seconds in which a second SIGINT under torchrun is the first one passed on.
-PASSED_ON = 3
+# Seconds within which a second SIGINT under torchrun is the first one, forwarded by the launcher.
+FORWARDING_TIME = 3
 
-# Checkpoints in the making.
+# The folder for checkpoints that are being written.
 UNFINISHED = "_unfinished"
 
 
 def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means, or `None` for a start from the beginning.
+    """The checkpoint that `resume_from_checkpoint` means, or `None` to start from the beginning.
 
     Args:
         wanted: `auto` for the newest complete one in `run`, if there is any; a folder; or `None`.
         run: the run folder.
 
     Raises:
-        UserError: if the folder named is not a checkpoint, or not a complete one; or if there are some, and none of
-            them is complete.
+        UserError: if the folder is not a complete checkpoint, or all checkpoints in `run` are damaged.
     """
     if wanted is None:
         return None
@@ -94,16 +92,16 @@ def find_checkpoint(wanted: str | None, run: str | Path) -> str | None:
     found, flaws = _newest_checkpoint(run)
     if found is None and flaws:
         raise UserError(
-            f"{run} has no checkpoint to go on from: {'; '.join(flaws)}. Start anew in another output_dir, or in this "
-            "one with --overwrite_output_dir true and without resume_from_checkpoint"
+            f"{run} has no checkpoint to resume from: {'; '.join(flaws)}. Start again in another output_dir, or in "
+            "this one with --overwrite_output_dir true and without resume_from_checkpoint"
         )
     for flaw in flaws:
-        logger.warning("%s/%s, so this checkpoint is skipped", run, flaw)
+        logger.warning("Skipping a checkpoint: %s/%s", run, flaw)
     return found
 
 
 def _newest_checkpoint(run: str | Path) -> tuple[str | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones."""
+    """The newest complete checkpoint, and what is wrong with newer ones."""
     flaws = []
     for folder in sorted(Path(run).glob("checkpoint-*"), key=_step, reverse=True):
         flaw = find_damage(folder)
@@ -114,21 +112,20 @@ def _newest_checkpoint(run: str | Path) -> tuple[str | None, list[str]]:
 
 
 def is_finished(run: str | Path, recipe: Mapping[str, object]) -> bool:
-    """Whether a run folder holds a training by this very recipe that came to its end."""
+    """Whether a run folder holds a finished training with this recipe."""
     if not (Path(run) / "run.json").is_file():
         return False
-    made_by, _, _ = read_run(run)
-    # As YAML gives it back.
-    asked = yaml.safe_load(yaml.safe_dump(dict(recipe)))
-    return all(made_by.get(key) == asked.get(key) for key in {*made_by, *asked} - {"resume_from_checkpoint"})
+    saved, _, _ = read_run(run)
+    new = yaml.safe_load(yaml.safe_dump(dict(recipe)))  # as YAML reads it back
+    return all(saved.get(key) == new.get(key) for key in {*saved, *new} - {"resume_from_checkpoint"})
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Say why a training cannot go on from a folder, or `None` if it can."""
+    """Why training cannot resume from a folder, or `None` if it can."""
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"it has no {TRAINER_STATE_NAME}"
     if not (checkpoint / MANIFEST).is_file():
-        return f"it has no {MANIFEST}, so it may be half written"
+        return f"it has no {MANIFEST}, so it may be incomplete"
     try:
         manifest = _read(checkpoint)
         files = {checkpoint / name: (one["bytes"], one["xxh3"]) for name, one in manifest["files"].items()}
@@ -148,17 +145,17 @@ def find_damage(checkpoint: Path) -> str | None:
         return "it was written with save_only_model, without the optimizer"
     hashes = zip(files, _hash_all(files), strict=True)
     changed = next((file for file, found in hashes if found != files[file][1]), None)
-    return None if changed is None else f"{changed.relative_to(checkpoint)} holds other bytes than were written"
+    return None if changed is None else f"{changed.relative_to(checkpoint)} has changed since it was written"
 
 
 def ignore_sigterm(_worker: int) -> None:
-    """A data loader's `worker_init_fn`: SIGTERM to a whole process group leaves it to the trainer to end its workers.
+    """A data loader's `worker_init_fn`: workers ignore Ctrl-C, and SIGTERM unless the trainer sent it.
 
-    So does Ctrl-C. Slurm, torchrun and `timeout` send it to all, and without workers the step could not be finished
-    and saved.
+    Slurm, torchrun and `timeout` signal the whole process group, and the trainer needs its workers to finish the step
+    before it saves.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not report the sender of a signal
         return
 
     def listen() -> None:
@@ -171,12 +168,12 @@ def ignore_sigterm(_worker: int) -> None:
 
 
 class ResumableTrainer(SFTTrainer):
-    """An `SFTTrainer` whose checkpoints are whole or not there, and that ends in an orderly way when it has to.
+    """An `SFTTrainer` that writes checkpoints atomically, saves when it is interrupted, and resumes exactly.
 
     Attributes:
-        earlier_seconds: of training that led to the checkpoint from which it resumes; else 0.
+        earlier_seconds: training time before the checkpoint from which it resumes; else 0.
         made_from: recipe, prompt and record of the run, as `runs.write_run` takes them, or `None`. With them every
-            checkpoint is a run folder too: it can be evaluated, and says what it was made from.
+            checkpoint is a run folder too, which can be evaluated.
     """
 
     def __init__(self, *args, **kwargs):
@@ -184,8 +181,8 @@ class ResumableTrainer(SFTTrainer):
         self.add_callback(_Watch(self))
         self.earlier_seconds = 0.0
         self.made_from: tuple[Mapping, Prompt, Mapping] | None = None
-        self._told_by: signal.Signals | None = None
-        self._told_at = 0.0
+        self._stop_signal: signal.Signals | None = None
+        self._signal_time = 0.0
         self._agreed_to_stop = threading.Event()
         self._saving = False
         self._loss_is_finite = True
@@ -197,67 +194,69 @@ class ResumableTrainer(SFTTrainer):
             resume_from_checkpoint: a checkpoint's folder; or, as for `Trainer`, whether to take the newest one.
 
         Raises:
-            SystemExit: with status 143, after SIGTERM, or 130, after Ctrl-C, when the checkpoint is written.
-            UserError: where the disk is full, the loss is not a number, or a worker of the data loader or another
-                process of the training died.
+            SystemExit: with status 143 after SIGTERM, or 130 after Ctrl-C, once the checkpoint is written.
+            UserError: if the disk is full, the loss is not a number, or a data loader worker or another process died.
         """
         if isinstance(resume_from_checkpoint, bool):
             wanted = AUTO if resume_from_checkpoint else None
-            resume_from_checkpoint = find_checkpoint(wanted, self.args.output_dir)
+            resume_from_checkpoint = find_checkpoint(wanted, self._run)
         self._resumed_from = resume_from_checkpoint
         self._began = time.perf_counter()
         eval_on_start = self.args.eval_on_start
-        self._told_by = None
+        self._stop_signal = None
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
-        # Twice: the pipe to a worker breaks when it dies, and torch raises again when the system tells of its end.
-        passing = _IgnoreInWorkers(self.args.dataloader_num_workers)
+        # Twice: the pipe to a worker breaks when it dies, and torch raises again on SIGCHLD.
+        suppressed = _IgnoreInWorkers(self.args.dataloader_num_workers)
         # Under torchrun and accelerate, SIGTERM may mean that a process has died for which this one is waiting.
         elastic = self.args.world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-        with passing, passing, _StopSignals(self) if elastic else nullcontext():
+        with suppressed, suppressed, _StopSignals(self) if elastic else nullcontext():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RuntimeError as error:
                 if not _is_lost_process(error):
                     raise
-                if elastic:  # whose SIGTERM is about to come, before this could be said
+                if elastic:  # its SIGTERM would end this process before it can report the error
                     handlers[signal.SIGTERM] = signal.SIG_IGN
                 raise UserError(
-                    f"another process of this training has ended, after step {self.state.global_step} (killed, or "
-                    f"stopped by an error that it tells itself): {self._resume_hint()}, on any "
-                    "number of processes"
+                    f"another process of this training ended after step {self.state.global_step} (it was killed, or "
+                    f"reports its own error): {self._resume_hint()}, on any number of processes"
                 ) from error
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 self.args.eval_on_start = eval_on_start
-        with passing:
-            time.sleep(0.5)  # the second may be still to come
-        with passing:
-            gc.collect()  # while the loader is there, every process that ends raises the same again
+        with suppressed:
+            time.sleep(0.5)  # the second error may still come
+        with suppressed:
+            gc.collect()  # as long as the loader exists, every process that ends raises the error again
         raise UserError(
-            f"a worker of the data loader died after step {self.state.global_step}, often for want of RAM: go on with "
+            f"a data loader worker died after step {self.state.global_step}, often because RAM ran out: resume with "
             "resume_from_checkpoint: auto, and with fewer dataloader_num_workers if it happens again"
         )
 
     def _remember(self, number, _frame) -> None:
-        # torchrun passes on what its processes have had from the terminal already.
-        passed_on = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._told_at < PASSED_ON
-        if number == signal.SIGINT and self._told_by == signal.SIGINT and not passed_on:
+        # torchrun forwards signals that its processes have already received from the terminal.
+        forwarded = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._signal_time < FORWARDING_TIME
+        if number == signal.SIGINT and self._stop_signal == signal.SIGINT and not forwarded:
             end_launcher()
             os._exit(128 + signal.SIGINT)
-        if number == signal.SIGINT and self._told_by is None and self.args.process_index == 0:
+        if number == signal.SIGINT and self._stop_signal is None and self.args.process_index == 0:
             # Not by print, which may be what was interrupted.
-            os.write(2, b"\nStopping after this step or evaluation, and saving. Press Ctrl-C again to stop at once.\n")
-        if self._told_by is None:
-            self._told_by, self._told_at = signal.Signals(number), time.monotonic()
+            os.write(2, b"\nStopping after this step or evaluation and a save. Press Ctrl-C again to stop at once.\n")
+        if self._stop_signal is None:
+            self._stop_signal, self._signal_time = signal.Signals(number), time.monotonic()
+
+    @property
+    def _run(self) -> Path:
+        return Path(str(self.args.output_dir))
 
     def _resume_hint(self) -> str:
-        newest, _ = _newest_checkpoint(self.args.output_dir)
-        start = f"from {Path(newest).name}" if newest else "from the beginning"
-        return f"go on {start} with resume_from_checkpoint: {AUTO}"
+        newest, _ = _newest_checkpoint(self._run)
+        start = f"resume from {Path(newest).name}" if newest else "start again from the beginning"
+        return f"{start} with resume_from_checkpoint: {AUTO}"
 
     def _save_checkpoint(self, model, trial) -> None:
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        run, name = self._run, f"checkpoint-{self.state.global_step}"
         unfinished, final = run / UNFINISHED / name, run / name
         if self.args.should_save:
             shutil.rmtree(run / UNFINISHED, ignore_errors=True)  # of a process that was killed
@@ -282,7 +281,7 @@ class ResumableTrainer(SFTTrainer):
             if not full:
                 raise
             raise UserError(
-                f"the disk that holds {run} is full: {name} could not be written. Make room, then "
+                f"the disk that holds {run} is full: {name} could not be written. Free some space, then "
                 f"{self._resume_hint()}"
             ) from error
         finally:
@@ -302,10 +301,10 @@ class ResumableTrainer(SFTTrainer):
             return
         recipe, prompt, record = self.made_from
         history, step = self.state.log_history, self.state.global_step
-        judged = next((entry for entry in history if entry["step"] == step and "eval_accuracy" in entry), {})
+        metrics = next((entry for entry in history if entry["step"] == step and "eval_accuracy" in entry), {})
         so_far = {
             "train": {"train_runtime": progress["seconds"]},
-            "validation": {key: value for key, value in judged.items() if key.startswith("eval_")},
+            "validation": {key: value for key, value in metrics.items() if key.startswith("eval_")},
             "best_checkpoint_step": self.state.best_global_step,
             "history": history,
             "seconds": progress["seconds"],
@@ -313,67 +312,74 @@ class ResumableTrainer(SFTTrainer):
         write_run(folder, recipe=recipe, prompt=prompt, record={**record, **so_far}, name=final)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
-        # Shares of all steps become numbers of steps, as in the state with which a checkpoint is compared; and where
-        # they differ, those asked for now hold.
+        # Fractions of all steps become numbers of steps before the Trainer compares them with a checkpoint's state.
+        # Where they differ, the new ones count.
         for name in ("logging_steps", "eval_steps", "save_steps"):
-            asked = getattr(self.args, name)
-            if asked is not None and asked < 1:
-                setattr(self.args, name, math.ceil(max_steps * asked))
+            steps = getattr(self.args, name)
+            if steps is not None and steps < 1:
+                setattr(self.args, name, math.ceil(max_steps * steps))
         done = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return done
 
     def _issue_warnings_after_load(self, load_result) -> None:
         # A tied weight is one tensor with two names, of which a file holds one.
+        assert self.model is not None
         named = dict(self.model.named_parameters(remove_duplicate=False))
         missing = [name for name in load_result.missing_keys if name in named]
-        there = {id(tensor) for name, tensor in named.items() if name not in missing}
-        tied = {name for name in missing if id(named[name]) in there}
+        loaded = {id(tensor) for name, tensor in named.items() if name not in missing}
+        tied = {name for name in missing if id(named[name]) in loaded}
         keys = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(type(load_result)(keys, load_result.unexpected_keys))
 
     def _use_learning_rate(self) -> None:
-        """Go on with the learning rate asked for; optimizer and scheduler come with that of the checkpoint."""
-        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        """Use the recipe's learning rate; optimizer and scheduler were loaded with that of the checkpoint."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        optimizer: Any = self.optimizer
         for index, before in enumerate(getattr(scheduler, "base_lrs", [])):
             if before and before != self.args.learning_rate:
-                group = self.optimizer.param_groups[index]
+                group = optimizer.param_groups[index]
                 group["lr"] = group["lr"] * self.args.learning_rate / before
                 group["initial_lr"] = scheduler.base_lrs[index] = self.args.learning_rate
-                scheduler._last_lr[index] = group["lr"]  # what the next log says
+                scheduler._last_lr[index] = group["lr"]  # for the next log
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
         return str(Path(folder, UNFINISHED)) if self._saving else folder
 
-    def _progress(self) -> dict[str, object]:
-        """What the Trainer holds in memory alone, between one log and the next."""
+    def _reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        reduced = self.accelerator.reduce(tensor, reduction=reduction)
+        assert isinstance(reduced, torch.Tensor)  # accelerate reduces nested tensors, too
+        return reduced
+
+    def _progress(self) -> dict[str, Any]:
+        """What the Trainer keeps in memory only, between one log and the next."""
         return {
             "seconds": self.earlier_seconds + time.perf_counter() - self._began,
-            # Averaged over the processes, as the log would.
-            "loss_since_log": self.accelerator.reduce(self._tr_loss, reduction="mean").item(),
+            # Averaged over the processes, as in the log.
+            "loss_since_log": self._reduce(self._tr_loss, "mean").item(),
             "last_logged_step": self._globalstep_last_logged,
             "total_loss": self._total_loss_scalar,
             "trained_tokens": self._total_train_tokens,
             "metrics": dict(self._metrics["train"]),
         }
 
-    def _restore_progress(self, progress: Mapping[str, object]) -> None:
+    def _restore_progress(self, progress: Mapping[str, Any]) -> None:
         self.earlier_seconds = progress["seconds"]
         self._tr_loss += progress["loss_since_log"]
         self._globalstep_last_logged = progress["last_logged_step"]
         self._total_loss_scalar = progress["total_loss"]
         self._total_train_tokens = progress["trained_tokens"]
         self._metrics["train"].update(progress["metrics"])
-        # The path in the state is the one that it had when it was written; the run folder may have been moved.
-        best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        # The run folder may have been moved since the path in the state was written.
+        best = self._run / f"checkpoint-{self.state.best_global_step}"
         if self.state.best_global_step and best.is_dir():
             self.state.best_model_checkpoint = str(best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, with a loss, a runtime and speeds of the whole run and not only of what came after a resumption.
+        """As TRL's, but loss, runtime and speeds of a resumed run are those of the whole run.
 
-        With loss scaling also the `loss_scale`, and no `grad_norm` of a step that was passed over: it is not a number.
+        With loss scaling, logs `loss_scale` too, and no `grad_norm` for skipped steps, where it is not a number.
         """
         if "train_loss" in logs:
             steps = self.state.global_step
@@ -396,13 +402,13 @@ class ResumableTrainer(SFTTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        # Loss scaling tries scales that are too large, and passes over the step when the gradient overflows.
+        # Loss scaling tries scales that are too large, and skips the step when the gradient overflows.
         scaled = self.accelerator.scaler is not None or self.is_deepspeed_enabled
-        self._loss_is_finite &= scaled or math.isfinite(norm)
+        self._loss_is_finite &= scaled or math.isfinite(norm)  # pyright: ignore[reportArgumentType] (a number here)
         return norm
 
     def first_bad_step(self) -> int | None:
-        """The step whose loss or gradient was not finite, where that is only known later; asked before each log."""
+        """The step whose loss or gradient was not finite, for trainers that know it only later; called before logs."""
         return None
 
     def _any_process(self, *flags: bool) -> list[bool]:
@@ -410,14 +416,14 @@ class ResumableTrainer(SFTTrainer):
         if self.accelerator.num_processes == 1:
             return list(flags)
         counts = torch.tensor(flags, dtype=torch.int32, device=self.args.device)
-        return self.accelerator.reduce(counts, reduction="sum").bool().tolist()
+        return self._reduce(counts, "sum").bool().tolist()
 
 
 class _StopSignals(AbstractContextManager):
-    """Ends a process in which nothing else can: waiting for one that died, it does not even see SIGTERM.
+    """Ends a process that waits in a collective for a dead one, where the signal handler is never called.
 
-    Python runs signal handlers between two instructions of the main thread, and that stands inside a collective. The
-    number of the signal goes into a socket at once, and another thread reads it.
+    Python runs signal handlers between two instructions of the main thread. The number of the signal, however, is
+    written to a socket at once, and another thread reads it.
     """
 
     def __init__(self, trainer: ResumableTrainer):
@@ -437,29 +443,29 @@ class _StopSignals(AbstractContextManager):
 
     def _listen(self) -> None:
         while number := self._reader.recv(1):
-            if number[0] in (signal.SIGTERM, signal.SIGINT) and not self._trainer._agreed_to_stop.wait(PATIENCE):
+            if number[0] in (signal.SIGTERM, signal.SIGINT) and not self._trainer._agreed_to_stop.wait(STOP_TIMEOUT):
                 trainer, name = self._trainer, signal.Signals(number[0]).name
                 sys.stderr.write(
-                    f"error: told to stop ({name}) after step {trainer.state.global_step}, but not all processes of "
-                    f"this training answered within {PATIENCE} s, so one may have died: {trainer._resume_hint()}\n"
+                    f"error: {name} received after step {trainer.state.global_step}, but some processes did not "
+                    f"respond within {STOP_TIMEOUT} s and may have died: {trainer._resume_hint()}\n"
                 )
                 sys.stderr.flush()
                 os._exit(128 + number[0])
 
 
 class _IgnoreInWorkers(AbstractContextManager):
-    """Passes over what is raised, wherever the program is, when a worker of a data loader has died."""
+    """Suppresses the errors that torch raises, anywhere in the program, when a data loader worker has died."""
 
     def __init__(self, workers: int):
         self.workers = workers
 
     def __exit__(self, kind, error, traceback) -> bool:
-        told = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        return self.workers > 0 and (told or isinstance(error, (ConnectionError, EOFError)))
+        from_worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        return self.workers > 0 and (from_worker or isinstance(error, (ConnectionError, EOFError)))
 
 
 class _Watch(TrainerCallback):
-    """Restores what a checkpoint holds beyond the Trainer's state, and looks once a step whether to stop."""
+    """Restores what a manifest adds to the Trainer's state, and checks once a step whether to stop."""
 
     def __init__(self, trainer: ResumableTrainer):
         self._trainer = trainer
@@ -469,14 +475,14 @@ class _Watch(TrainerCallback):
         if self._trainer._resumed_from is not None:
             self._trainer._restore_progress(_read(Path(self._trainer._resumed_from))["progress"])
             self._trainer._use_learning_rate()
-            args.eval_on_start = False  # the base was judged when the run began
+            args.eval_on_start = False  # the base was evaluated when the run began
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         finite, self._trainer._loss_is_finite = self._trainer._loss_is_finite, True
-        self._stopping, broken = self._trainer._any_process(self._trainer._told_by is not None, not finite)
+        self._stopping, not_finite = self._trainer._any_process(self._trainer._stop_signal is not None, not finite)
         if self._stopping:
             self._trainer._agreed_to_stop.set()
-        if broken:
+        if not_finite:
             self._refuse(state.global_step + 1, args)
 
     def _refuse(self, step: int, args) -> NoReturn:
@@ -484,7 +490,7 @@ class _Watch(TrainerCallback):
         raise UserError(
             f"the loss or its gradient is not a number at step {step}, so training was stopped; "
             + (f"{Path(last).name} is the last good checkpoint. " if last else "there is no checkpoint yet. ")
-            + "Go on with resume_from_checkpoint: auto and a lower learning_rate"
+            + "Resume with resume_from_checkpoint: auto and a lower learning_rate"
             + (", or with precision: fp32" if args.fp16 else "")
         )
 
@@ -493,7 +499,7 @@ class _Watch(TrainerCallback):
             bad = self._trainer.first_bad_step()
             if bad is not None:
                 self._refuse(bad, args)
-        # At the end of an epoch there may be an evaluation to come, which belongs into the checkpoint.
+        # At the end of an epoch an evaluation may follow, whose result belongs in the checkpoint.
         if self._stopping and not float(state.epoch).is_integer():
             control.should_save = True
 
@@ -503,12 +509,12 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if self._stopping:
-            told_by = self._trainer._told_by or signal.SIGTERM  # to another process
+            number = self._trainer._stop_signal or signal.SIGTERM  # another process received it
             if args.process_index == 0:
-                name = "Ctrl-C" if told_by == signal.SIGINT else told_by.name
-                step, way_on = state.global_step, command(resume=True)
-                logger.warning("Stopped by %s after step %d, which is saved. Go on with: %s", name, step, way_on)
-            sys.exit(128 + told_by)
+                name = "Ctrl-C" if number == signal.SIGINT else number.name
+                resume = command(resume=True)
+                logger.warning("Stopped by %s; step %d is saved. Resume with: %s", name, state.global_step, resume)
+            sys.exit(128 + number)
 
 
 def _write_manifest(folder: Path, progress: Mapping[str, object]) -> None:
@@ -517,15 +523,15 @@ def _write_manifest(folder: Path, progress: Mapping[str, object]) -> None:
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-    told = {
+    listed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": found}
         for path, found in zip(files, _hash_all(files), strict=True)
     }
-    write_json(folder / MANIFEST, {"files": told, "progress": progress})
+    write_json(folder / MANIFEST, {"files": listed, "progress": progress})
 
 
 def _hash_all(files: Iterable[Path]) -> list[str]:
-    """XXH3 of each file: some 10 GB a second, a fraction of what it takes to write them; several at a time."""
+    """XXH3 of each file: about 10 GB a second, much faster than writing them."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(_hash, files))
 
@@ -548,12 +554,12 @@ def _step(checkpoint: Path) -> int:
 
 
 def _is_lost_process(error: RuntimeError) -> bool:
-    """Whether a collective broke off. NCCL raises an error of its own, Gloo a plain one that names its source."""
+    """Whether a collective failed. NCCL raises an error of its own, Gloo a `RuntimeError` that names its source."""
     return isinstance(error, DistError) or "/gloo/" in str(error)
 
 
 def _is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error comes from a full disk. torch and safetensors raise errors of their own, without a number."""
+    """Whether an error comes from a full disk. Those of torch and safetensors have no errno."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left" in str(error) or shutil.disk_usage(folder).free < 2**20

@@ -1,4 +1,4 @@
-"""The folder of a run before a training: is it free, what is cleared, does a checkpoint suit the recipe."""
+"""Checks of the output folder before training: is it free, what to clear, does the checkpoint fit the recipe."""
 
 import logging
 import shutil
@@ -15,10 +15,10 @@ from .checkpoints import UNFINISHED
 
 logger = logging.getLogger(__name__)
 
-# A folder with any of these was written by a run, or by commands on it.
+# Files that only a run, or a command on one, writes.
 MARKS = ("run.json", "recipe.yaml", "prompt.json", f"checkpoint-*/{TRAINER_STATE_NAME}", "eval/*/metrics.json")
 
-# A training writes files of these names, over whatever has them.
+# Training overwrites files of these names.
 MODELS = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -46,10 +46,10 @@ REST = (
     "runs/*/events.out.tfevents.*",
 )
 
-# What is in the README.md that PEFT, TRL or recipes/push.py wrote, and hardly in anybody's own.
+# Text that marks a README.md as written by PEFT, TRL or recipes/push.py.
 GENERATED = ("[More Information Needed]", "has been trained using [TRL]", "\n- nli-sft\n")
 
-# A checkpoint made with another value of these has weights or an optimizer of another shape, or learned another task.
+# With another value of these, a checkpoint has other weights, another optimizer, or another task.
 FIXED = {
     "model_name_or_path",
     "model_revision",
@@ -71,55 +71,54 @@ FIXED = {
     "eos_token",
 }
 
-# The optimizer's state brings its own; what a recipe says later is not heard.
+# Loaded with the optimizer's state: a later value in the recipe has no effect.
 KEPT = {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
 
-# What these lead to is compared instead.
+# Their results (the prompt and its label words) are compared instead.
 RESOLVED = {"prompt", "label_words"}
 
 
 def check_folder(run: str | Path, *, base: str, checkpoint: str | None = None, overwrite: bool = False) -> None:
-    """Refuse a folder in which a training would mix with what is there.
+    """Refuse a folder in which training would mix with other files.
 
     Args:
         run: the folder to train in.
         base: the model to start from.
-        checkpoint: the one to go on from, if any.
+        checkpoint: the one to resume from, if any.
         overwrite: whether `clear` will be called.
 
     Raises:
-        UserError: if the folder holds a run, or a model, that is not gone on with or overwritten; or if there is
-            something in it that must not be.
+        UserError: if the folder holds a run or a model that is neither resumed nor overwritten, or holds the base.
     """
     run = Path(run)
     if overwrite and checkpoint is not None:
         raise UserError(
-            f"overwrite_output_dir would clear {run}, which resume_from_checkpoint goes on with; keep one of the two"
+            f"overwrite_output_dir would clear {run}, which resume_from_checkpoint needs; set only one of the two"
         )
     if checkpoint is not None and Path(checkpoint).resolve().parent == run.resolve():
         return
     found = next(_marks(run), None)
     if found is None and (model := next(_matches(run, (*MODELS, "pytorch_model*.bin")), None)):
         raise UserError(
-            f"output_dir {run} holds a model that no run of this package made ({model.name}), and training would "
-            "write over it; name another folder"
+            f"output_dir {run} holds a model that this package did not train ({model.name}), and training would "
+            "overwrite it; choose another folder"
         )
     if found is None:
         return
     if not overwrite:
         raise UserError(
-            f"output_dir {run} holds a run already ({found.relative_to(run)}); name another folder, go on with "
-            "--resume_from_checkpoint auto, or clear what that run wrote with --overwrite_output_dir true"
+            f"output_dir {run} already holds a run ({found.relative_to(run)}); choose another folder, resume it with "
+            "--resume_from_checkpoint auto, or delete its files with --overwrite_output_dir true"
         )
     if run.resolve() in (Path(base).resolve(), *Path(base).resolve().parents):
         raise UserError(
-            f"model_name_or_path {base} is in output_dir {run}, which overwrite_output_dir would clear; name another "
-            "output_dir"
+            f"model_name_or_path {base} is in output_dir {run}, which overwrite_output_dir would clear; choose "
+            "another output_dir"
         )
 
 
 def clear(run: str | Path) -> None:
-    """Remove what a run, its control and the commands on it wrote into a folder. All other files stay."""
+    """Delete what a run, its hypothesis-only baseline and commands on it wrote into a folder; keep all other files."""
     run = Path(run)
     if next(_marks(run), None) is None:
         return
@@ -139,57 +138,60 @@ def clear(run: str | Path) -> None:
 
 
 def check_resumption(checkpoint: str | Path, recipe: Mapping, prompt: Prompt, data: Mapping) -> None:
-    """Compare what a training would go on with to what the checkpoint was made from.
+    """Compare a recipe with the one that a checkpoint was made with.
 
-    What can differ is told in one line. A checkpoint that does not say what it was made from is taken as it is.
+    Logs the differences that are allowed. A checkpoint without a record is not checked.
 
     Args:
         recipe: as resolved.
         data: {split: {fingerprint, …}}, as in the record of a run.
 
     Raises:
-        UserError: listing what must be the same and is not: the task, or the shape of weights and optimizer.
+        UserError: listing differences in the task, or in the shape of weights and optimizer.
     """
     checkpoint = Path(checkpoint)
     if not (checkpoint / "run.json").is_file():
         return
-    then, asked_then, record = read_run(checkpoint)
-    stops = _differences(then, recipe, FIXED)
-    if asked_then.label_words != prompt.label_words:
-        words = (", ".join(one.label_words) for one in (asked_then, prompt))
-        stops.append("label_words {}, now {}".format(*words))
-    elif asked_then.fingerprint != prompt.fingerprint:
-        stops.append(f"prompt {asked_then.name} ({asked_then.fingerprint}), now {prompt.name} ({prompt.fingerprint})")
+    old_recipe, old_prompt, record = read_run(checkpoint)
+    conflicts = _differences(old_recipe, recipe, FIXED)
+    if old_prompt.label_words != prompt.label_words:
+        words = (", ".join(one.label_words) for one in (old_prompt, prompt))
+        conflicts.append("label_words {}, now {}".format(*words))
+    elif old_prompt.fingerprint != prompt.fingerprint:
+        conflicts.append(
+            f"prompt {old_prompt.name} ({old_prompt.fingerprint}), now {prompt.name} ({prompt.fingerprint})"
+        )
     for split in ("train", "validation"):
         before, now = (one[split]["fingerprint"] for one in (record["data"], data))
         if before != now:
-            stops.append(f"{split} pairs with fingerprint {before}, now {now}")
-    if stops:
+            conflicts.append(f"{split} pairs with fingerprint {before}, now {now}")
+    if conflicts:
         raise UserError(
-            f"{checkpoint} was made with {'; '.join(stops)}. Training cannot go on from it with that: say what was "
-            "said then, or train in another output_dir"
+            f"{checkpoint} was made with {'; '.join(conflicts)}. Training cannot resume from it with these changes: "
+            "set the old values, or train in another output_dir"
         )
-    others = {key for key in {*then, *recipe} - FIXED - RESOLVED - KEPT if not BOOKKEEPING.fullmatch(key)}
-    changed, kept = _differences(then, recipe, others), _differences(then, recipe, KEPT)
+    others = {key for key in {*old_recipe, *recipe} - FIXED - RESOLVED - KEPT if not BOOKKEEPING.fullmatch(key)}
+    changed, kept = _differences(old_recipe, recipe, others), _differences(old_recipe, recipe, KEPT)
     if changed:
-        logger.warning("%s was made with %s. Training goes on as it is now.", checkpoint.name, "; ".join(changed))
+        logger.warning("%s was made with %s. Training uses the new values.", checkpoint.name, "; ".join(changed))
     if kept:
-        logger.warning("%s was made with %s. The optimizer keeps what it had.", checkpoint.name, "; ".join(kept))
+        logger.warning("%s was made with %s. The optimizer keeps the old values.", checkpoint.name, "; ".join(kept))
 
 
-def _differences(then: Mapping, now: Mapping, keys: set[str]) -> list[str]:
+def _differences(old: Mapping, new: Mapping, keys: set[str]) -> list[str]:
     return [
-        f"{key} {then.get(key, DEFAULT)}, now {now.get(key, DEFAULT)}"
+        f"{key} {old.get(key, DEFAULT)}, now {new.get(key, DEFAULT)}"
         for key in sorted(keys)
-        if not _is_same(then.get(key, DEFAULT), now.get(key, DEFAULT))
+        if not _is_same(old.get(key, DEFAULT), new.get(key, DEFAULT))
     ]
 
 
 def _is_same(one: object, other: object) -> bool:
     if one == other or [one] == other or one == [other]:
         return True
-    paths = isinstance(one, str) and isinstance(other, str) and Path(one).exists() and Path(other).exists()
-    return paths and Path(one).samefile(other)
+    if not (isinstance(one, str) and isinstance(other, str)):
+        return False
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)
 
 
 def _marks(run: Path) -> Iterator[Path]:
@@ -203,7 +205,7 @@ def _matches(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _figures(run: Path) -> Iterator[Path]:
-    """Those of a report: each is there as SVG and as PNG."""
+    """The figures of a report, each an SVG with a PNG beside it."""
     for path in run.glob("figures/*.svg"):
         if path.with_suffix(".png").is_file():
             yield from (path, path.with_suffix(".png"))

@@ -1,7 +1,7 @@
-"""Private names of transformers, TRL and accelerate that training depends on, checked when they are imported.
+"""Private names of transformers, TRL and accelerate that training depends on, checked on import.
 
-Most private names fail loudly when they disappear. Those below do not: a method that a new version no longer calls is
-overridden in vain, and an attribute that it no longer reads is set in vain. So they are looked up here, once.
+Most private names raise an error when they disappear. Those below do not: nothing happens if a new version no longer
+calls an overridden method or no longer reads an attribute. So they are checked here.
 """
 
 import inspect
@@ -13,19 +13,19 @@ from accelerate import Accelerator
 from transformers import Trainer
 from trl import SFTTrainer
 
-# What calls each method of the Trainer that training overrides, and what the method is for.
+# Methods of the Trainer that training overrides, and what for.
 OVERRIDDEN = {
     "_get_grad_norm": "stop a training at a gradient that is not finite",
     "_clip_grad_norm": "leave clipping to the CUDA graph of a step",
-    "_save_checkpoint": "write checkpoints whole, with a manifest",
+    "_save_checkpoint": "write checkpoints atomically, with a manifest",
     "_init_training_state": "read the progress of a resumed training",
-    "_issue_warnings_after_load": "keep quiet about tied weights of a resumed model",
-    "_get_output_dir": "write checkpoints into a folder of their own before they are whole",
-    "_get_train_sampler": "draw pairs in an order that no number of processes changes",
+    "_issue_warnings_after_load": "suppress false warnings about tied weights of a resumed model",
+    "_get_output_dir": "write checkpoints to a separate folder until they are complete",
+    "_get_train_sampler": "make the order of pairs independent of the number of processes",
     "get_batch_samples": "count the labelled tokens of a step on the CPU",
 }
 
-# What SFTTrainer keeps its figures in.
+# Attributes that hold SFTTrainer's metrics.
 ATTRIBUTES = {
     "_metrics": "report entropy and token accuracy of tries",
     "_total_train_tokens": "count the tokens of a training",
@@ -33,7 +33,7 @@ ATTRIBUTES = {
 
 
 def missing() -> list[str]:
-    """What the installed versions lack, a sentence each."""
+    """What the installed versions lack, one sentence each."""
     found = [*_missing_methods(), *_missing_attributes()]
     if "dynamo_plugin" not in _names(Accelerator.prepare_model):
         purpose = "compile models layer by layer and not as a whole"
@@ -60,7 +60,7 @@ def _functions(owner: type) -> list[Callable]:
 
 
 def _names(function: Callable) -> set[str]:
-    """Every attribute and global that the code of a function names, that of functions within it included."""
+    """Every attribute and global that a function names, nested functions included."""
     codes, names = [inspect.unwrap(function).__code__], set()
     while codes:
         code = codes.pop()

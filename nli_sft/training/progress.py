@@ -1,20 +1,20 @@
-"""What a training shows while it runs: one bar, with loss and label accuracy in it."""
+"""The progress bar of training, with loss and label accuracy."""
 
 from transformers import ProgressCallback
 
 
 class TrainingBar(ProgressCallback):
-    """The Trainer's bar, with the last loss and label accuracy beside it and a line an evaluation.
+    """The Trainer's bar with the latest loss and label accuracy, and a line for each evaluation.
 
-    The Trainer's own writes every log above the bar, as a dict of a dozen figures. They are all in run.json, and in
-    the trackers that `report_to` names.
+    The Trainer's own prints every log as a dict of a dozen figures. They are all in run.json, and in the trackers that
+    `report_to` names.
     """
 
     def __init__(self):
         super().__init__()
         self.shown = {}
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
         if self.training_bar is None:
             return
         if "loss" in logs:

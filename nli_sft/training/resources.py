@@ -1,4 +1,4 @@
-"""What a run takes: time by phase, RAM, GPU memory, disk, throughput."""
+"""Resources of a run: time by phase, RAM, GPU memory, disk, throughput."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -16,7 +17,7 @@ from transformers.utils import cached_file
 
 
 class ResourceRecorder:
-    """Measures the process that makes it, from that moment on.
+    """Measures its process from its creation on.
 
     ```python
     resources = ResourceRecorder()
@@ -35,7 +36,7 @@ class ResourceRecorder:
         self._start = time.perf_counter()
         self._phases: dict[str, Phase] = {}
         self._earlier_seconds = 0.0
-        self._device = PartialState().device
+        self._device: torch.device = PartialState().device  # pyright: ignore[reportAttributeAccessIssue] (set by then)
 
     @contextmanager
     def phase(self, name: str) -> Iterator["Phase"]:
@@ -54,28 +55,28 @@ class ResourceRecorder:
             phase.seconds += time.perf_counter() - start
 
     def add_earlier(self, phase: str, seconds: float) -> None:
-        """Add what a run had taken before it was broken off and resumed, in this process or another.
+        """Add the time that a resumed run took before it was interrupted.
 
         Args:
-            phase: the one that goes on.
+            phase: the one that was resumed.
             seconds: of that phase.
         """
         self._phases.setdefault(phase, Phase()).seconds += seconds
         self._earlier_seconds = seconds
 
-    def summary(self, *, run: str | Path | None = None, model: str | None = None) -> dict[str, object]:
+    def summary(self, *, run: str | Path | None = None, model: str | None = None) -> dict[str, Any]:
         """All figures, ready for JSON. Every process must call it; all get the same.
 
         Args:
-            run: a folder to weigh.
-            model: name or path of the base model, to weigh its folder or its entry in the cache.
+            run: the run folder, whose size is measured.
+            model: name or path of the base model, whose size in its folder or in the cache is measured.
 
         Returns:
-            - `seconds`: since the recorder was made, and what was added;
-            - `phases`: {name: {seconds, and where counted pairs, tokens, pairs_per_second, tokens_per_second}};
+            - `seconds`: since the recorder was made, plus those of `add_earlier`;
+            - `phases`: {name: {seconds, and if counted pairs, tokens, pairs_per_second, tokens_per_second}};
             - `processes`: for each, {peak_ram_bytes, device}; `device` is `None` on a CPU, else {name, memory_bytes,
-              peak_allocated_bytes, peak_reserved_bytes}: the peaks are of the phases;
-            - `disk`: {run_bytes, model_bytes}, each `None` where there is nothing to weigh;
+              peak_allocated_bytes, peak_reserved_bytes}, the peaks over all phases;
+            - `disk`: {run_bytes, model_bytes}, each `None` if unknown;
             - `hardware`: {cpu, cores, ram_bytes, platform}.
         """
         return {
@@ -104,7 +105,7 @@ class ResourceRecorder:
 
 
 class Phase:
-    """One part of a run: its seconds, the device memory at its peak, and what went through."""
+    """One part of a run: its time, peak device memory, pairs and tokens."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -113,7 +114,7 @@ class Phase:
         self.tokens: int | None = None
 
     def count(self, *, pairs: int | None = None, tokens: int | None = None) -> None:
-        """Say how many pairs and tokens all processes together took through this phase."""
+        """Record how many pairs and tokens all processes together processed in this phase."""
         self.pairs, self.tokens = pairs, tokens
 
     def as_dict(self) -> dict[str, int | float]:
@@ -126,7 +127,7 @@ class Phase:
 
 
 def folder_bytes(path: str | Path) -> int:
-    """The size of all files below a folder. Links are not followed: the Hub's cache links each file twice."""
+    """The size of all files below a folder. Links are not followed, because the Hub's cache links each file twice."""
     files = (Path(root, name) for root, _, names in os.walk(path) for name in names)
     return sum(file.lstat().st_size for file in files)
 
@@ -142,9 +143,9 @@ def _model_bytes(model: str | None) -> int | None:
 
 
 def _peak_ram_bytes() -> int:
-    """The most RAM that this process has held since it started."""
+    """The most RAM that this process has used since it started."""
     if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue] (Windows only)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

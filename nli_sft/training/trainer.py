@@ -340,7 +340,7 @@ class NLITrainer(ResumableTrainer):
         if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
             smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
             raise UserError(
-                f"out of memory at step {self.state.global_step + 1}, with {rows} x {length} tokens in a pass: go on "
+                f"out of memory at step {self.state.global_step + 1}, with {rows} x {length} tokens in a pass: resume "
                 f"with resume_from_checkpoint: auto and a smaller {smaller} or per_device_train_batch_size"
             ) from error
         self.most_tokens = rows * length // 2

@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -28,8 +29,8 @@ from nli_sft.models.bases import InputLimits, check_base, skeleton, suit_base
 from nli_sft.models.loading import load_model, load_tokenizer
 
 
-def model_args(folder, **fields):
-    return ModelConfig(model_name_or_path=str(folder), **{"dtype": "float32"} | fields)
+def model_args(folder, **fields: Any):
+    return ModelConfig(model_name_or_path=str(folder), **{"dtype": "float32", **fields})
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-# Folders that are no base: what is done to a good one, and what is said.
+# Ways to spoil a good base, and the error of each.
 
 
 def an_adapter(folder):
@@ -143,27 +144,27 @@ def only_tokenizer_model(folder):
         (an_adapter_beside_its_base, r"base is an adapter, not a whole model"),
         (a_run, r"is an adapter, .* give the result: python recipes/export\.py --run \S+base --output_dir \S+-merged"),
         (a_run_that_did_not_end, r"no config\.json.*; its newest checkpoint is \S+checkpoint-48"),
-        (gguf, r"base is a GGUF file, which is for llama\.cpp; give the model that it was made from"),
-        (pickles, r"has its weights as pickles, .*save_pretrained\(\.\.\.\) writes safetensors"),
-        (no_weights, r"has no weights: there is no model\.safetensors in it"),
+        (gguf, r"base is a GGUF file, for llama\.cpp; give the model that it was made from"),
+        (pickles, r"has pickled weights, .*save_pretrained\(\.\.\.\) writes safetensors"),
+        (no_weights, r"has no weights: it has no model\.safetensors"),
         (half_a_download, r"lacks 1 of the \d+ files .*, such as model-00002-of-\d+\.safetensors; download it again"),
         (a_damaged_index, r"model\.safetensors\.index\.json is damaged; download it again"),
         (cut_off, r"model\.safetensors cannot be read \(.+\); download it again"),
-        (a_pointer, r"it is a pointer of Git LFS; run git lfs pull"),
-        (no_config, r"has no config\.json, so it is no model folder"),
+        (a_pointer, r"it is a Git LFS pointer; run git lfs pull in that folder"),
+        (no_config, r"has no config\.json, so it is not a model folder"),
         (a_broken_config, r"config\.json cannot be read \(.+\); download it again"),
         (an_unknown_kind, r"cannot load its config \(.*llama9.*\)$"),
         (
             another_name,
-            r"no model\.safetensors in it, only model\.fp16\.safetensors; give the files that transformers",
+            r"no model\.safetensors, only model\.fp16\.safetensors; save the model with transformers",
         ),
         (a_folder_of_the_cache, r"no config\.json.*; there is one in \S+snapshots\Sabc"),
-        (learned_prompts, r"is an adapter of learned prompts, which no model can be merged with; give its base"),
-        (a_vision_model, r"is no causal language model of transformers \(vit\)"),
+        (learned_prompts, r"is a prompt-learning adapter, which cannot be merged; give its base"),
+        (a_vision_model, r"is not a causal language model that transformers knows \(vit\)"),
         (only_tokenizer_model, r"has no config\.json"),
     ],
 )
-def test_folders_that_are_no_base_end_in_a_sentence(base, spoil, message):
+def test_folders_that_are_not_a_base_are_refused(base, spoil, message):
     check_base(model_args(base))
     spoil(base)
     with pytest.raises(UserError, match=f"^model_name_or_path .*{message}") as error:
@@ -171,7 +172,7 @@ def test_folders_that_are_no_base_end_in_a_sentence(base, spoil, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_no_base(base):
+def test_a_file_is_refused(base):
     gguf(base)
     with pytest.raises(UserError, match=r"Q4_K_M\.gguf is a GGUF file"):
         check_base(model_args(base / "model-Q4_K_M.gguf"))
@@ -180,8 +181,8 @@ def test_a_file_is_no_base(base):
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "two words"])
-def test_a_folder_that_is_not_there(name):
-    with pytest.raises(UserError, match=f"^model_name_or_path {name} is not there; give a Hub id or a folder$"):
+def test_a_folder_that_does_not_exist(name):
+    with pytest.raises(UserError, match=f"^model_name_or_path {name} does not exist; give a Hub id or a folder$"):
         check_base(model_args(name))
 
 
@@ -192,7 +193,7 @@ ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
 @pytest.mark.parametrize(
     ("auto_class", "kind", "fields", "message"),
     [
-        (AutoModelForMaskedLM, "bert", ENCODER, "is an encoder, which reads texts in both directions (bert)"),
+        (AutoModelForMaskedLM, "bert", ENCODER, "is an encoder with bidirectional attention (bert)"),
         (AutoModelForMaskedLM, "distilbert", {"dim": 32, "n_layers": 2, "n_heads": 2}, "(distilbert)"),
         (AutoModelForSeq2SeqLM, "t5", SMALL, "is an encoder-decoder model (t5)"),
         (
@@ -203,7 +204,7 @@ ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, 
         ),
     ],
 )
-def test_other_kinds_of_models_are_no_base(tmp_path, auto_class, kind, fields, message):
+def test_other_kinds_of_models_are_refused(tmp_path, auto_class, kind, fields, message):
     auto_class.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(tmp_path)
     chatml_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError) as error:
@@ -212,33 +213,33 @@ def test_other_kinds_of_models_are_no_base(tmp_path, auto_class, kind, fields, m
     assert "give a causal language model" in str(error.value)
 
 
-def test_a_model_without_its_head_would_begin_at_random(base):
+def test_missing_weights_are_refused(base):
     LlamaModel.from_pretrained(base).save_pretrained(base)
-    with pytest.raises(UserError, match=r"lacks 1 weights, such as lm_head\.weight, which would begin at random"):
+    with pytest.raises(UserError, match=r"lacks 1 weights, such as lm_head\.weight, which would be init"):
         load_model(model_args(base))
 
 
-def test_weights_of_another_shape_than_the_config_says(base):
+def test_weights_of_other_shapes_are_refused(base):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
-    with pytest.raises(UserError, match=r"its weights have other shapes than config\.json says; download both again"):
+    with pytest.raises(UserError, match=r"the shapes of its weights differ from config\.json; download both again"):
         load_model(model_args(base))
 
 
 @pytest.mark.parametrize("attention", ["flash", "kernels-community/none"])
-def test_an_attention_that_cannot_be_had_is_named_before_the_weights_load(base, attention):
+def test_an_unknown_attention_is_refused_before_the_weights_load(base, attention):
     config = check_base(model_args(base, attn_implementation=attention))
     with pytest.raises(UserError, match=f"^attn_implementation {attention}: the base cannot be built"):
         skeleton(config)
 
 
-def test_a_type_that_modules_cannot_be_made_in(base):
+def test_a_config_with_a_storage_only_dtype(base):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"dtype": "float8_e4m3fn"}))
     assert skeleton(check_base(model_args(base))).dtype == torch.float32
 
 
-def test_positions_of_an_image_are_no_limit(tmp_path):
+def test_positions_of_images_are_not_a_limit(tmp_path):
     text = {"vocab_size": 400, "head_dim": 16, "num_key_value_heads": 2} | ENCODER
     config = AutoConfig.for_model(
         "gemma3", text_config=text, vision_config=ENCODER | {"image_size": 32, "patch_size": 16}
@@ -253,7 +254,7 @@ def test_a_folder_without_a_tokenizer(base):
         load_tokenizer(str(base))
 
 
-def test_a_tokenizer_that_needs_a_package_is_quoted_in_full(base):
+def test_the_error_of_a_tokenizer_is_quoted_in_full(base):
     for file in base.glob("tokenizer*"):
         file.unlink()
     (base / "tokenizer.model").write_bytes(b"not a model")
@@ -279,7 +280,7 @@ def quantized(request, tmp_path_factory):
     return folder / "base", request.param
 
 
-def test_a_base_that_is_quantised_already_is_loaded_as_it_is(quantized):
+def test_a_quantised_base_keeps_its_quantisation(quantized):
     folder, bits = quantized
     args = model_args(folder, use_peft=True)
     suited = suit_base(args, check_base(args))
@@ -293,22 +294,22 @@ def test_a_base_that_is_quantised_already_is_loaded_as_it_is(quantized):
     assert type(plain.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
-def test_what_quantised_weights_cannot_do(quantized):
+def test_unsupported_uses_of_quantised_weights_are_refused(quantized):
     folder, bits = quantized
     with pytest.raises(UserError, match=rf"is quantised \(bitsandbytes {bits}-bit\), and .* set use_peft: true"):
         suit_base(model_args(folder), check_base(model_args(folder)))
     other = {"load_in_8bit": True} if bits == 4 else {"load_in_4bit": True}
-    with pytest.raises(UserError, match=rf"is quantised already \(bitsandbytes {bits}-bit\); leave load_in_\dbit out"):
+    with pytest.raises(UserError, match=rf"is already quantised \(bitsandbytes {bits}-bit\); remove load_in_\dbit"):
         check_base(model_args(folder, use_peft=True, **other))
     check_base(model_args(folder, use_peft=True, **{f"load_in_{bits}bit": True}))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
-def test_other_quantisations_are_known_from_the_config(base, method):
+def test_other_quantisations_are_read_from_the_config(base, method):
     with_quantization(base, {"quant_method": method, "bits": 4})
-    with pytest.raises(UserError, match=rf"is quantised \({method}\), .* cannot be trained in full"):
+    with pytest.raises(UserError, match=rf"is quantised \({method}\), .* cannot be fine-tuned in full"):
         suit_base(model_args(base), check_base(model_args(base), weights=False))
-    with pytest.raises(UserError, match=rf"is quantised already \({method}\); leave load_in_4bit out"):
+    with pytest.raises(UserError, match=rf"is already quantised \({method}\); remove load_in_4bit"):
         check_base(model_args(base, use_peft=True, load_in_4bit=True), weights=False)
     args = model_args(base, use_peft=True)
     assert suit_base(args, check_base(args, weights=False)).dtype == "bfloat16"
@@ -324,16 +325,16 @@ def test_other_quantisations_are_known_from_the_config(base, method):
         ("compressed-tensors", "compressed-t"),
     ],
 )
-def test_a_package_that_a_quantisation_needs_is_named_before_the_weights_load(base, method, package):
+def test_a_missing_package_is_reported_before_the_weights_load(base, method, package):
     with_quantization(base, {"quant_method": method, "bits": 4, "group_size": 64})
     with pytest.raises(
-        UserError, match=rf"^model_name_or_path .*: a package is missing for its weights \(.*{package}"
+        UserError, match=rf"^model_name_or_path .*: its quantisation needs a missing package \(.*{package}"
     ):
         check_base(model_args(base, use_peft=True))
-    check_base(model_args(base, use_peft=True), weights=False)  # an estimate needs none
+    check_base(model_args(base, use_peft=True), weights=False)  # enough for an estimate
 
 
-def test_a_quantisation_without_a_method_is_that_of_mlx(base):
+def test_a_quantisation_by_mlx_is_refused(base):
     with_quantization(base, {"bits": 4, "group_size": 64})
     with pytest.raises(
         UserError, match="without a quant_method, as MLX writes it; give the model that it was made from"
@@ -357,7 +358,7 @@ def with_quantization(base, quantization):
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
 
 
-# What a model can read
+# Limits of a model's input
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_positions_are_counted_without_weights(tmp_path, kind, positions):
     make_base(tmp_path, kind, positions=64)
     limits = InputLimits.of(skeleton(check_base(model_args(tmp_path))))
     assert limits.positions == positions
-    if positions is not None:  # and the count is right: one more fails
+    if positions is not None:  # one more fails
         model = load_model(model_args(tmp_path)).eval()
         ids = torch.zeros(1, positions + 1, dtype=torch.long)
         model(ids[:, :-1])
@@ -402,7 +403,7 @@ def test_lengths_and_tokens_beyond_a_model_are_refused(caplog, chatml):
     assert "max_length is 8: the base has no more positions." in caplog.text
     assert InputLimits(300, None).fit_length(1024) == 1024
     limits.check([[1, 2], [299] * 7], chatml, fed_after=1)
-    with pytest.raises(UserError, match="the longest pair takes 9 tokens with its prompt, but the model has 8"):
+    with pytest.raises(UserError, match="the longest pair has 9 tokens with its prompt, but the model has 8"):
         limits.check([[1] * 8], chatml, fed_after=1)
     with pytest.raises(UserError, match=r"as token 300, but the model's embedding has 300 rows"):
         limits.check([[1, 300]], chatml)
@@ -416,12 +417,12 @@ def test_a_padding_token_beyond_the_embedding_is_replaced(caplog):
     with caplog.at_level(logging.WARNING):
         limits.fit_padding(tokenizer)
     assert tokenizer.pad_token == tokenizer.eos_token
-    assert f"'[PAD]' (id {tokens}) lies beyond the {tokens} rows of the embedding" in caplog.text
-    with pytest.raises(UserError, match="lies beyond the 1 rows"):
+    assert f"'[PAD]' (id {tokens}) is beyond the {tokens} rows of the embedding" in caplog.text
+    with pytest.raises(UserError, match="is beyond the 1 rows"):
         InputLimits(1, None).fit_padding(tokenizer)
 
 
-def test_a_config_with_such_a_padding_token_is_loaded(base):
+def test_a_config_with_a_padding_token_beyond_the_embedding_is_loaded(base):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"pad_token_id": config["vocab_size"]}))
     assert load_model(model_args(base)).config.pad_token_id is None
@@ -430,7 +431,7 @@ def test_a_config_with_such_a_padding_token_is_loaded(base):
 
 @pytest.mark.parametrize("batching", ["trie", "padded"])
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "gpt_neo"])
-def test_evaluation_and_predict_stop_at_the_last_position(tmp_path, kind, batching, chatml):
+def test_evaluation_and_predict_work_up_to_the_last_position(tmp_path, kind, batching, chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs()
     answers = max(map(len, encoder.answers)) - 1
@@ -443,7 +444,7 @@ def test_evaluation_and_predict_stop_at_the_last_position(tmp_path, kind, batchi
     assert unconstrained_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
     run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     assert len(NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
-    message = f"the longest pair takes {longest} tokens with its prompt, but the model has {longest - 1} positions"
+    message = f"the longest pair has {longest} tokens with its prompt, but the model has {longest - 1} positions"
     with pytest.raises(UserError, match=message):
         judge(load_model(model_args(short)).eval(), encoder, pairs, name="tuned", **options)
     run = make_run(tmp_path / "short_run", short, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
@@ -455,7 +456,7 @@ def test_evaluation_and_predict_stop_at_the_last_position(tmp_path, kind, batchi
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_adapters_on_experts_go_without_dropout(tmp_path, caplog, kind):
+def test_adapters_on_experts_have_no_dropout(tmp_path, caplog, kind):
     make_base(tmp_path, kind)
     config = check_base(model_args(tmp_path))
     with caplog.at_level(logging.WARNING):
@@ -472,8 +473,7 @@ def test_adapters_on_experts_go_without_dropout(tmp_path, caplog, kind):
     assert suited.lora_dropout == 0
 
 
-def test_a_damaged_copy_is_not_what_the_tests_began_with(base):
-    """The copies above are spoilt one by one; an untouched one passes everything."""
+def test_an_unspoilt_base_passes_every_check(base):
     shutil.copytree(base, base.with_name("copy"))
     args = model_args(base.with_name("copy"))
     assert suit_base(args, check_base(args)) == args

@@ -28,7 +28,7 @@ from nli_sft.models.loading import (
     load_tuned,
 )
 
-STUDY_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
+PHI_LORA = LoraConfig(r=64, target_modules=["q_proj", "k_proj", "v_proj", "dense"], task_type="CAUSAL_LM")
 
 
 def phi_2_on_meta(quantised):
@@ -49,20 +49,20 @@ def phi_2_on_meta(quantised):
     return model
 
 
-def test_the_counts_of_the_study_that_we_replace():
-    """It reported 41,943,040 trainable of 1,563,335,680 (2.68 %): the stored elements, not the parameters."""
+def test_parameter_counts_of_quantised_phi_2():
+    """PEFT reports 41,943,040 trainable of 1,563,335,680 (2.68 %): the stored elements, not the parameters."""
     plain = count_parameters(phi_2_on_meta(quantised=False))
     assert plain.total == plain.stored == 2_779_683_840
     model = phi_2_on_meta(quantised=True)
     with torch.device("meta"):
-        tuned = count_parameters(get_peft_model(model, STUDY_LORA, low_cpu_mem_usage=True))
+        tuned = count_parameters(get_peft_model(model, PHI_LORA, low_cpu_mem_usage=True))
     assert tuned.trainable == 41_943_040
     assert tuned.total == 2_821_626_880
     assert tuned.stored == 1_563_335_680
     assert str(tuned) == ("41,943,040 trainable of 2,821,626,880 parameters (1.49%), stored as 1,563,335,680 elements")
 
 
-def test_counts_of_a_really_quantised_model(tmp_path):
+def test_counts_of_a_quantised_model_with_weights(tmp_path):
     model = tiny_llama(300)
     model.save_pretrained(tmp_path)
     full = count_parameters(model)
@@ -91,18 +91,18 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
     assert load_tokenizer(str(tmp_path)).pad_token == tokenizer.eos_token
 
 
-def test_what_cannot_be_loaded_is_said_in_one_line():
+def test_loading_errors_are_one_line():
     with pytest.raises(
         ValueError,
         match=r"^model_name_or_path ./nowhere: cannot load the tokenizer \(.+\); check its tokenizer files",
     ):
         load_tokenizer("./nowhere")
-    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere is not there; give a Hub id or a folder$"):
+    with pytest.raises(ValueError, match=r"^model_name_or_path ./nowhere does not exist; give a Hub id or a folder$"):
         load_model(ModelConfig(model_name_or_path="./nowhere"))
 
 
-def test_pickled_weights_are_not_read(tmp_path):
-    """A pickle runs code when it is loaded; PEFT would fall back on one, and so would transformers."""
+def test_pickled_weights_are_not_loaded(tmp_path):
+    """A pickle can run code when it is loaded. PEFT and transformers would fall back on one."""
     base = tiny_llama(300)
     base.save_pretrained(tmp_path / "base")
     args = ModelConfig(model_name_or_path=str(tmp_path / "base"))
@@ -116,9 +116,9 @@ def test_pickled_weights_are_not_read(tmp_path):
         tiny_llama(300).save_pretrained(tmp_path / folder)
         torch.save(tiny_llama(300).state_dict(), tmp_path / folder / "pytorch_model.bin")
         (tmp_path / folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="base has its weights as pickles"):
+    with pytest.raises(UserError, match="base has pickled weights"):
         load_model(args)
-    with pytest.raises(UserError, match="full has its weights as pickles"):
+    with pytest.raises(UserError, match="full has pickled weights"):
         load_tuned(tmp_path / "full", args)
 
 
@@ -132,7 +132,7 @@ class Model(LlamaForCausalLM):
 """
 
 
-def test_code_of_a_model_runs_only_if_it_is_said(tmp_path):
+def test_code_of_a_model_runs_only_with_trust_remote_code(tmp_path):
     folder, marker = tmp_path / "own", tmp_path / "ran"
     tiny_llama(300).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -191,15 +191,15 @@ def adapted(base, **options):
         (
             "untied",
             {"lora_target_modules": ["query"]},
-            "no part of the model is called 'query'; it has down_proj, ",
+            "the model has no 'query'; it has down_proj, ",
         ),
-        ("untied", {"lora_target_modules": ["q_prj"]}, r"called 'q_prj'; did you mean q_proj\?"),
+        ("untied", {"lora_target_modules": ["q_prj"]}, r"no 'q_prj'; did you mean q_proj\?"),
         ("untied", {"lora_target_modules": ["q_proj", "w_proj"]}, r"'w_proj'; did you mean \w_proj\?"),
         ("untied", {"lora_target_modules": ["mlp.up_prj"]}, r"'mlp.up_prj'; did you mean up_proj\?"),
         (
             "untied",
             {"lora_target_modules": "(q|v)_proj"},
-            r"the pattern \(q\|v\)_proj matches the whole name of no mod",
+            r"the pattern \(q\|v\)_proj matches no module's full name",
         ),
         (
             "untied",
@@ -217,7 +217,7 @@ def adapted(base, **options):
         ),
     ],
 )
-def test_an_adapter_that_the_base_has_no_place_for(bases, base, options, message):
+def test_an_adapter_that_does_not_fit_the_base_is_refused(bases, base, options, message):
     with pytest.raises(UserError, match=message):
         check_adapter(adapted(bases / base, **options))
 
@@ -238,14 +238,14 @@ def test_an_adapter_that_fits_passes_without_weights(bases, options):
 
 def test_a_single_module_is_a_name_and_not_a_pattern(bases):
     args = adapted(bases / "untied", lora_target_modules=["q_proj"])
-    assert args.lora_target_modules == "q_proj", "TRL takes it out of its list"
+    assert args.lora_target_modules == "q_proj", "TRL turns a list of one into a string"
     check_adapter(args)
     base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(bases / "untied"))
     model = get_peft_model(base, adapter_config(args))
     assert any("q_proj.lora_A" in name for name, _ in model.named_parameters())
 
 
-def test_a_base_that_peft_knows_no_default_for(bases):
+def test_a_base_without_default_targets_in_peft(bases):
     (bases / "unknown").mkdir()
     CohereConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4).save_pretrained(
         bases / "unknown"
@@ -255,13 +255,13 @@ def test_a_base_that_peft_knows_no_default_for(bases):
     check_adapter(adapted(bases / "unknown", lora_target_modules="all-linear"))
 
 
-def test_a_model_must_be_named():
+def test_a_recipe_without_a_model_is_refused():
     with pytest.raises(UserError, match="model_name_or_path is missing; give it in the recipe or as --model_name"):
-        load_tokenizer(None)
+        load_model(ModelConfig())
 
 
 def test_a_template_is_applied_before_prompts_are_encoded(tmp_path):
-    """TRL applies it when the rows are there already, and saves it: trained on one prompt, asked with another."""
+    """TRL applies it only after prompts are encoded, so that training and evaluation would use different prompts."""
     file = tmp_path / "other.jinja"
     file.write_text("Hello, {{ strftime_now('%Y') }}.\n" + CHATML)
     tokenizer = chatml_tokenizer()
@@ -280,9 +280,9 @@ def test_a_template_is_applied_before_prompts_are_encoded(tmp_path):
 
 def test_a_template_that_cannot_be_applied(tmp_path):
     def refused(**args):
-        with pytest.raises(UserError) as told:
+        with pytest.raises(UserError) as error:
             apply_template(chatml_tokenizer(), SFTConfig(bf16=False, **args))
-        return str(told.value)
+        return str(error.value)
 
     assert refused(chat_template_path="none.jinja") == "chat_template_path none.jinja: No such file or directory"
     (tmp_path / "latin.jinja").write_text("é", encoding="latin-1")
@@ -292,7 +292,7 @@ def test_a_template_that_cannot_be_applied(tmp_path):
     other = chatml_tokenizer()
     other.chat_template = None
     other.save_pretrained(tmp_path)
-    assert "its tokenizer has no chat template; name one that has" in refused(chat_template_path=str(tmp_path))
+    assert "its tokenizer has no chat template; give one that has" in refused(chat_template_path=str(tmp_path))
     other.add_tokens(["<|turn|>"])
     other.chat_template = CHATML.replace("<|im_end|>", "<|turn|>")
     other.save_pretrained(tmp_path)

@@ -11,49 +11,49 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def cards(monkeypatch, **capability_of):
-    """Pretend that these cards are here, the first one first."""
+    """Pretend that the machine has these GPUs."""
     names, capabilities = list(capability_of), list(capability_of.values())
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
     monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
-    # What a T4 answers too: it can emulate bf16.
+    # True on a T4 as well, which emulates bf16.
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
 
 
 @pytest.mark.parametrize(
     ("card", "capability", "name", "line"),
     [
-        ("T4", (7, 5), "fp16", "Precision: fp16 (T4, compute capability 7.5, has no native bf16; with loss scaling)"),
+        ("T4", (7, 5), "fp16", "Precision: fp16 (T4, compute capability 7.5, no native bf16; with loss scaling)"),
         (
             "V100",
             (7, 0),
             "fp16",
-            "Precision: fp16 (V100, compute capability 7.0, has no native bf16; with loss scaling)",
+            "Precision: fp16 (V100, compute capability 7.0, no native bf16; with loss scaling)",
         ),
         (
             "P100",
             (6, 0),
             "fp32",
-            "Precision: fp32 (P100, compute capability 6.0, is older than fast 16-bit arithmetic)",
+            "Precision: fp32 (P100, compute capability 6.0, no fast 16-bit arithmetic)",
         ),
-        ("A100", (8, 0), "bf16", "Precision: bf16 (A100, compute capability 8.0, has it natively)"),
-        ("H200", (9, 0), "bf16", "Precision: bf16 (H200, compute capability 9.0, has it natively)"),
+        ("A100", (8, 0), "bf16", "Precision: bf16 (A100, compute capability 8.0, native bf16)"),
+        ("H200", (9, 0), "bf16", "Precision: bf16 (H200, compute capability 9.0, native bf16)"),
     ],
 )
-def test_every_generation_of_cards_gets_what_it_was_made_for(monkeypatch, card, capability, name, line):
+def test_auto_is_the_native_precision_of_each_gpu_generation(monkeypatch, card, capability, name, line):
     cards(monkeypatch, **{card: capability})
     chosen = choose_precision("auto", CUDA)
     assert chosen.name == name
     assert str(chosen) == line
 
 
-def test_processes_on_different_cards_agree_on_what_the_oldest_can_do(monkeypatch):
+def test_the_oldest_gpu_decides_for_all_processes(monkeypatch):
     cards(monkeypatch, A100=(8, 0), T4=(7, 5))
-    assert native_precision(CUDA).name == "bf16", "one process uses the first card alone"
+    assert native_precision(CUDA).name == "bf16", "one process uses the first GPU only"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert native_precision(CUDA).name == "fp16"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert native_precision(CUDA).name == "fp16", "more processes than cards"
+    assert native_precision(CUDA).name == "fp16", "more processes than GPUs"
     assert native_precision(torch.device("cuda", 0)).name == "bf16"
 
 
@@ -65,17 +65,17 @@ def test_a_cpu_computes_in_fp32_unless_it_has_bf16_instructions(monkeypatch, fea
     assert native_precision(CPU).name == name
 
 
-def test_a_recipe_may_ask_for_another_precision(monkeypatch):
+def test_a_recipe_may_set_another_precision(monkeypatch):
     cards(monkeypatch, A100=(8, 0))
     assert str(choose_precision("fp16", CUDA)).startswith(
-        "Precision: fp16 (as the recipe says; auto would be bf16: A100"
+        "Precision: fp16 (set in the recipe; auto would be bf16: A100"
     )
     assert str(choose_precision("bf16", CUDA)) == str(choose_precision("auto", CUDA))
     with pytest.raises(UserError, match="precision: fp16 needs a GPU"):
         choose_precision("fp16", CPU)
 
 
-def test_accelerate_may_keep_a_process_off_the_gpu(monkeypatch):
+def test_accelerate_can_force_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: CUDA)
     assert default_device() == CUDA
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -90,7 +90,7 @@ LORA = {"use_peft": True}
     ("model", "dtype", "under_bf16", "under_fp16", "under_fp32"),
     [
         (QLORA, "bfloat16", "bfloat16", "float16", "float32"),
-        (QLORA, "float32", "bfloat16", "float16", "float32"),  # TRL's default, which would compute in fp32
+        (QLORA, "float32", "bfloat16", "float16", "float32"),  # TRL's default
         (LORA, "bfloat16", "bfloat16", "float16", "float32"),
         (LORA, "float32", "float32", "float32", "float32"),
         (LORA, "auto", "auto", "float16", "float32"),
@@ -98,14 +98,14 @@ LORA = {"use_peft": True}
         ({}, "float32", "float32", "float32", "float32"),
     ],
 )
-def test_weights_are_loaded_in_a_type_that_goes_with_the_precision(model, dtype, under_bf16, under_fp16, under_fp32):
+def test_the_dtype_of_weights_fits_the_precision(model, dtype, under_bf16, under_fp16, under_fp32):
     args = ModelConfig(dtype=dtype, **model)
     for name, expected in (("bf16", under_bf16), ("fp16", under_fp16), ("fp32", under_fp32)):
         suited = Precision(name, "").suit(args)
         assert suited.dtype == expected, name
         if model is QLORA:
             assert get_quantization_config(suited).bnb_4bit_compute_dtype == getattr(torch, expected)
-    assert args.dtype == dtype, "the recipe itself is left as it was"
+    assert args.dtype == dtype, "the recipe is unchanged"
 
 
 def test_autocast_computes_in_the_precision():
@@ -124,13 +124,13 @@ def parse(tmp_path, *arguments):
 
 
 @pytest.mark.parametrize(("native", "bf16"), [("bf16", True), ("fp32", False)])
-def test_auto_becomes_what_the_machine_has(monkeypatch, tmp_path, native, bf16):
+def test_auto_is_resolved_to_the_native_precision(monkeypatch, tmp_path, native, bf16):
     monkeypatch.setattr(precision, "native_precision", lambda device: Precision(native, "pretended"))
     configs = parse(tmp_path, "--use_cpu")
     _, machine, training, _ = configs
     assert (machine.precision, training.bf16, training.fp16) == (native, bf16, False)
     resolved = resolve_recipe(configs)
-    assert resolved["precision"] == native, "so that the recipe of a run makes the same run elsewhere"
+    assert resolved["precision"] == native, "so that a run's recipe repeats it on other hardware"
     assert "bf16" not in resolved
 
 
@@ -143,12 +143,12 @@ def test_auto_becomes_what_the_machine_has(monkeypatch, tmp_path, native, bf16):
         (["--precision=bf16"], "bf16"),
     ],
 )
-def test_trls_own_flags_still_mean_what_they_say(tmp_path, flags, name):
+def test_trls_own_flags_set_the_precision(tmp_path, flags, name):
     _, machine, training, _ = parse(tmp_path, "--use_cpu", *flags)
     assert (machine.precision, training.bf16) == (name, name == "bf16")
 
 
-def test_what_cannot_be_meant(tmp_path):
+def test_contradictory_flags_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="precision is bf16, but bf16 and fp16 say fp32; keep precision and remove"):
         parse(tmp_path, "--precision=bf16", "--bf16=false")
     with pytest.raises(UserError, match="precision: fp16 needs a GPU"):

@@ -62,7 +62,7 @@ def test_positions_that_run_out(train, script, tmp_path):
     assert f"max_length is {positions}: the base has no more positions." in said
     assert "Saved in" in said
     said = script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=4")
-    assert "the longest pair takes" in said
+    assert "the longest pair has" in said
     assert f"but the model has {positions} positions" in said
 
 
@@ -70,7 +70,7 @@ def test_experts(train, script, tmp_path):
     base = make_base(tmp_path / "base", "qwen3_moe")
     said = train(base, *LORA, "--lora_target_parameters=mlp.experts.gate_up_proj")
     assert "lora_dropout is 0, not 0.05" in said
-    assert "router_aux_loss_coef is 0: tries go without the router's loss" in said
+    assert "router_aux_loss_coef is 0: tries do not support the router's loss" in said
     assert "Saved in" in said
     assert "error" not in script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0")
     assert list((tmp_path / "run" / "eval").glob("*/metrics.json"))
@@ -81,7 +81,7 @@ def test_experts(train, script, tmp_path):
 def test_the_loss_of_a_router_is_trained_on_padded_batches(train, script, tmp_path):
     base = make_base(tmp_path / "base", "mixtral", output_router_logits=True)
     said = train(base, "--router_aux_loss_coef=0.01", "--logging_steps=1", *LORA)
-    assert "Padded batches instead of tries: router_aux_loss_coef asks for the router's loss." in said
+    assert "Padded batches instead of tries: router_aux_loss_coef is set, and tries do not support it." in said
     history = json.loads((tmp_path / "run" / "run.json").read_text())["history"]
     assert any("aux_loss" in entry for entry in history)
     assert "error" not in script("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0")
@@ -119,7 +119,7 @@ def test_a_padding_token_beyond_the_embedding(train, tmp_path):
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "base")
     said = train(tmp_path / "base", "--batching=padded")
-    assert "'[PAD]' (id 400) lies beyond the 400 rows of the embedding; padding with '<|im_end|>'" in said
+    assert "'[PAD]' (id 400) is beyond the 400 rows of the embedding; padding with '<|im_end|>'" in said
     assert "Saved in" in said
 
 
@@ -130,7 +130,7 @@ def test_tokens_beyond_the_embedding(train, tmp_path):
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
     tokenizer.save_pretrained(tmp_path / "base")
     said = train(tmp_path / "base")
-    assert "writes '<|turn|>' as token 400, but the model's embedding has 400 rows" in said
+    assert "encodes '<|turn|>' as token 400, but the model's embedding has 400 rows" in said
 
 
 def test_an_adapter_as_base_names_the_command_that_merges_it(train, script, tmp_path, workspace):

@@ -1,4 +1,4 @@
-"""Trainings that are killed from outside, and go on with `--resume_from_checkpoint auto`."""
+"""Trainings that are killed from outside and resume with `--resume_from_checkpoint auto`."""
 
 import json
 import random
@@ -30,18 +30,18 @@ def start(recipe, output, *arguments, cwd, command=launch_command):
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None:
-        assert time.monotonic() < end, "nothing happened"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)
 
 
 def workers(launcher):
-    """The processes that train, below the one that a user starts."""
+    """The training processes below the one that a user starts."""
     below = psutil.Process(launcher.pid).children(recursive=True)
     return [process for process in below if any(part.endswith("sft.py") for part in process.cmdline())]
 
 
 def kill(launcher):
-    """All of it at once, as when the power goes."""
+    """Kill all processes at once, as a power cut does."""
     for process in psutil.Process(launcher.pid).children(recursive=True):
         process.kill()
     launcher.kill()
@@ -65,30 +65,30 @@ def history(folder):
 
 @pytest.fixture(scope="module")
 def whole(workspace, recipe):
-    """The run that was never killed."""
+    """The run that was not interrupted."""
     output = workspace / "outputs" / "whole"
     result = launch("sft.py", "--config", recipe, "--output_dir", output, *OPTIONS, cwd=workspace)
     assert result.returncode == 0, result.output
     return output
 
 
-def test_sigterm_saves_and_auto_goes_on(whole, recipe, workspace):
-    """As Slurm preempts a job: SIGTERM to every process of it, and the same command again."""
+def test_sigterm_saves_and_auto_resumes(whole, recipe, workspace):
+    """As when Slurm preempts a job: SIGTERM to every process, and the same command again."""
     output = workspace / "outputs" / "preempted"
     process = start(recipe, output, *OPTIONS, *AUTO, "--dataloader_num_workers", "2", cwd=workspace)
     wait_for(lambda: (output / "checkpoint-6").is_dir(), process)
-    assert process.poll() is None, "it ended before it could be told to"
+    assert process.poll() is None, "it ended before it got the signal"
     trainer, *data_workers = workers(process)
     assert len(data_workers) == 2
-    for told in (*data_workers, trainer, process):
-        told.send_signal(signal.SIGTERM)
+    for receiver in (*data_workers, trainer, process):
+        receiver.send_signal(signal.SIGTERM)
     assert process.wait(60) != 0
     psutil.wait_procs([trainer], timeout=60)
     log = (workspace / "preempted.log").read_text()
     assert "No checkpoint yet: starting from the beginning." in log
-    assert "Stopped by SIGTERM after step" in " ".join(log.split())
-    assert not (output / "run.json").exists(), "a run that is not at its end does not look like one"
-    # As if it had taken long until then.
+    assert "Stopped by SIGTERM; step" in " ".join(log.split())
+    assert not (output / "run.json").exists(), "only finished runs have one"
+    # As if the training so far had taken long.
     manifest = Path(find_checkpoint("auto", output)) / MANIFEST
     seconds = json.loads(manifest.read_text())["progress"]["seconds"]
     manifest.write_text(manifest.read_text().replace(str(seconds), "1000.0"))
@@ -100,15 +100,15 @@ def test_sigterm_saves_and_auto_goes_on(whole, recipe, workspace):
     training = record["resources"]["phases"]["training"]
     assert 1000 < record["train"]["train_runtime"] < training["seconds"] < record["seconds"] < 1200
     assert training["pairs_per_second"] == pytest.approx(5 * 96 / training["seconds"])
-    # Queued once more: what is finished is left alone.
+    # Queued once more: a finished run is left alone.
     before = (output / "run.json").read_bytes()
     result = launch("sft.py", "--config", recipe, "--output_dir", output, *OPTIONS, *AUTO, cwd=workspace)
     assert "is finished." in " ".join(result.output.split())
     assert (output / "run.json").read_bytes() == before
 
 
-def test_a_checkpoint_of_a_prompt_that_reads_otherwise_is_refused(whole, recipe, workspace, tmp_path):
-    """Nothing in the recipe changed: the template that came with the base did."""
+def test_a_checkpoint_with_another_rendered_prompt_is_refused(whole, recipe, workspace, tmp_path):
+    """The recipe is the same, but the base's chat template has changed."""
     changed = shutil.copytree(workspace / "base", tmp_path / "base")
     template = changed / "chat_template.jinja"
     template.write_text("Be brief. " + template.read_text())
@@ -120,14 +120,14 @@ def test_a_checkpoint_of_a_prompt_that_reads_otherwise_is_refused(whole, recipe,
     assert not (tmp_path / "run").exists()
 
 
-def of_two(options):
+def for_two(options):
     return [*options, "--lora_dropout", "0", "--per_device_train_batch_size", "4"]
 
 
-def broken_off(recipe, workspace, name):
-    """A training by two processes that has reached its second checkpoint: (launcher, its processes, run folder)."""
+def start_two(recipe, workspace, name):
+    """A training on two processes that has reached its second checkpoint: (launcher, its processes, run folder)."""
     output = workspace / "outputs" / name
-    process = start(recipe, output, *of_two(OPTIONS), *AUTO, cwd=workspace, command=ddp_command)
+    process = start(recipe, output, *for_two(OPTIONS), *AUTO, cwd=workspace, command=ddp_command)
     wait_for(lambda: (output / "checkpoint-6").is_dir(), process)
     own = workers(process)
     assert sorted(worker.environ()["LOCAL_RANK"] for worker in own) == ["0", "1"]
@@ -135,25 +135,26 @@ def broken_off(recipe, workspace, name):
 
 
 def test_a_process_of_two_dies(recipe, workspace):
-    """The other says so and ends, and the training goes on, on two processes as on one."""
+    """The other reports it and ends; the training resumes on two processes or one."""
     whole = workspace / "outputs" / "two-whole"
-    result = launch("sft.py", "--config", recipe, "--output_dir", whole, *of_two(OPTIONS), cwd=workspace, processes=2)
+    result = launch("sft.py", "--config", recipe, "--output_dir", whole, *for_two(OPTIONS), cwd=workspace, processes=2)
     assert result.returncode == 0, result.output
-    process, own, output = broken_off(recipe, workspace, "two-killed")
+    process, own, output = start_two(recipe, workspace, "two-killed")
     own["1"].kill()
     assert process.wait(60) != 0
     log = " ".join((workspace / "two-killed.log").read_text().split())
-    said = re.search(r"error: another process of this training has ended, after step \d+ .*? on any number", log)
-    assert re.search(r"go on from checkpoint-\d+ with resume_from_checkpoint: auto", said[0]), log
+    error = re.search(r"error: another process of this training ended after step \d+ .*? on any number", log)
+    assert error is not None, log
+    assert re.search(r"resume from checkpoint-\d+ with resume_from_checkpoint: auto", error[0]), log
     assert 'nli_sft/training/checkpoints.py", line' not in log, "a traceback of ours"
 
     on_one = shutil.copytree(output, workspace / "outputs" / "two-then-one")
     arguments = ["--config", recipe, *AUTO, "--output_dir"]
-    result = launch("sft.py", *arguments, output, *of_two(OPTIONS), cwd=workspace, processes=2)
+    result = launch("sft.py", *arguments, output, *for_two(OPTIONS), cwd=workspace, processes=2)
     assert result.returncode == 0, result.output
     ended_the_same(output, whole)
     batch = ["--per_device_train_batch_size", "8"]  # as many in all
-    result = launch("sft.py", *arguments, on_one, *of_two(OPTIONS), *batch, cwd=workspace)
+    result = launch("sft.py", *arguments, on_one, *for_two(OPTIONS), *batch, cwd=workspace)
     assert "Resuming from" in result.output, result.output
     losses = [[entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (on_one, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
@@ -162,20 +163,21 @@ def test_a_process_of_two_dies(recipe, workspace):
 
 @pytest.mark.slow
 def test_sigterm_while_another_process_hangs(recipe, workspace):
-    """As under NCCL, where nothing tells of a dead process: the one that waits for it cannot see a signal either."""
-    process, own, output = broken_off(recipe, workspace, "two-stopped")
+    """As under NCCL, which does not report a dead process: one that waits for it never runs its signal handler."""
+    process, own, output = start_two(recipe, workspace, "two-stopped")
     own["1"].suspend()
     time.sleep(1)
     process.terminate()
     assert process.wait(60) != 0
     log = " ".join((workspace / f"{output.name}.log").read_text().split())
-    assert re.search(r"error: told to stop \(SIGTERM\) after step \d+, but not all .* go on from checkpoint-\d+", log)
+    message = r"error: SIGTERM received after step \d+, but some processes did not .* resume from checkpoint-\d+"
+    assert re.search(message, log)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_at_any_moment(whole, recipe, workspace, seed):
-    """SIGKILL between the first step and the last file, and again while it goes on; then to the end."""
+    """SIGKILL between the first step and the last file, again after resuming, then a run to the end."""
     output = workspace / "outputs" / f"killed-{seed}"
     moment = random.Random(seed)
     for _ in range(2):

@@ -74,11 +74,14 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
         ("--max_lenght", "10"): "unknown key 'max_lenght'; did you mean 'max_length'?",
         ("--max_length", "10"): "96 of 96 rows are longer than max_length 10",
         ("--max_length", "10", "--drop_too_long", "true"): "max_length 10 leaves no pair; the shortest has",
-        ("--lora_target_modules", "q_prj"): "no part of the model is called 'q_prj'; did you mean q_proj?",
+        ("--lora_target_modules", "q_prj"): "the model has no 'q_prj'; did you mean q_proj?",
         ("--dataset_name", "./nowhere"): "./nowhere is not there; dataset_name takes a Hub id, a folder or a file",
         ("--prompt", "plane"): "prompt: 'plane' is neither built in",
-        ("--model_name_or_path", "./nowhere"): "model_name_or_path ./nowhere is not there; give a Hub id or a folder",
-        ("--model_name_or_path", "./nowhere", "--estimate", "true"): "model_name_or_path ./nowhere is not there",
+        (
+            "--model_name_or_path",
+            "./nowhere",
+        ): "model_name_or_path ./nowhere does not exist; give a Hub id or a folder",
+        ("--model_name_or_path", "./nowhere", "--estimate", "true"): "model_name_or_path ./nowhere does not exist",
     }
     with ThreadPoolExecutor(max_workers=2) as at_once:
         for message, result in zip(said.values(), at_once.map(wrong, said), strict=True):

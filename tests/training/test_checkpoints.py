@@ -1,4 +1,4 @@
-"""Every fault once: each leaves a run folder from which the same weights are reached in the end."""
+"""Each kind of interruption leaves a run folder from which training resumes to the same weights."""
 
 import errno
 import json
@@ -29,7 +29,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linea
 
 @pytest.fixture(scope="module")
 def trainer(chatml):
-    """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, judged and saved every 3."""
+    """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, evaluated and saved every 3."""
 
     def make(run, peft_config=LORA, batching="trie", tied=False, **options):
         encoder = PromptEncoder(PROMPTS["plain"], chatml)
@@ -72,7 +72,7 @@ def trainer(chatml):
 
 @pytest.fixture(scope="module")
 def whole(trainer, tmp_path_factory):
-    """The run that nothing happened to."""
+    """The run that was not interrupted."""
     run = trainer(tmp_path_factory.mktemp("whole"))
     run.train()
     return run
@@ -80,7 +80,7 @@ def whole(trainer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_in_full(trainer, tmp_path_factory):
-    """Likewise, of all weights."""
+    """Likewise, with full fine-tuning."""
     run = trainer(tmp_path_factory.mktemp("full"), peft_config=None)
     run.train()
     return run
@@ -106,7 +106,7 @@ def same_run(first, second):
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a process: nothing in it can answer."""
+    """Stands in for SIGKILL, which no handler catches."""
 
 
 def kill_at(run, step, event="on_step_end"):
@@ -123,22 +123,22 @@ def kill_at(run, step, event="on_step_end"):
         run.train()
 
 
-@pytest.mark.parametrize(("peft_config", "unbroken"), [(LORA, "whole"), (None, "whole_in_full")], ids=["lora", "full"])
-@pytest.mark.parametrize(("killed_after", "goes_on_from"), [(2, None), (4, 3), (8, 6), (11, 9)])
-def test_a_killed_run_goes_on_to_the_same_weights(
-    trainer, request, tmp_path, peft_config, unbroken, killed_after, goes_on_from
+@pytest.mark.parametrize(("peft_config", "fixture"), [(LORA, "whole"), (None, "whole_in_full")], ids=["lora", "full"])
+@pytest.mark.parametrize(("killed_after", "resumed_from"), [(2, None), (4, 3), (8, 6), (11, 9)])
+def test_a_killed_run_resumes_to_the_same_weights(
+    trainer, request, tmp_path, peft_config, fixture, killed_after, resumed_from
 ):
-    whole = request.getfixturevalue(unbroken)
+    whole = request.getfixturevalue(fixture)
     run = tmp_path / "run"
     kill_at(trainer(run, peft_config), killed_after)
     found = find_checkpoint("auto", run)
-    assert found == (goes_on_from and str(run / f"checkpoint-{goes_on_from}"))
+    assert found == (resumed_from and str(run / f"checkpoint-{resumed_from}"))
     resumed = trainer(run, peft_config)
     resumed.train(resume_from_checkpoint=found)
     same_run(whole, resumed)
 
 
-def test_time_is_that_of_all_parts(trainer, tmp_path):
+def test_a_resumed_run_reports_the_time_of_the_whole_run(trainer, tmp_path):
     kill_at(trainer(tmp_path), 8)
     manifest = tmp_path / "checkpoint-6" / MANIFEST
     progress = json.loads(manifest.read_text())["progress"]
@@ -163,7 +163,7 @@ def test_time_is_that_of_all_parts(trainer, tmp_path):
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
-def test_a_process_that_is_lost_is_said_with_the_way_on(trainer, tmp_path, error, lost):
+def test_the_error_of_a_lost_process_says_how_to_resume(trainer, tmp_path, error, lost):
     run = trainer(tmp_path)
     compute_loss = run.compute_loss
 
@@ -173,12 +173,12 @@ def test_a_process_that_is_lost_is_said_with_the_way_on(trainer, tmp_path, error
         return compute_loss(*args, **kwargs)
 
     run.compute_loss = broken
-    said = "another process of this training has ended, after step 7 .* go on from checkpoint-6 with resume_from"
-    with pytest.raises(UserError, match=said) if lost else pytest.raises(RuntimeError, match="mat1 and mat2"):
+    message = "another process of this training ended after step 7 .* resume from checkpoint-6 with resume_from"
+    with pytest.raises(UserError, match=message) if lost else pytest.raises(RuntimeError, match="mat1 and mat2"):
         run.train()
 
 
-def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, whole, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_saves_has_no_partial_checkpoint(trainer, whole, tmp_path, monkeypatch):
     run = tmp_path / "run"
     first = trainer(run)
     save_rng, saved = first._save_rng_state, []
@@ -208,12 +208,12 @@ def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, whole, tmp_
             lambda folder: os.truncate(folder / "adapter_model.safetensors", 100),
             "adapter_model.safetensors has 100 bytes",
         ),
-        (lambda folder: (folder / MANIFEST).unlink(), "it has no checkpoint.json, so it may be half written"),
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no checkpoint.json, so it may be incomplete"),
         (
             lambda folder: scramble(folder / "adapter_model.safetensors"),
-            "adapter_model.safetensors holds other bytes than were written",
+            "adapter_model.safetensors has changed since it was written",
         ),
-        (lambda folder: scramble(folder / "optimizer.pt"), "optimizer.pt holds other bytes than were written"),
+        (lambda folder: scramble(folder / "optimizer.pt"), "optimizer.pt has changed since it was written"),
         (lambda folder: os.truncate(folder / MANIFEST, 50), "its checkpoint.json is damaged"),
         (lambda folder: (folder / MANIFEST).write_text("[]"), "its checkpoint.json is damaged"),
         (lambda folder: (folder / MANIFEST).write_text('{"files": {"a": 5}}'), "its checkpoint.json is damaged"),
@@ -224,7 +224,7 @@ def test_a_run_killed_while_it_saves_has_no_half_checkpoint(trainer, whole, tmp_
         (lambda folder: shutil.rmtree(folder) or folder.mkdir(), "it has no trainer_state.json"),
     ],
 )
-def test_a_half_written_checkpoint_is_passed_over_and_written_anew(trainer, tmp_path, caplog, harm, reason):
+def test_a_damaged_checkpoint_is_skipped_and_replaced(trainer, tmp_path, caplog, harm, reason):
     trainer(tmp_path, max_steps=6).train()
     harm(tmp_path / "checkpoint-6")
     assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-3")
@@ -239,17 +239,17 @@ def scramble(file):
     file.write_bytes(os.urandom(file.stat().st_size))
 
 
-def test_rejected_checkpoints_are_no_start_from_the_beginning(trainer, tmp_path):
+def test_damaged_checkpoints_do_not_mean_a_start_from_the_beginning(trainer, tmp_path):
     trainer(tmp_path, max_steps=6).train()
     scramble(tmp_path / "checkpoint-3" / "optimizer.pt")
     (tmp_path / "checkpoint-6" / MANIFEST).unlink()
-    said = "has no checkpoint to go on from: checkpoint-6: it has no .*; checkpoint-3: optimizer.pt holds other bytes"
-    with pytest.raises(UserError, match=said):
+    flaws = "checkpoint-6: it has no .*; checkpoint-3: optimizer.pt has changed since"
+    with pytest.raises(UserError, match=f"has no checkpoint to resume from: {flaws}"):
         find_checkpoint("auto", tmp_path)
 
 
-def test_a_full_model_goes_on_without_false_alarms(trainer, tmp_path, caplog, chatml):
-    """Tied weights are one tensor with two names; a share of all steps is a number of steps."""
+def test_a_full_model_resumes_without_false_warnings(trainer, tmp_path, caplog):
+    """Tied weights are one tensor with two names; a fraction of all steps is a number of steps."""
     options = {"logging_steps": 0.1, "save_steps": 3, "eval_steps": 0.25, "peft_config": None, "max_steps": 6}
     transformers.logging.enable_propagation()
     trainer(tmp_path, tied=True, **options).train()
@@ -259,7 +259,7 @@ def test_a_full_model_goes_on_without_false_alarms(trainer, tmp_path, caplog, ch
     other = trainer(tmp_path, tied=True, **options | {"logging_steps": 2})
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert "logging_steps: 2 (from args) != 1 (from trainer_state.json)" in caplog.text, "a true one"
-    assert other.state.logging_steps == 2, "what is asked for now holds"
+    assert other.state.logging_steps == 2, "the new value counts"
     result = other.model.load_state_dict({}, strict=False)
     other._issue_warnings_after_load(result)
     assert "missing keys in the checkpoint model loaded" in caplog.text
@@ -280,13 +280,13 @@ def test_a_checkpoint_is_a_run_folder(trainer, tmp_path, chatml):
     recipe = {"model_name_or_path": "base", "dataset_name": "snli"}
     run.made_from = recipe, PROMPTS["plain"], {"model": "base", "parameters": {}, "data": {}}
     run.train()
-    there, prompt, record = read_run(tmp_path / "checkpoint-3")
-    assert (there, prompt) == (recipe, PROMPTS["plain"])
+    saved, prompt, record = read_run(tmp_path / "checkpoint-3")
+    assert (saved, prompt) == (recipe, PROMPTS["plain"])
     assert record["validation"]["eval_accuracy"] == record["history"][-1]["eval_accuracy"]
     assert find_damage(tmp_path / "checkpoint-3") is None
 
 
-def test_nothing_to_go_on_from(tmp_path):
+def test_no_checkpoint_to_resume_from(tmp_path):
     assert find_checkpoint("auto", tmp_path / "new") is None
     assert find_checkpoint(None, tmp_path) is None
     with pytest.raises(
@@ -317,7 +317,7 @@ def test_a_run_folder_that_was_moved_still_knows_its_best(trainer, whole, tmp_pa
     [(signal.SIGTERM, 143, 5), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 12), (signal.SIGINT, 130, 5)],
 )
 def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monkeypatch, number, status, step):
-    """In the middle of an epoch, at its end, and in the last step."""
+    """In the middle of an epoch, at its end and in the last step."""
     run = tmp_path / "run"
     first = trainer(run)
     begin = first.callback_handler.callbacks[-1]
@@ -334,7 +334,7 @@ def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monk
     assert exit.value.code == status
     assert signal.getsignal(number) == before
     name = {143: "SIGTERM", 130: "Ctrl-C"}[status]
-    assert f"Stopped by {name} after step {step}, which is saved. Go on with: python" in caplog.text
+    assert f"Stopped by {name}; step {step} is saved. Resume with: python" in caplog.text
     assert "recipes/sft.py --config 'my recipe.yaml' --resume_from_checkpoint auto" in caplog.text
     assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
     resumed = trainer(run)
@@ -343,7 +343,7 @@ def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monk
 
 
 def test_sigterm_to_the_workers_too(trainer, whole, tmp_path):
-    """Slurm, torchrun and `timeout` send it to a whole process group, and data workers stand in it."""
+    """Slurm, torchrun and `timeout` signal the whole process group, data loader workers included."""
     first = trainer(tmp_path, dataloader_num_workers=2)
     before = psutil.Process().children()
 
@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path, monkeypatch
 
     monkeypatch.setattr(run, "_save_optimizer_and_scheduler", full)
     with pytest.raises(
-        UserError, match=r"is full: checkpoint-6 could not be written. .* go on from checkpoint-3 with"
+        UserError, match=r"is full: checkpoint-6 could not be written. .* resume from checkpoint-3 with"
     ):
         run.train()
     assert not (tmp_path / UNFINISHED).exists()
@@ -406,7 +406,7 @@ def test_another_error_while_saving_is_not_called_a_full_disk(trainer, tmp_path,
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_a_number_stops_before_it_is_learned(trainer, tmp_path, what):
+def test_a_loss_or_gradient_of_nan_stops_before_the_weights_change(trainer, tmp_path, what):
     run = trainer(tmp_path)
     parameter = next(p for p in run.model.parameters() if p.requires_grad)
     compute_loss = run.compute_loss
@@ -430,7 +430,7 @@ def test_what_is_not_a_number_stops_before_it_is_learned(trainer, tmp_path, what
 
 
 @pytest.mark.parametrize("batching", ["trie", "padded"])
-def test_out_of_memory_halves_what_goes_into_a_pass_and_does_the_step_again(trainer, tmp_path, caplog, batching):
+def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(trainer, tmp_path, caplog, batching):
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     options = {"max_steps": 6, "per_device_train_batch_size": 9, "logging_steps": 1, "max_grad_norm": 0.5}
     whole = trainer(tmp_path / "whole", lora, batching, **options)
@@ -449,9 +449,9 @@ def test_out_of_memory_halves_what_goes_into_a_pass_and_does_the_step_again(trai
 
     run.model.forward = small_memory
     run.train()
-    said = [record.getMessage() for record in caplog.records if "Out of memory" in record.getMessage()]
-    assert len(said) == 2
-    assert all(line.startswith("Out of memory at step 3: at most") for line in said)
+    warnings = [message for message in caplog.messages if "Out of memory" in message]
+    assert len(warnings) == 2
+    assert all(line.startswith("Out of memory at step 3: at most") for line in warnings)
     assert run.trained_tokens == whole.trained_tokens
     for name in ("loss", "grad_norm", "num_tokens"):
         logged = [[e[name] for e in one.state.log_history if name in e] for one in (whole, run)]
@@ -471,13 +471,13 @@ def test_out_of_memory_with_a_single_row_says_what_to_do(trainer, tmp_path):
 
     run.model.forward = no_memory
     with pytest.raises(
-        UserError, match=r"out of memory at step 3, with 1 x \d+ tokens in a pass: go on with resume_from"
+        UserError, match=r"out of memory at step 3, with 1 x \d+ tokens in a pass: resume with resume_from"
     ):
         run.train()
     assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_a_worker_that_dies_is_said_and_the_run_goes_on(trainer, whole, tmp_path):
+def test_a_dead_worker_is_reported_and_the_run_resumes(trainer, whole, tmp_path):
     run = tmp_path / "run"
     first = trainer(run, dataloader_num_workers=1)
     collate = first.data_collator
@@ -490,23 +490,21 @@ def test_a_worker_that_dies_is_said_and_the_run_goes_on(trainer, whole, tmp_path
 
     main = os.getpid()
     first.data_collator = Dying()
-    with pytest.raises(
-        UserError, match=r"a worker of the data loader died after step \d+, .* resume_from_checkpoint: auto"
-    ):
+    with pytest.raises(UserError, match=r"a data loader worker died after step \d+, .* resume_from_checkpoint: auto"):
         first.train()
     resumed = trainer(run, dataloader_num_workers=1)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
     same_run(whole, resumed)
 
 
-def test_a_finished_run_goes_on_where_more_is_asked_of_it(trainer, tmp_path):
+def test_a_finished_run_resumes_for_more_epochs(trainer, tmp_path):
     trainer(tmp_path).train()
     more = trainer(tmp_path, num_train_epochs=3)
     more.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path))
     assert (more.state.global_step, more.state.epoch) == (18, 3)
 
 
-def test_a_run_is_finished_by_the_recipe_that_made_it(tmp_path):
+def test_is_finished_compares_the_recipe(tmp_path):
     recipe = {"model_name_or_path": "base", "dataset_name": "snli", "num_train_epochs": 2}
     assert not is_finished(tmp_path, recipe)
     write_run(tmp_path, recipe=recipe, prompt=PROMPTS["plain"], record={})
@@ -529,28 +527,28 @@ def test_a_checkpoint_lists_its_files(trainer, tmp_path):
     assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-3"), "not the name it was written under"
 
 
-def test_a_step_that_loss_scaling_passes_over_is_no_fault(trainer, tmp_path):
-    """GradScaler begins with a scale that may be too large; its form for CPUs stands in for the one of a GPU."""
+def test_a_step_that_loss_scaling_skips_is_no_error(trainer, tmp_path):
+    """GradScaler begins with a scale that may be too large; the one for CPUs stands in for a GPU's."""
     run = trainer(tmp_path, logging_steps=1, max_grad_norm=1.0)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10_000)
-    # accelerate unscales for fp16 alone, which it refuses on a CPU.
+    # accelerate unscales gradients for fp16 only, which it refuses on a CPU.
     run.accelerator.unscale_gradients = lambda: run.accelerator.scaler.unscale_(run.optimizer.optimizer)
     run.train()
     logged = [entry for entry in run.state.log_history if "loss_scale" in entry]
     assert len(logged) == 12
-    passed_over = [entry for entry in logged if "grad_norm" not in entry]
-    assert 0 < len(passed_over) < 12
+    skipped = [entry for entry in logged if "grad_norm" not in entry]
+    assert 0 < len(skipped) < 12
     assert logged[-1]["loss_scale"] < 2.0**127
     json.dumps(run.state.log_history, allow_nan=False)
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
     assert (tmp_path / "checkpoint-12" / "scaler.pt").is_file()
 
 
-def test_a_checkpoint_of_the_model_only_is_not_gone_on_from(trainer, tmp_path):
+def test_a_checkpoint_without_the_optimizer_is_refused(trainer, tmp_path):
     run = trainer(tmp_path, max_steps=3, save_only_model=True, load_best_model_at_end=True)
     run.train()
     assert find_damage(tmp_path / "checkpoint-3") == "it was written with save_only_model, without the optimizer"
     with pytest.raises(
-        UserError, match="no checkpoint to go on from: checkpoint-3: it was written with save_only_model"
+        UserError, match="no checkpoint to resume from: checkpoint-3: it was written with save_only_model"
     ):
         find_checkpoint("auto", tmp_path)

@@ -1,4 +1,4 @@
-"""What may be trained where, what is cleared, and what a checkpoint may be gone on from with."""
+"""Which folders may be trained in, what is cleared, and which changes a resumed recipe may have."""
 
 import pytest
 from past_runs import write_past_run
@@ -45,23 +45,23 @@ MINE = {
 
 
 def test_a_used_folder_is_refused(used):
-    with pytest.raises(UserError, match=r"holds a run already \(run.json\); .* --overwrite_output_dir true"):
+    with pytest.raises(UserError, match=r"already holds a run \(run.json\); .* --overwrite_output_dir true"):
         check_folder(used, base="hub/tiny")
     check_folder(used, base="hub/tiny", overwrite=True)
     check_folder(used, base="hub/tiny", checkpoint=str(used / "checkpoint-3"))
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         check_folder(used, base="hub/tiny", checkpoint=str(used.parent / "other" / "checkpoint-3"))
-    with pytest.raises(UserError, match="keep one of the two"):
+    with pytest.raises(UserError, match="set only one of the two"):
         check_folder(used, base="hub/tiny", checkpoint=str(used / "checkpoint-3"), overwrite=True)
 
 
 @pytest.mark.parametrize("left", ["eval/snli-test/metrics.json", "checkpoint-3/trainer_state.json"])
-def test_what_is_left_of_a_run_makes_a_folder_used(tmp_path, left):
+def test_a_folder_with_leftovers_of_a_run_is_refused(tmp_path, left):
     fill(tmp_path, left)
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         check_folder(tmp_path, base="hub/tiny")
     fill(tmp_path / "outer", f"hypothesis_only/{left}")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         check_folder(tmp_path / "outer", base="hub/tiny")
 
 
@@ -73,9 +73,9 @@ def test_a_new_folder_and_one_with_other_files_are_free(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "adapter_config.json", "pytorch_model.bin"])
-def test_a_model_that_is_no_run_is_never_written_over(tmp_path, file, overwrite):
+def test_a_model_from_elsewhere_is_never_overwritten(tmp_path, file, overwrite):
     fill(tmp_path, file)
-    with pytest.raises(UserError, match="holds a model that no run of this package made"):
+    with pytest.raises(UserError, match="holds a model that this package did not train"):
         check_folder(tmp_path, base="hub/tiny", overwrite=overwrite)
     clear(tmp_path)
     assert names(tmp_path) == {file}
@@ -83,11 +83,11 @@ def test_a_model_that_is_no_run_is_never_written_over(tmp_path, file, overwrite)
 
 @pytest.mark.parametrize("inside", ["", "checkpoint-3"])
 def test_the_base_of_a_training_is_never_cleared(used, inside):
-    with pytest.raises(UserError, match="is in output_dir .* name another output_dir"):
+    with pytest.raises(UserError, match="is in output_dir .* choose another output_dir"):
         check_folder(used, base=str(used / inside), overwrite=True)
 
 
-def test_what_a_run_wrote_is_cleared_and_nothing_else(used):
+def test_clear_deletes_only_what_a_run_wrote(used):
     fill(used, *MINE)
     clear(used)
     assert names(used) == MINE
@@ -95,7 +95,7 @@ def test_what_a_run_wrote_is_cleared_and_nothing_else(used):
     assert names(used) == MINE
 
 
-def test_a_readme_of_ones_own_stays(used):
+def test_clear_keeps_the_users_readme(used):
     (used / "README.md").write_text("# My study")
     clear(used)
     assert names(used) == {"README.md"}
@@ -120,7 +120,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "difference"),
     [
         ({"lora_r": 16}, "lora_r 8, now 16"),
         ({"lora_target_modules": "all-linear"}, "lora_target_modules default, now all-linear"),
@@ -130,12 +130,12 @@ def checkpoint(tmp_path):
         ({"model_name_or_path": "hub/other"}, "model_name_or_path hub/tiny, now hub/other"),
     ],
 )
-def test_another_shape_stops(checkpoint, changed, said):
-    with pytest.raises(UserError, match=rf"checkpoint-3 was made with {said}. Training cannot go on from it"):
+def test_other_shapes_are_refused(checkpoint, changed, difference):
+    with pytest.raises(UserError, match=rf"checkpoint-3 was made with {difference}. Training cannot resume from it"):
         check_resumption(checkpoint, RECIPE | changed, load_prompt("plain"), DATA)
 
 
-def test_another_task_stops_and_all_is_listed(checkpoint):
+def test_another_task_is_refused_and_all_differences_listed(checkpoint):
     words = load_prompt("plain", ["yes", "maybe", "no"])
     with pytest.raises(UserError, match="label_words entailment, neutral, contradiction, now yes, maybe, no"):
         check_resumption(checkpoint, RECIPE, words, DATA)
@@ -147,7 +147,7 @@ def test_another_task_stops_and_all_is_listed(checkpoint):
         check_resumption(checkpoint, RECIPE | {"lora_r": 4}, load_prompt("few_shot"), other)
 
 
-def test_what_may_differ_is_told_in_a_line(checkpoint, caplog):
+def test_allowed_differences_are_logged_in_one_line(checkpoint, caplog):
     now = RECIPE | {
         "learning_rate": 1e-4,
         "seed": 2,
@@ -159,16 +159,16 @@ def test_what_may_differ_is_told_in_a_line(checkpoint, caplog):
     (line,) = caplog.messages
     assert line == (
         "checkpoint-3 was made with learning_rate 0.001, now 0.0001; num_train_epochs default, now 3; seed 1, now 2. "
-        "Training goes on as it is now."
+        "Training uses the new values."
     )
     caplog.clear()
     check_resumption(checkpoint, RECIPE | {"weight_decay": 0.1}, load_prompt("plain"), DATA)
     assert caplog.messages == [
-        "checkpoint-3 was made with weight_decay default, now 0.1. The optimizer keeps what it had."
+        "checkpoint-3 was made with weight_decay default, now 0.1. The optimizer keeps the old values."
     ]
 
 
-def test_the_same_and_what_only_looks_different_say_nothing(checkpoint, caplog, tmp_path):
+def test_the_same_recipe_and_checkpoints_without_a_record_log_nothing(checkpoint, caplog, tmp_path):
     check_resumption(checkpoint, RECIPE, load_prompt("plain"), DATA)
     check_resumption(tmp_path / "checkpoint-of-an-earlier-version", RECIPE, load_prompt("few_shot"), DATA)
     assert not caplog.messages

@@ -2,6 +2,7 @@ import weakref
 from copy import copy
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ from nli_sft.training.trainer import NLITrainer
 from nli_sft.trie import row_tokens
 
 FP32, BF16 = Precision("fp32", ""), Precision("bf16", "")
-LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
-STEP = {"rows": 4, "length": 64, "predicted": 8, "several_passes": False}
+LORA: dict[str, Any] = {"use_peft": True, "lora_r": 4, "lora_target_modules": "all-linear", "lora_dropout": 0.0}
+STEP: dict[str, Any] = {"rows": 4, "length": 64, "predicted": 8, "several_passes": False}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from nli_sft.training import private_api
 
 
-def test_the_installed_versions_have_everything():
+def test_the_installed_versions_are_supported():
     assert private_api.missing() == []
 
 
@@ -16,7 +16,7 @@ def test_the_installed_versions_have_everything():
         ("ATTRIBUTES", "_lost", r"trl \S+ no longer has SFTTrainer\._lost, needed to stop"),
     ],
 )
-def test_what_is_gone_is_named(monkeypatch, table, name, message):
+def test_missing_names_are_reported(monkeypatch, table, name, message):
     monkeypatch.setitem(getattr(private_api, table), name, "stop")
     (found,) = private_api.missing()
     assert re.fullmatch(message, found)

@@ -36,7 +36,7 @@ def test_a_phase_entered_twice_adds_up_and_one_that_fails_is_timed():
     assert resources.summary()["phases"]["loading"]["seconds"] >= 0.04
 
 
-def test_what_a_resumed_run_took_before_counts():
+def test_the_time_before_a_resumption_counts():
     resources = ResourceRecorder()
     with resources.phase("training") as phase:
         resources.add_earlier("training", 100.0)
@@ -46,15 +46,15 @@ def test_what_a_resumed_run_took_before_counts():
     assert summary["phases"]["training"]["pairs_per_second"] == pytest.approx(2, rel=0.01)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what the Linux kernel says")
-def test_peak_ram_is_what_the_kernel_says():
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_ram_is_that_of_the_kernel():
     status = Path("/proc/self/status").read_text()
-    kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    (kibibytes,) = map(int, re.findall(r"VmHWM:\s+(\d+) kB", status))
     peak = ResourceRecorder().summary()["processes"][0]["peak_ram_bytes"]
     assert peak == pytest.approx(kibibytes * 1024, rel=0.02)
 
 
-def test_disk_is_weighed_without_links(tmp_path):
+def test_disk_usage_does_not_follow_links(tmp_path):
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "weights").write_bytes(b"x" * 1_000)
     (tmp_path / "snapshot").mkdir()
@@ -65,7 +65,7 @@ def test_disk_is_weighed_without_links(tmp_path):
     assert disk["model_bytes"] == 1_000
 
 
-def test_the_cache_entry_of_a_hub_model_is_weighed(tmp_path, monkeypatch):
+def test_the_cache_entry_of_a_hub_model_is_measured(tmp_path, monkeypatch):
     entry = tmp_path / "models--owner--name"
     snapshot = entry / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_the_cache_entry_of_a_hub_model_is_weighed(tmp_path, monkeypatch):
     assert ResourceRecorder().summary(model="owner/name")["disk"]["model_bytes"] == 5_002
 
 
-def test_a_model_that_is_nowhere_has_no_weight():
+def test_an_uncached_model_has_no_size():
     assert ResourceRecorder().summary(model="no-such-owner/no-such-model")["disk"]["model_bytes"] is None
 
 
