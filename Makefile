@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: demo setup test test-fast check
+.PHONY: demo setup test test-fast check coverage
 
 # The main job from end to end on a bare machine: no GPU, no Hub, no account.
 demo: setup
@@ -28,6 +28,17 @@ test: setup
 test-fast: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/recipes --ignore tests/test_readme.py
 
-check: setup
+check: .venv/checks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+# Apart from the rest, since it brings 200 MB of Node.js.
+.venv/checks: .venv/installed
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[check]"
+	touch $@
+
+# Of the tests that run in one process; those that launch scripts are not counted.
+coverage: setup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/recipes --ignore tests/test_readme.py \
+		--cov --cov-report term:skip-covered --cov-fail-under 90

@@ -1,5 +1,5 @@
 import pytest
-from launching import launch
+from launching import accelerate_command, launch
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +21,7 @@ def recipe(workspace):
 def lora_run(workspace, recipe):
     """One run trained with LoRA and W&B offline, for every test that needs one."""
     output = workspace / "outputs" / "lora"
-    result = launch("sft.py", "--config", recipe, "--output_dir", output, "--report_to", "wandb", cwd=workspace)
+    arguments = ["--config", recipe, "--output_dir", output, "--report_to", "wandb"]
+    result = launch("sft.py", *arguments, cwd=workspace, command=accelerate_command)
     assert result.returncode == 0, result.output
     return output, result.output

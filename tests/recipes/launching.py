@@ -14,12 +14,16 @@ ROOT = Path(__file__).parents[2]
 def launch_command(script, *arguments, processes=1):
     """What a user types to run a recipe script."""
     if processes == 1:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [sys.executable]
     else:  # accelerate starts a single process on a CPU, however many it is asked for
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command.append("--")  # or it takes --run for an abbreviation of its own --run-path
     return [*command, str(ROOT / "recipes" / script), *map(str, arguments)]
+
+
+def accelerate_command(script, *arguments):
+    """One process by accelerate_configs/cpu.yaml."""
+    return _configured("cpu", ROOT / "recipes" / script, *arguments)
 
 
 def ddp_command(script, *arguments):
