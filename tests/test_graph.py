@@ -214,6 +214,33 @@ def test_a_consumer_that_stops_early_ends_the_thread():
 GPU = {"use_cpu": False, "optim": "adamw_torch_fused", "max_steps": 12, "logging_steps": 1}
 
 
+def losses_of_one_batch(chatml, tmp_path, dropout, **options):
+    """Losses of steps on the same batch that learn nothing: what differs is random."""
+    lora = LoraConfig(
+        r=4, lora_dropout=dropout, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
+    )  # as it begins otherwise, an adapter adds nothing that dropout could change
+    fixed = {"learning_rate": 1e-12, "gradient_checkpointing": False, "logging_steps": 1}
+    run = trainer(
+        chatml,
+        tmp_path,
+        model=tiny_llama(len(chatml)).eval(),  # as it is loaded
+        peft_config=lora,
+        batch_options={"cuda_graph": "true"},
+        **options | fixed | {"per_device_train_batch_size": 36},
+    )
+    run.train()
+    return logged(run, "loss")
+
+
+@pytest.mark.parametrize(
+    ("dropout", "options", "different"),
+    [(0.0, {}, 1), (0.5, {}, 6), (0.0, {"neftune_noise_alpha": 20.0}, 6)],
+    ids=["nothing random", "dropout", "NEFTune"],
+)
+def test_the_base_is_in_training_mode_too(chatml, tmp_path, recorded, dropout, options, different):
+    assert len(set(losses_of_one_batch(chatml, tmp_path, dropout, **fields(**options)))) == different
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("peft_config", "batch_options", "options"),
@@ -244,15 +271,11 @@ def test_recorded_steps_train_as_others_do(chatml, tmp_path, peft_config, batch_
 
 
 @pytest.mark.gpu
-def test_dropout_and_noise_are_drawn_anew_at_every_replay(chatml, tmp_path):
-    lora = LoraConfig(
-        r=4, lora_dropout=0.5, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
-    )  # as it begins otherwise, an adapter adds nothing that dropout could change
-    options = GPU | {"learning_rate": 1e-12, "gradient_checkpointing": False, "neftune_noise_alpha": 20.0}
-    options |= {"per_device_train_batch_size": 36}  # every step has all pairs
-    run = trainer(chatml, tmp_path, peft_config=lora, batch_options={"cuda_graph": "true"}, **options)
-    run.train()
-    assert len(set(logged(run, "loss")[4:])) == 8
+@pytest.mark.parametrize(
+    ("dropout", "options"), [(0.5, {}), (0.0, {"neftune_noise_alpha": 20.0})], ids=["dropout", "NEFTune"]
+)
+def test_random_numbers_are_drawn_anew_at_every_replay(chatml, tmp_path, dropout, options):
+    assert len(set(losses_of_one_batch(chatml, tmp_path, dropout, **GPU, **options)[4:])) == 8
 
 
 @pytest.mark.gpu

@@ -301,7 +301,8 @@ class NLITrainer(ResumableTrainer):
             )
             # To look through all modules for gradients that are not there takes longer than the rest of the step.
             self.model.zero_grad = lambda set_to_none=True: None
-        if not self.model.training:  # after an evaluation
+            self.model.train()  # an adapter is in training mode from the start, and its base is not
+        elif not self.model.training:  # after an evaluation
             self.model.train()
         self._graphs.start_batch(num_items_in_batch)
         for part in self._micro_batches(inputs):

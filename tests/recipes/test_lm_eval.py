@@ -16,7 +16,14 @@ pytest.importorskip("lm_eval.models", reason="needs lm-evaluation-harness: pip i
 def test_the_printed_command_gives_our_joint_answers(lora_run, workspace, tmp_path):
     """As a user: write the task, run what it prints, and hold the answers against those of recipes/eval.py."""
     run, _ = lora_run
-    arguments = [sys.executable, ROOT / "recipes" / "lm_eval_task" / "make_task.py", "--run", run, "--output_dir", tmp_path]
+    arguments = [
+        sys.executable,
+        ROOT / "recipes" / "lm_eval_task" / "make_task.py",
+        "--run",
+        run,
+        "--output_dir",
+        tmp_path,
+    ]
     made = subprocess.run(arguments, capture_output=True, text=True, cwd=workspace)
     assert made.returncode == 0, made.stdout + made.stderr
     command = shlex.split(made.stdout[made.stdout.index("lm_eval --model") :].replace("\\\n", ""))
