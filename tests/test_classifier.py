@@ -24,7 +24,7 @@ from nli_sft import UserError
 from nli_sft.__main__ import main
 from nli_sft.classifier import NLIClassifier, Prediction, pick_device
 from nli_sft.configs import BatchConfig, from_recipe
-from nli_sft.evaluation.evaluate import Asked, evaluate_sets
+from nli_sft.evaluation.evaluate import EvalTask, evaluate_model
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import load_tuned
 from nli_sft.models.precision import Precision, choose_precision
@@ -218,8 +218,8 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
     types = {name: weights.dtype for name, weights in evaluated.named_parameters()}
     assert {name: weights.dtype for name, weights in classifier.model.named_parameters()} == types
     with chosen.autocast(device):
-        asked = [Asked("pairs", few_pairs(), classifier.encoder)]
-        ((_, result),) = evaluate_sets(evaluated, asked, name="tuned", batch_size=64, batch_args=BatchConfig())
+        tasks = [EvalTask("pairs", few_pairs(), classifier.encoder)]
+        ((_, result),) = evaluate_model(evaluated, tasks, name="tuned", batch_size=64, batch_args=BatchConfig())
     judgements = classifier(*texts(few_pairs()))
     gold = [LABELS[label] for label in few_pairs()["label"]]
     nll = -sum(math.log(j.probabilities[label]) for j, label in zip(judgements, gold, strict=True)) / len(gold)

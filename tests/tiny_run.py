@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
-from nli_sft.evaluation.evaluate import judge, write_evaluation
+from nli_sft.evaluation.evaluate import EvalTask, evaluate_model, write_evaluation
 from nli_sft.models.loading import count_parameters
 from nli_sft.runs import versions, write_run
 
@@ -45,7 +45,7 @@ def make_run(
 
     Args:
         base: the folder of the base; `model_name_or_path` in `recipe` may give it another name.
-        evaluated: whether it has been judged, base and tuned, on a few pairs called `stanfordnlp/snli`.
+        evaluated: whether base and tuned model have been evaluated on a few pairs called `stanfordnlp/snli`.
     """
     recipe = {
         "model_name_or_path": str(base),
@@ -79,12 +79,12 @@ def make_run(
 
 def evaluate(folder: Path, model, encoder: PromptEncoder) -> None:
     pairs = few_pairs(2)
-    options = {"batch_size": 8, "batch_args": BatchConfig()}
-    judged = {"tuned": judge(model, encoder, pairs, name="tuned", **options)}
+    tasks, options = [EvalTask("test", pairs, encoder)], {"batch_size": 8, "batch_args": BatchConfig()}
+    results = {"tuned": evaluate_model(model, tasks, name="tuned", **options)[0]}
     if hasattr(model, "disable_adapter"):
         with model.disable_adapter():
-            judged["base"] = judge(model, encoder, pairs, name="base", **options)
-    results = {name: result for name, (_, result) in judged.items()}
-    summary = {"source": "stanfordnlp/snli", "split": "test", "pairs": len(pairs), **results}
-    scores = {name: score for name, (score, _) in judged.items()}
+            results["base"] = evaluate_model(model, tasks, name="base", **options)[0]
+    metrics = {name: result for name, (_, result) in results.items()}
+    summary = {"source": "stanfordnlp/snli", "split": "test", "pairs": len(pairs), **metrics}
+    scores = {name: score for name, (score, _) in results.items()}
     write_evaluation(folder / "eval" / "snli-test", pairs, scores, summary)

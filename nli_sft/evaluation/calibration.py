@@ -1,19 +1,20 @@
-"""Is a model right as often as it is sure? Temperature scaling, and what it costs to answer only when sure."""
+"""Calibration: temperature scaling, and accuracy when a model answers only its most confident pairs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-# Beyond these a model is as good as always certain, or never.
-COLDEST, HOTTEST = 0.02, 50.0
+# Bounds of the search. Beyond them, probabilities are practically 0 and 1, or uniform.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.02, 50.0
 
 
 def fit_temperature(log_probs: np.ndarray, gold: np.ndarray) -> float:
-    """The temperature that makes gold labels likeliest, from `COLDEST` to `HOTTEST` (Guo et al., 2017).
+    """The temperature that minimizes the negative log-likelihood of the gold labels (Guo et al., 2017).
 
-    To be fitted on other pairs than it is judged on. A model that is too sure has a temperature above 1.
+    Fit it on other pairs than those it is evaluated on. An overconfident model gets a temperature above 1.
 
     Args:
         log_probs: (n, labels) log-probability of each label.
@@ -24,49 +25,50 @@ def fit_temperature(log_probs: np.ndarray, gold: np.ndarray) -> float:
     def loss(temperature: float) -> float:
         return -log_softmax(log_probs / temperature, axis=1)[rows, gold].mean()
 
-    # In the logarithm of the temperature, halving and doubling are steps of one size.
-    search = minimize_scalar(lambda log: loss(np.exp(log)), bounds=np.log([COLDEST, HOTTEST]), method="bounded")
-    # Where a bound is as good, as for a model that is always right, nothing was found between them.
-    return min(COLDEST, HOTTEST, float(np.exp(search.x)), key=lambda temperature: round(loss(temperature), 9))
+    # On a logarithmic scale, halving and doubling are steps of the same size.
+    bounds = MIN_TEMPERATURE, MAX_TEMPERATURE
+    search = minimize_scalar(lambda log: loss(np.exp(log)), bounds=np.log(bounds), method="bounded")
+    # The bounds come first and win ties: a model that is always right has no minimum between them.
+    return min(*bounds, float(np.exp(search.x)), key=lambda temperature: round(loss(temperature), 9))
 
 
 def reached_bound(temperature: float) -> float | None:
-    """The bound of the search that a fitted temperature lies at, where it is none; `None` for one that was found."""
-    return next((bound for bound in (COLDEST, HOTTEST) if abs(temperature / bound - 1) < 0.01), None)
+    """The bound of the search that a fitted temperature is at, or `None` if it is between them."""
+    return next((bound for bound in (MIN_TEMPERATURE, MAX_TEMPERATURE) if abs(temperature / bound - 1) < 0.01), None)
 
 
-def temperature_text(calibrated: Mapping[str, object]) -> str:
-    """What a table says of the temperature that `evaluation.evaluate_run` fitted."""
+def temperature_text(calibrated: Mapping[str, Any]) -> str:
+    """The temperature of an evaluation's `calibrated` metrics, for a table."""
     temperature, bound = calibrated["temperature"], calibrated.get("bound")
     if temperature is not None:
-        bound = reached_bound(temperature)  # of evaluations that do not hold it
+        bound = reached_bound(temperature)  # older evaluations have no `bound`
     return f"{temperature:.2f}" if bound is None else f"none (bound {bound:g})"
 
 
 def apply_temperature(log_probs: np.ndarray, temperature: float) -> np.ndarray:
-    """(n, labels) probabilities at a temperature; 1 leaves them as they are."""
+    """(n, labels) probabilities at a temperature."""
     return np.exp(log_softmax(np.asarray(log_probs, dtype=np.float64) / temperature, axis=1))
 
 
 def abstention_curve(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy on the pairs of which a model is surest, by how many of them are answered (El-Yaniv and Wiener, 2010).
+    """Accuracy on the most confident pairs, by the share of pairs answered (El-Yaniv and Wiener, 2010).
 
     Args:
-        confidence: (n,) probability of each answer.
-        right: (n,) whether it was right.
+        confidence: (n,) probability of each prediction.
+        right: (n,) whether the prediction was right.
 
     Returns:
-        coverage and accuracy, both (points,), one point for each distinct confidence: pairs of the same confidence
+        coverage and accuracy, both (points,), with one point for each distinct confidence: pairs of equal confidence
         are answered together or not at all.
     """
     order = np.argsort(-confidence, kind="stable")
-    last_of_its_kind = np.append(np.diff(confidence[order]) != 0, True)
+    last_of_ties = np.append(np.diff(confidence[order]) != 0, True)
     answered = np.arange(1, len(order) + 1)
     accuracy = np.cumsum(right[order]) / answered
-    return (answered / len(order))[last_of_its_kind], accuracy[last_of_its_kind]
+    return (answered / len(order))[last_of_ties], accuracy[last_of_ties]
 
 
 def accuracy_at(coverage: float, curve: tuple[np.ndarray, np.ndarray]) -> float:
-    """Accuracy when at least that share of pairs is answered, the surest first."""
+    """Accuracy when at least this share of pairs is answered, the most confident first."""
     coverages, accuracies = curve
     return float(accuracies[np.searchsorted(coverages, coverage - 1e-12)])

@@ -19,10 +19,10 @@ RESAMPLES = 2_000
 SEED = 0
 
 # With fewer groups than this a bootstrap interval is too narrow to rest a claim on.
-FEWEST_PREMISES = 20
+MIN_PREMISES = 20
 
 # On fewer pairs, an accuracy of 80 % has a 95 % interval of more than 7 points.
-FEWEST_TO_CHOOSE = 500
+MIN_PAIRS_TO_CHOOSE = 500
 
 # In the order of (right before, right after): False False, False True, True False, True True.
 BUCKETS = ("both_wrong", "fixed", "regressed", "both_right")
@@ -197,12 +197,12 @@ def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
 
 def choice_warning(pairs: int) -> str | None:
     """A sentence for a validation set that is too small to choose a checkpoint by; `None` for a larger one."""
-    if pairs >= FEWEST_TO_CHOOSE:
+    if pairs >= MIN_PAIRS_TO_CHOOSE:
         return None
     low, high = accuracy_interval(0.8, pairs)
     return (
         f"Warning: {pairs:,} validation pairs are too few to choose a checkpoint reliably: an accuracy of 80% has a "
-        f"95% interval of {low:.0%} to {high:.0%}. Use at least {FEWEST_TO_CHOOSE} pairs."
+        f"95% interval of {low:.0%} to {high:.0%}. Use at least {MIN_PAIRS_TO_CHOOSE} pairs."
     )
 
 
@@ -253,7 +253,7 @@ def headline(
     interval = f"95% interval {points(low)} to {points(high)}"
     if c.fixed + c.regressed == 0:
         return f"{subject} changed nothing: {c.before:.1%} of {c.pairs:,} {pairs} are right {before} and {after}."
-    if c.premises < FEWEST_PREMISES:
+    if c.premises < MIN_PREMISES:
         return (
             f"Too few to claim a difference: accuracy went {figures}, which have only {c.premises} different "
             f"{'premise' if c.premises == 1 else 'premises'}."

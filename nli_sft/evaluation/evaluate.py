@@ -1,13 +1,14 @@
-"""Judge a run: the predictions of base, tuned model and controls, pair by pair, and what they add up to."""
+"""Evaluate a run: score the base, the tuned model and the controls on each set, and compute their metrics."""
 
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from accelerate import PartialState
@@ -32,13 +33,15 @@ from .sets import EvaluationSet
 
 logger = logging.getLogger(__name__)
 
+Result = tuple[LabelScores, dict[str, Any]]  # scores and metrics of one model on one set
+
 
 @dataclass(frozen=True)
-class Asked:
-    """Pairs that are put to a model with one prompt.
+class EvalTask:
+    """Pairs to score with one prompt.
 
     Attributes:
-        unconstrained_samples: how many of them, evenly spaced, are also answered without constraints.
+        unconstrained_samples: how many of the pairs, evenly spaced, the model also answers without constraints.
     """
 
     name: str
@@ -49,11 +52,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Checks:
-    """How far answers hang on the way of asking: on how many pairs of the first set that is looked at.
+    """Checks of how much predictions depend on the prompt: on how many pairs of the first set, 0 to skip a check.
 
     Attributes:
-        label_order_pairs: asked with the labels listed in all six orders.
-        prompt_pairs: asked with every built-in prompt.
+        label_order_pairs: pairs to score with the labels listed in all six orders.
+        prompt_pairs: pairs to score with every built-in prompt.
     """
 
     label_order_pairs: int = 0
@@ -62,35 +65,35 @@ class Checks:
 
 def predict(
     model: PreTrainedModel,
-    asked: Sequence[Asked],
+    tasks: Sequence[EvalTask],
     *,
     batch_size: int,
     batch_args: BatchConfig,
     progress: str | None = None,
 ) -> list[LabelScores]:
-    """Score all pairs of all sets in one pass: what their prompts share is computed once.
+    """Score all pairs of all tasks in one pass, so that prefixes shared between tasks are computed once.
 
-    Each process takes its share; all processes return the scores of all pairs, in order.
+    The processes divide the pairs among them; each returns the scores of all pairs, in order.
 
     Raises:
-        ValueError: if the encoders do not answer with the same tokens.
+        ValueError: if the encoders have different answer tokens.
     """
     state = PartialState()
-    answers = asked[0].encoder.answers
-    if any(one.encoder.answers != answers for one in asked):
-        raise ValueError("sets of one pass must have the same answers")
+    answers = tasks[0].encoder.answers
+    if any(task.encoder.answers != answers for task in tasks):
+        raise ValueError("all tasks of one pass must have the same answer tokens")
     prompts, total = [], 0
-    for one in asked:
-        # Of all pairs of all sets, a process takes every `num_processes`-th.
-        share = range((state.process_index - total) % state.num_processes, len(one.pairs), state.num_processes)
-        own = one.pairs.select(share)
-        prompts += one.encoder.encode(own["premise"], own["hypothesis"])
-        total += len(one.pairs)
-    own = Scorer(model, asked[0].encoder, batch_args, batch_size)(
+    for task in tasks:
+        # This process takes every `num_processes`-th pair, counted over all tasks.
+        share = range((state.process_index - total) % state.num_processes, len(task.pairs), state.num_processes)
+        own_pairs = task.pairs.select(share)
+        prompts += task.encoder.encode(own_pairs["premise"], own_pairs["hypothesis"])
+        total += len(task.pairs)
+    own_scores = Scorer(model, tasks[0].encoder, batch_args, batch_size)(
         prompts, progress=progress if state.is_local_main_process else None
     )
-    scores = gather_scores(own, total, state.process_index, state.num_processes)
-    ends = np.cumsum([len(one.pairs) for one in asked]).tolist()
+    scores = gather_scores(own_scores, total, state.process_index, state.num_processes)
+    ends = np.cumsum([len(task.pairs) for task in tasks]).tolist()
     return [
         LabelScores(*(values[start:end] for values in vars(scores).values()))
         for start, end in zip([0, *ends], ends, strict=False)
@@ -99,92 +102,85 @@ def predict(
 
 def unconstrained_generation(
     model: PreTrainedModel, encoder: PromptEncoder, pairs: Dataset, *, batch_size: int, max_new_tokens: int = 16
-) -> dict[str, object]:
-    """What the model says without constraints: the share of answers that name no label, and the accuracy.
+) -> dict[str, Any]:
+    """The share of invalid answers, the accuracy and examples of generation without constraints.
 
-    An answer counts for a label if it begins with that label's tokens, or if its first line holds that label's word
-    and no other's. One that names none, or several, is invalid, and is wrong.
+    An answer counts for a label if it begins with that label's tokens, or if its first line contains that label's
+    word and no other's. All other answers are invalid and count as wrong.
     """
-    said: list[list[int]] = []
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     positions = InputLimits.of(model).positions
-    if positions is not None:  # the last token that is said is not read
+    if positions is not None:  # the last generated token is never fed back
         max_new_tokens = min(max_new_tokens, positions + 1 - max(map(len, prompts)))
+    generated: list[list[int]] = []
     for start in range(0, len(prompts), batch_size):
-        said += generate_unconstrained(model, encoder.tokenizer, prompts[start : start + batch_size], max_new_tokens)
-    texts = encoder.tokenizer.batch_decode(said, skip_special_tokens=True)
-    label_of = {tuple(answer): label for label, answer in enumerate(encoder.answers)}
+        batch = prompts[start : start + batch_size]
+        generated += generate_unconstrained(model, encoder.tokenizer, batch, max_new_tokens)
+    texts: list[str] = encoder.tokenizer.batch_decode(generated, skip_special_tokens=True)
 
-    def begun(ids: list[int]) -> int | None:
-        # A model that was not trained to end its turn goes on after its answer without a space.
-        return next((label for answer, label in label_of.items() if tuple(ids[: len(answer)]) == answer), None)
-
-    named = [
-        label if (label := begun(ids)) is not None else named_label(text, encoder.prompt.label_words)
-        for ids, text in zip(said, texts, strict=True)
-    ]
-    valid = [label is not None for label in named]
+    predicted = [_parse_answer(ids, text, encoder) for ids, text in zip(generated, texts, strict=True)]
+    valid = sum(label is not None for label in predicted)
     if pairs.features["label"].num_classes != len(LABELS):
-        named = [None if label is None else to_two_way(label) for label in named]
-    right = sum(label == gold for label, gold in zip(named, pairs["label"], strict=True))
+        predicted = [None if label is None else to_two_way(label) for label in predicted]
+    correct = sum(label == gold for label, gold in zip(predicted, pairs["label"], strict=True))
     return {
-        "n": len(said),
-        "invalid_share": 1 - sum(valid) / len(said),
-        "accuracy": right / len(said),
-        "accuracy_of_valid": right / sum(valid) if any(valid) else None,
+        "n": len(generated),
+        "invalid_share": 1 - valid / len(generated),
+        "accuracy": correct / len(generated),
+        "accuracy_of_valid": correct / valid if valid else None,
         "examples": texts[:5],
     }
 
 
-def judge(
-    model: PreTrainedModel,
-    encoder: PromptEncoder,
-    pairs: Dataset,
-    *,
-    name: str,
-    batch_size: int,
-    batch_args: BatchConfig,
-    unconstrained_samples: int = 0,
-) -> tuple[LabelScores, dict[str, object]]:
-    """Scores and metrics of one model, called `name` on the progress bar, on one set."""
-    asked = [Asked(name, pairs, encoder, unconstrained_samples)]
-    return evaluate_sets(model, asked, name=name, batch_size=batch_size, batch_args=batch_args)[0]
+def _parse_answer(ids: list[int], text: str, encoder: PromptEncoder) -> int | None:
+    """The label id of a generated answer, or `None` if it is invalid."""
+    # Tokens first: a model that was not trained to end its turn may continue without a space.
+    for label, answer in enumerate(encoder.answers):
+        if ids[: len(answer)] == answer:
+            return label
+    return named_label(text, encoder.prompt.label_words)
 
 
-def evaluate_sets(
-    model: PreTrainedModel, asked: Sequence[Asked], *, name: str, batch_size: int, batch_args: BatchConfig
-) -> list[tuple[LabelScores, dict[str, object]]]:
-    """Scores and metrics of one model on each set, from one pass over all of them.
+def evaluate_model(
+    model: PreTrainedModel, tasks: Sequence[EvalTask], *, name: str, batch_size: int, batch_args: BatchConfig
+) -> list[Result]:
+    """Score one model on all tasks in one pass, and compute its metrics on each.
 
-    `pairs_per_second` is that of the pass, and `seconds` are divided among the sets accordingly.
+    `pairs_per_second` is the speed of the pass; `seconds` is each task's share of its duration.
+
+    Args:
+        name: of the model, for the progress bar and error messages.
 
     Raises:
-        UserError: naming model and set, if scores are not numbers.
+        UserError: with the model and the task, if scores are NaN or infinite.
     """
     start = time.perf_counter()
-    scored = predict(model, asked, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
-    speed = sum(len(one.pairs) for one in asked) / (time.perf_counter() - start)
-    judged = []
-    for one, scores in zip(asked, scored, strict=True):
+    task_scores = predict(model, tasks, batch_size=batch_size, batch_args=batch_args, progress=f"Scoring {name}")
+    speed = sum(len(task.pairs) for task in tasks) / (time.perf_counter() - start)
+    results = []
+    for task, scores in zip(tasks, task_scores, strict=True):
         scores.check_numbers(
-            model, f"{name} on {one.name}", "take an earlier checkpoint, or train with a lower learning_rate"
+            model, f"{name} on {task.name}", "take an earlier checkpoint, or train with a lower learning_rate"
         )
-        names = one.pairs.features["label"].names
-        gold, predicted = np.array(one.pairs["label"]), scores.choice.numpy()
-        probabilities = scores.log_probs.exp().numpy()
-        result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names)
-        right = np.array([to_two_way(label) for label in predicted]) == gold if len(names) == 2 else predicted == gold
-        pairs = one.pairs.to_pandas()
-        pairs["label"] = [names[label] for label in gold]
-        result |= set_figures(pairs, right, probabilities)
-        if one.unconstrained_samples and PartialState().is_main_process:
-            spaced = np.linspace(0, len(pairs) - 1, min(one.unconstrained_samples, len(pairs))).astype(int)
-            sample = one.pairs.select(spaced)
+        result = _metrics(task.pairs, scores)
+        if task.unconstrained_samples and PartialState().is_main_process:
+            n = len(task.pairs)
+            spaced = np.linspace(0, n - 1, min(task.unconstrained_samples, n)).astype(int)
             result["unconstrained_generation"] = unconstrained_generation(
-                model, one.encoder, sample, batch_size=batch_size
+                model, task.encoder, task.pairs.select(spaced), batch_size=batch_size
             )
-        judged.append((scores, result | {"seconds": len(pairs) / speed, "pairs_per_second": speed}))
-    return judged
+        results.append((scores, result | {"seconds": len(task.pairs) / speed, "pairs_per_second": speed}))
+    return results
+
+
+def _metrics(pairs: Dataset, scores: LabelScores) -> dict[str, Any]:
+    names = pairs.features["label"].names
+    gold, predicted = np.array(pairs["label"]), scores.choice.numpy()
+    probabilities = scores.log_probs.exp().numpy()
+    result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names)
+    if len(names) == 2:
+        predicted = np.array([to_two_way(label) for label in predicted])
+    return result | set_figures(_table(pairs), predicted == gold, probabilities)
 
 
 def evaluate_run(
@@ -198,118 +194,169 @@ def evaluate_run(
     calibration_pairs: Dataset | None = None,
     checks: Checks | None = None,
     trust_remote_code: bool = False,
-) -> list[dict[str, tuple[LabelScores, dict[str, object]]]]:
-    """Judge everything that tells whether a run worked, on each set: scores and metrics by model.
+) -> list[dict[str, Result]]:
+    """Evaluate a run, its base and its controls: for each set, scores and metrics by model.
 
-    - `base` and `tuned`, with the same prompt. With an adapter one model serves both, the base being what is left when
-      the adapter is switched off. A full model is judged first, then given up for its base: memory never holds two.
-    - `hypothesis_only`, the control run in the folder of that name, where there is one, and on the first set
-      `shuffled`, the tuned model with every premise exchanged for another: neither can know the answer.
+    - `base` and `tuned`, with the same prompt. With an adapter, one model serves both: the base is the model with the
+      adapter disabled. A full model is evaluated first and freed before its base is loaded.
+    - `hypothesis_only`, if the run has this baseline; and on the first set `shuffled`, the tuned model with shuffled
+      premises. Neither has the information to predict the gold label.
 
-    Each model passes over all sets at once. On the first set the results of `base` and `tuned` also hold what `checks`
-    ask for, `label_orders` and `prompts` (see `robustness.sensitivity`).
+    Each model makes one pass over all sets. On the first set, the metrics of `base` and `tuned` also contain the
+    `label_orders` and `prompts` of `checks` (see `robustness.sensitivity`).
 
     Args:
-        calibration_pairs: three-way pairs that no set holds. From them each model's temperature is fitted, and its
-            results hold `calibrated`, the figures of calibration with that `temperature`. One at a bound of the search
-            is none: then `temperature` is `None`, `bound` is there, and the figures are not.
+        calibration_pairs: three-way pairs that are in no set. Each model's temperature is fitted on them, and its
+            metrics contain `calibrated`: the calibration metrics with that `temperature`. If the search ends at a
+            bound, `temperature` is `None`, and `bound` replaces the metrics.
     """
-    results = [{} for _ in sets]
-    options = {"batch_size": batch_size, "batch_args": batch_args}
-
-    def ask(
-        model: PreTrainedModel, encoder: PromptEncoder, name: str, unconstrained_samples: int, checks: Checks | None
-    ):
-        first = sets[0].pairs
-        asked = [Asked(str(one), one.pairs, encoder, unconstrained_samples) for one in sets]
-        beside = {}
-        if calibration_pairs is not None:
-            beside["calibration"] = Asked("calibration", calibration_pairs, encoder)
-        if name == "tuned" and encoder.prompt.reads_premise:
-            beside["shuffled"] = Asked("shuffled premises", shuffle_premises(first), encoder)
-        variants, refused = _variants(encoder, first, checks) if checks is not None else ({}, {})
-        judged = evaluate_sets(model, [*asked, *beside.values(), *variants.values()], name=name, **options)
-        for result, one in zip(results, judged, strict=False):
-            result[name] = one
-        judged_beside = dict(zip([*beside, *variants], judged[len(asked) :], strict=True))
-        if "shuffled" in beside:
-            results[0]["shuffled"] = judged_beside["shuffled"]
-        if calibration_pairs is not None:
-            gold = np.array(calibration_pairs["label"])
-            temperature = fit_temperature(judged_beside["calibration"][0].log_probs.double().numpy(), gold)
-            if (bound := reached_bound(temperature)) is not None and PartialState().is_main_process:
-                logger.warning(
-                    "%s: no temperature fits the %s validation pairs: the search ended at its bound of %g, so no "
-                    "calibrated figures are reported", name, f"{len(gold):,}", bound,
-                )  # fmt: skip
-            for one, result in zip(sets, results, strict=True):
-                result[name][1]["calibrated"] = _calibrated(result[name][0], one.pairs, temperature, len(gold))
-        for check in ("label_orders", "prompts"):
-            ways = {way: judged_beside[check_, way] for check_, way in variants if check_ == check}
-            if ways:
-                told = sensitivity(
-                    {way: result["accuracy"] for way, (_, result) in ways.items()},
-                    [scores.choice.numpy() for scores, _ in ways.values()],
-                )
-                results[0][name][1][check] = told | {"refused": refused.get(check, {})}
-
-    encoder = load_encoder(run, trust_remote_code)  # first: it sees whether the run is whole
+    encoder = load_encoder(run, trust_remote_code)  # before the weights: it checks that the folder is complete
     model = load_tuned(run, model_args, trust_remote_code)
-    control = Path(run) / HYPOTHESIS_ONLY
-    control_encoder = load_encoder(control, trust_remote_code) if control.is_dir() else None
+    baseline = Path(run) / HYPOTHESIS_ONLY
+    baseline_encoder = load_encoder(baseline, trust_remote_code) if baseline.is_dir() else None
     if not encoder.prompt.reads_premise:
-        checks = None  # other prompts would show the model what it never saw
-    ask(model, encoder, "tuned", unconstrained_samples, checks)
+        checks = None  # other prompts show premises, which this model was trained without
 
+    evaluation = _RunEvaluation(sets, calibration_pairs, batch_size, batch_args)
+    evaluation.add("tuned", model, encoder, unconstrained_samples, checks)
     if isinstance(model, PeftModel):
-        base_is_on = model.disable_adapter()
+        with model.disable_adapter():
+            evaluation.add("base", model, encoder, unconstrained_samples, checks)
     else:
-        model, base_is_on = (
-            load_model(model_args, trust_remote_code, device=PartialState().device).eval(),
-            nullcontext(),
+        del model  # before its base is loaded
+        model = load_model(model_args, trust_remote_code, device=PartialState().device).eval()
+        evaluation.add("base", model, encoder, unconstrained_samples, checks)
+    if baseline_encoder is not None:
+        del model
+        model = load_tuned(baseline, model_args, trust_remote_code)
+        evaluation.add(HYPOTHESIS_ONLY, model, baseline_encoder)
+    return evaluation.results
+
+
+class _RunEvaluation:
+    """The results of the models of a run on each set: `results[i][model]`."""
+
+    def __init__(
+        self,
+        sets: list[EvaluationSet],
+        calibration_pairs: Dataset | None,
+        batch_size: int,
+        batch_args: BatchConfig,
+    ):
+        self.sets = sets
+        self.calibration_pairs = calibration_pairs
+        self.batch_size = batch_size
+        self.batch_args = batch_args
+        self.results: list[dict[str, Result]] = [{} for _ in sets]
+
+    def add(
+        self,
+        name: str,
+        model: PreTrainedModel | PeftModel,
+        encoder: PromptEncoder,
+        unconstrained_samples: int = 0,
+        checks: Checks | None = None,
+    ) -> None:
+        """Evaluate one model on all sets, with what else its metrics need, in one pass."""
+        first = self.sets[0].pairs
+        tasks = [EvalTask(str(one), one.pairs, encoder, unconstrained_samples) for one in self.sets]
+        extra: dict[str | tuple[str, str], EvalTask] = {}
+        if self.calibration_pairs is not None:
+            extra["calibration"] = EvalTask("calibration", self.calibration_pairs, encoder)
+        if name == "tuned" and encoder.prompt.reads_premise:
+            extra["shuffled"] = EvalTask("shuffled premises", shuffle_premises(first), encoder)
+        variants, refused = _prompt_variants(encoder, first, checks or Checks())
+        extra |= variants
+
+        results = evaluate_model(
+            cast(PreTrainedModel, model),  # a PeftModel has the same interface
+            [*tasks, *extra.values()],
+            name=name,
+            batch_size=self.batch_size,
+            batch_args=self.batch_args,
         )
-    with base_is_on:
-        ask(model, encoder, "base", unconstrained_samples, checks)
+        for by_model, result in zip(self.results, results, strict=False):
+            by_model[name] = result
+        extra_results = dict(zip(extra, results[len(tasks) :], strict=True))
+        if "shuffled" in extra_results:
+            self.results[0]["shuffled"] = extra_results["shuffled"]
+        if "calibration" in extra_results:
+            self._calibrate(name, extra_results["calibration"][0])
+        self.results[0][name][1].update(_sensitivities({key: extra_results[key] for key in variants}, refused))
 
-    if control_encoder is not None:
-        ask(load_tuned(control, model_args, trust_remote_code), control_encoder, HYPOTHESIS_ONLY, 0, None)
-    return results
+    def _calibrate(self, name: str, scores: LabelScores) -> None:
+        """Fit a model's temperature to its scores of the calibration pairs; add `calibrated` to its metrics."""
+        assert self.calibration_pairs is not None
+        gold = np.array(self.calibration_pairs["label"])
+        temperature = fit_temperature(scores.log_probs.double().numpy(), gold)
+        if (bound := reached_bound(temperature)) is not None and PartialState().is_main_process:
+            logger.warning(
+                "%s: no calibrated metrics: the temperature fitted on %s validation pairs is at the bound of the "
+                "search, %g",
+                name,
+                f"{len(gold):,}",
+                bound,
+            )
+        for one, by_model in zip(self.sets, self.results, strict=True):
+            scores, result = by_model[name]
+            result["calibrated"] = _calibrated_metrics(scores, one.pairs, temperature, len(gold))
 
 
-def _variants(
+def _prompt_variants(
     encoder: PromptEncoder, pairs: Dataset, checks: Checks
-) -> tuple[dict[tuple[str, str], Asked], dict[str, dict[str, str]]]:
-    """The ways of asking that are compared, {(check, way): asked}, and those that cannot be, {check: {way: why}}."""
+) -> tuple[dict[tuple[str, str], EvalTask], dict[str, dict[str, str]]]:
+    """Tasks by (check, prompt variant), and the reasons for variants that do not work, {check: {variant: reason}}."""
     variants, refused = {}, {}
     for check, n, prompts in (
         ("label_orders", checks.label_order_pairs, label_orders(encoder.prompt)),
         ("prompts", checks.prompt_pairs, prompt_choices(encoder.prompt)),
     ):
-        sample = subsample(pairs, n, seed=0) if n else None
-        for way, prompt in prompts.items() if n else ():
+        if not n:
+            continue
+        sample = subsample(pairs, n, seed=0)
+        for variant, prompt in prompts.items():
             try:
                 other = PromptEncoder(prompt, encoder.tokenizer, train_on_end=encoder.train_on_end)
                 if other.answers != encoder.answers:
-                    raise UserError("its answers are other tokens")
+                    raise UserError("the tokens of its answers differ")
             except UserError as error:  # chat templates refuse some prompts
-                refused.setdefault(check, {})[way] = str(error)
+                refused.setdefault(check, {})[variant] = str(error)
                 continue
-            variants[check, way] = Asked(f"{check}: {way}", sample, other)
+            variants[check, variant] = EvalTask(f"{check}: {variant}", sample, other)
     return variants, refused
 
 
-def _calibrated(scores: LabelScores, pairs: Dataset, temperature: float, fitted_on: int) -> dict[str, object]:
+def _sensitivities(
+    results: Mapping[tuple[str, str], Result], refused: Mapping[str, dict[str, str]]
+) -> dict[str, dict[str, Any]]:
+    """{check: `robustness.sensitivity` over its prompt variants, and those `refused`}."""
+    by_check: dict[str, dict[str, Result]] = {}
+    for (check, variant), result in results.items():
+        by_check.setdefault(check, {})[variant] = result
+    return {
+        check: sensitivity(
+            {variant: result["accuracy"] for variant, (_, result) in by_variant.items()},
+            [scores.choice.numpy() for scores, _ in by_variant.values()],
+        )
+        | {"refused": refused.get(check, {})}
+        for check, by_variant in by_check.items()
+    }
+
+
+def _calibrated_metrics(
+    scores: LabelScores, pairs: Dataset, temperature: float, fitted_on_pairs: int
+) -> dict[str, Any]:
     if (bound := reached_bound(temperature)) is not None:
-        return {"temperature": None, "bound": bound, "fitted_on_pairs": fitted_on}
+        return {"temperature": None, "bound": bound, "fitted_on_pairs": fitted_on_pairs}
     probabilities = apply_temperature(scores.log_probs.numpy(), temperature)
     names = pairs.features["label"].names
-    figures = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)
+    result = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)
     kept = ("nll", "brier", "ece", "mean_confidence", "reliability")
-    return {"temperature": temperature, "fitted_on_pairs": fitted_on} | {key: figures[key] for key in kept}
+    return {"temperature": temperature, "fitted_on_pairs": fitted_on_pairs} | {key: result[key] for key in kept}
 
 
 def shuffle_premises(pairs: Dataset, seed: int = 0) -> Dataset:
-    """The same pairs, each premise exchanged for another one, the same for all pairs that share it."""
+    """Replace each premise by another one of the set; pairs that shared a premise still share one."""
     premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"])))
     successor = dict(zip(premises.tolist(), np.roll(premises, 1).tolist(), strict=True))
     return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Shuffling premises")
@@ -319,22 +366,20 @@ def write_evaluation(
     folder: Path,
     pairs: Dataset,
     scores: dict[str, LabelScores],
-    summary: dict[str, object],
-    seen: np.ndarray | None = None,
+    summary: dict[str, Any],
+    trained_on: np.ndarray | None = None,
 ) -> None:
     """Write `predictions.parquet` (pairs; each model's prediction and scores) and `metrics.json`.
 
-    Scores of a two-way set are three-way still; its gold labels are those of the set. A column `trained_on` is there
-    if any pair was trained on.
+    On a two-way set, the scores are still three-way; the gold labels are those of the set.
 
     Args:
-        seen: (n,) booleans: the pairs that the run was trained on; `None` if that is not known.
+        trained_on: (n,) booleans, whether the run was trained on the pair; `None` if unknown. Becomes a column if any
+            is true.
     """
-    names = pairs.features["label"].names
-    table = pairs.to_pandas()
-    if seen is not None and seen.any():
-        table["trained_on"] = seen
-    table["label"] = [names[label] for label in pairs["label"]]
+    table = _table(pairs)
+    if trained_on is not None and trained_on.any():
+        table["trained_on"] = trained_on
     for model, score in scores.items():
         table[f"{model}_prediction"] = [LABELS[label] for label in score.choice]
         for label, word in enumerate(LABELS):
@@ -343,3 +388,10 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / "predictions.parquet")
     write_json(folder / "metrics.json", summary)
+
+
+def _table(pairs: Dataset) -> pd.DataFrame:
+    """The pairs as a data frame, with label names in place of ids."""
+    table = cast(pd.DataFrame, pairs.to_pandas())  # an iterator only if batched
+    names = pairs.features["label"].names
+    return table.assign(label=[names[label] for label in pairs["label"]])

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_column", "label_spellings")
 
 # With fewer pairs a temperature says more of them than of the model.
-FEWEST_TO_CALIBRATE = 100
+MIN_PAIRS_TO_CALIBRATE = 100
 
 
 def load_calibration_pairs(
@@ -51,11 +51,11 @@ def load_calibration_pairs(
     judged = set().union(*(one.pairs["premise"][:] for one in sets))
     premises = validation["premise"][:]
     pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
-    if len(pairs) < FEWEST_TO_CALIBRATE:
+    if len(pairs) < MIN_PAIRS_TO_CALIBRATE:
         logger.warning(
             "no temperature is fitted: %d validation pairs of the run have premises that are not judged; it takes %d",
             len(pairs),
-            FEWEST_TO_CALIBRATE,
+            MIN_PAIRS_TO_CALIBRATE,
         )
         return None
     return subsample(pairs, args.calibration_pairs, seed)

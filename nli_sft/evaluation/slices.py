@@ -16,10 +16,10 @@ from scipy.stats import t as student_t
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from ..labels import LABELS, TWO_WAY_LABELS
-from .comparison import FEWEST_PREMISES, bootstrap_interval, change_p_value, points
+from .comparison import MIN_PREMISES, bootstrap_interval, change_p_value, points
 
 # Smaller slices are left out: their figures say little, and each one makes the correction harder on the others.
-FEWEST_PAIRS = 30
+MIN_PAIRS = 30
 LEVEL = 0.05
 
 
@@ -181,7 +181,7 @@ def words(text: str) -> list[str]:
 
 
 def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np.ndarray) -> list[Slice]:
-    """What changed on every slice with at least `FEWEST_PAIRS` pairs and `FEWEST_PREMISES` premises.
+    """What changed on every slice with at least `MIN_PAIRS` pairs and `MIN_PREMISES` premises.
 
     Contrasts with the rest use a t-test with errors clustered by premise (Cameron and Miller, 2015).
 
@@ -195,7 +195,7 @@ def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np
     for (family, name, where), inside in describe(pairs).items():
         groups = pd.factorize(premises[inside])[0]
         # A slice that holds every pair says what the whole says.
-        if inside.all() or inside.sum() < FEWEST_PAIRS or groups.max() + 1 < FEWEST_PREMISES:
+        if inside.all() or inside.sum() < MIN_PAIRS or groups.max() + 1 < MIN_PREMISES:
             continue
         found.append(
             {
@@ -255,7 +255,7 @@ def explain(slices: list[Slice]) -> list[str]:
     """Two to five sentences that say where tuning helped, from the significant slices and only from them."""
     if not slices:
         return [
-            f"Nothing can be said about where tuning helped: no slice has {FEWEST_PAIRS} pairs on {FEWEST_PREMISES} "
+            f"Nothing can be said about where tuning helped: no slice has {MIN_PAIRS} pairs on {MIN_PREMISES} "
             f"different premises."
         ]
     rose = [s for s in slices if s.changed and s.change > 0]

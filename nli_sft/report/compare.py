@@ -21,7 +21,7 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest, t, ttest_ind
 
 from .. import UserError
-from ..evaluation.comparison import FEWEST_PREMISES, Comparison, compare, points
+from ..evaluation.comparison import MIN_PREMISES, Comparison, compare, points
 from ..evaluation.slices import LEVEL, holm
 from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..runs import evaluation_folders, read_metrics, read_predictions, read_run, run_config
@@ -298,7 +298,7 @@ class PairedTest:
     def better(self) -> str | None:
         """The name of the better one; `None` unless both the interval and the corrected test allow the claim."""
         low, high = self.comparison.interval
-        if self.comparison.premises < FEWEST_PREMISES or low <= 0 <= high or self.p_value >= LEVEL:
+        if self.comparison.premises < MIN_PREMISES or low <= 0 <= high or self.p_value >= LEVEL:
             return None
         return self.second if low > 0 else self.first
 

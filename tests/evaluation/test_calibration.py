@@ -3,8 +3,8 @@ import pytest
 from scipy.special import log_softmax
 
 from nli_sft.evaluation.calibration import (
-    COLDEST,
-    HOTTEST,
+    MAX_TEMPERATURE,
+    MIN_TEMPERATURE,
     abstention_curve,
     accuracy_at,
     apply_temperature,
@@ -15,8 +15,8 @@ from nli_sft.evaluation.calibration import (
 from nli_sft.evaluation.metrics import compute
 
 
-def drawn(n, sharpness, seed=0):
-    """Log-probabilities that are `sharpness` times too sure: gold labels are drawn from the true ones."""
+def overconfident(n, sharpness, seed=0):
+    """True log-probabilities, from which gold labels are drawn, multiplied by `sharpness`."""
     rng = np.random.default_rng(seed)
     true = log_softmax(rng.normal(size=(n, 3)), axis=1)
     gold = np.array([rng.choice(3, p=np.exp(row)) for row in true])
@@ -24,13 +24,13 @@ def drawn(n, sharpness, seed=0):
 
 
 @pytest.mark.parametrize("sharpness", [0.5, 1, 3])
-def test_the_temperature_undoes_what_made_a_model_too_sure(sharpness):
-    log_probs, gold = drawn(20_000, sharpness)
+def test_the_temperature_undoes_overconfidence(sharpness):
+    log_probs, gold = overconfident(20_000, sharpness)
     assert fit_temperature(log_probs, gold) == pytest.approx(sharpness, rel=0.05)
 
 
-def test_fitted_on_some_pairs_it_calibrates_others():
-    fitted, other = drawn(5_000, 3, seed=1), drawn(5_000, 3, seed=2)
+def test_a_fitted_temperature_calibrates_other_pairs():
+    fitted, other = overconfident(5_000, 3, seed=1), overconfident(5_000, 3, seed=2)
     temperature = fit_temperature(*fitted)
     log_probs, gold = other
     before = compute(gold, log_probs.argmax(axis=1), np.exp(log_probs))
@@ -40,25 +40,25 @@ def test_fitted_on_some_pairs_it_calibrates_others():
     assert after["nll"] < before["nll"]
 
 
-def test_a_model_that_knows_nothing_gets_the_hottest_temperature():
+def test_an_uninformed_model_gets_the_highest_temperature():
     log_probs = np.log(np.array([[0.98, 0.01, 0.01]] * 300))
     gold = np.arange(300) % 3
-    assert fit_temperature(log_probs, gold) == pytest.approx(HOTTEST, rel=0.01)
+    assert fit_temperature(log_probs, gold) == pytest.approx(MAX_TEMPERATURE, rel=0.01)
     assert apply_temperature(log_probs, 1.0) == pytest.approx(np.exp(log_probs))
 
 
-def test_a_temperature_at_a_bound_of_the_search_is_none():
-    sure = np.log(np.array([[0.98, 0.01, 0.01]] * 300))
-    for gold, bound in ((np.arange(300) % 3, HOTTEST), (np.zeros(300, dtype=int), COLDEST)):
-        fitted = fit_temperature(sure, gold)
+def test_a_temperature_at_a_bound_is_reported_as_none():
+    confident = np.log(np.array([[0.98, 0.01, 0.01]] * 300))
+    for gold, bound in ((np.arange(300) % 3, MAX_TEMPERATURE), (np.zeros(300, dtype=int), MIN_TEMPERATURE)):
+        fitted = fit_temperature(confident, gold)
         assert reached_bound(fitted) == bound
         assert temperature_text({"temperature": fitted}) == f"none (bound {bound:g})", "of an older evaluation"
     assert temperature_text({"temperature": None, "bound": 50.0}) == "none (bound 50)"
-    assert reached_bound(fit_temperature(*drawn(5_000, 3))) is None
+    assert reached_bound(fit_temperature(*overconfident(5_000, 3))) is None
     assert temperature_text({"temperature": 1.25}) == "1.25"
 
 
-def test_abstention_answers_the_surest_first_and_ties_together():
+def test_abstention_answers_the_most_confident_first_and_ties_together():
     confidence = np.array([0.9, 0.5, 0.9, 0.7])
     right = np.array([True, False, False, True])
     coverage, accuracy = abstention_curve(confidence, right)

@@ -6,7 +6,7 @@ import pytest
 
 from nli_sft import UserError
 from nli_sft.evaluation.comparison import (
-    FEWEST_TO_CHOOSE,
+    MIN_PAIRS_TO_CHOOSE,
     accuracy_interval,
     align,
     bootstrap_interval,
@@ -219,7 +219,7 @@ def test_the_design_effect_is_the_size_of_groups_that_err_together():
 
 
 def test_a_validation_set_too_small_to_choose_by_gets_a_warning():
-    assert choice_warning(FEWEST_TO_CHOOSE) is None
+    assert choice_warning(MIN_PAIRS_TO_CHOOSE) is None
     told = choice_warning(60)
     assert told.startswith("Warning: 60 validation pairs are too few to choose a checkpoint reliably")
     low, high = accuracy_interval(0.8, 60)

@@ -16,10 +16,10 @@ from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.data.sources import pairs_dataset
 from nli_sft.evaluation import evaluate as evaluation
 from nli_sft.evaluation.evaluate import (
-    Asked,
     Checks,
+    EvalTask,
+    evaluate_model,
     evaluate_run,
-    evaluate_sets,
     predict,
     shuffle_premises,
     write_evaluation,
@@ -34,44 +34,44 @@ from nli_sft.runs import write_run
 
 
 def scores(choice):
-    """Three-way scores of a model that gives its choice a probability of 0.8, and the label words a mass of 0.5."""
+    """Three-way scores of a model that gives its choice a probability of 0.8, with a label mass of 0.5."""
     probabilities = torch.full((len(choice), 3), 0.1)
     probabilities[torch.arange(len(choice)), torch.tensor(choice)] = 0.8
     return LabelScores(torch.tensor(choice), probabilities.log(), (probabilities / 2).log())
 
 
-def test_every_premise_is_exchanged_and_nothing_else_changes():
+def test_shuffling_replaces_every_premise_and_nothing_else():
     pairs = few_pairs()
-    exchanged = shuffle_premises(pairs)
-    assert all(new != old for new, old in zip(exchanged["premise"], pairs["premise"], strict=True))
-    assert sorted(exchanged["premise"]) == sorted(pairs["premise"])
-    assert len(set(zip(pairs["premise"], exchanged["premise"], strict=True))) == len(set(pairs["premise"]))
+    shuffled = shuffle_premises(pairs)
+    assert all(new != old for new, old in zip(shuffled["premise"], pairs["premise"], strict=True))
+    assert sorted(shuffled["premise"]) == sorted(pairs["premise"])
+    assert len(set(zip(pairs["premise"], shuffled["premise"], strict=True))) == len(set(pairs["premise"]))
     for column in ("uid", "hypothesis", "label"):
-        assert list(exchanged[column]) == list(pairs[column])
-    assert exchanged.features == pairs.features
+        assert list(shuffled[column]) == list(pairs[column])
+    assert shuffled.features == pairs.features
 
 
-def test_an_answer_that_goes_on_without_a_space_still_names_its_label(chatml, monkeypatch):
+def test_an_answer_that_continues_without_a_space_counts_for_its_label(chatml, monkeypatch):
     """A model that was not trained to end its turn says "neutralral…"; one that never says a label is invalid."""
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs().select(range(3))
     tail, other = chatml("ral", add_special_tokens=False)["input_ids"], chatml("Who knows?")["input_ids"]
-    said = [encoder.answers[0] + tail, encoder.answers[1] + tail, other]
-    monkeypatch.setattr(evaluation, "generate_unconstrained", lambda *_: said)
-    free = evaluation.unconstrained_generation(tiny_llama(len(chatml)), encoder, pairs, batch_size=3)
-    assert free["invalid_share"] == pytest.approx(1 / 3)
-    assert free["accuracy"] == pytest.approx(2 / 3)
-    assert free["accuracy_of_valid"] == 1
+    generated = [encoder.answers[0] + tail, encoder.answers[1] + tail, other]
+    monkeypatch.setattr(evaluation, "generate_unconstrained", lambda *_: generated)
+    result = evaluation.unconstrained_generation(tiny_llama(len(chatml)), encoder, pairs, batch_size=3)
+    assert result["invalid_share"] == pytest.approx(1 / 3)
+    assert result["accuracy"] == pytest.approx(2 / 3)
+    assert result["accuracy_of_valid"] == 1
 
 
-def test_what_is_written_joins_pairs_and_predictions(tmp_path):
+def test_the_predictions_file_has_pairs_and_predictions(tmp_path):
     pairs = few_pairs()
-    said = [0, 1, 2] * 4
-    write_evaluation(tmp_path, pairs, {"base": scores([1] * 12), "tuned": scores(said)}, {"pairs": 12})
+    predicted = [0, 1, 2] * 4
+    write_evaluation(tmp_path, pairs, {"base": scores([1] * 12), "tuned": scores(predicted)}, {"pairs": 12})
     table = pd.read_parquet(tmp_path / "predictions.parquet")
     assert list(table["uid"]) == list(pairs["uid"])
     assert list(table["label"]) == [LABELS[label] for label in pairs["label"]]
-    assert list(table["tuned_prediction"]) == [LABELS[label] for label in said]
+    assert list(table["tuned_prediction"]) == [LABELS[label] for label in predicted]
     assert set(table["base_prediction"]) == {"neutral"}
     assert table["tuned_p_contradiction"][2] == pytest.approx(0.8)
     assert np.exp(table["base_unconstrained_neutral"][0]) == pytest.approx(0.4)
@@ -81,19 +81,21 @@ def test_sets_in_one_pass_are_scored_as_they_are_alone(chatml):
     model = tiny_llama(len(chatml))
     prompts = [PROMPTS["plain"], PROMPTS["few_shot"], PROMPTS["plain"]]
     sets = [few_pairs(2), few_pairs().select(range(5)), shuffle_premises(few_pairs())]
-    asked = [Asked("set", pairs, PromptEncoder(prompt, chatml)) for pairs, prompt in zip(sets, prompts, strict=True)]
-    options = {"batch_size": 7, "batch_args": BatchConfig(max_row_tokens=64)}  # few-shot prompts are longer than that
-    together = predict(model, asked, **options)
-    for one, scores in zip(asked, together, strict=True):
-        (alone,) = predict(model, [one], **options)
-        padded = predict(model, [one], batch_size=7, batch_args=BatchConfig(batching="padded"))[0]
+    tasks = [
+        EvalTask("set", pairs, PromptEncoder(prompt, chatml)) for pairs, prompt in zip(sets, prompts, strict=True)
+    ]
+    options = {"batch_size": 7, "batch_args": BatchConfig(max_row_tokens=64)}  # few-shot prompts are longer
+    together = predict(model, tasks, **options)
+    for task, scores in zip(tasks, together, strict=True):
+        (alone,) = predict(model, [task], **options)
+        padded = predict(model, [task], batch_size=7, batch_args=BatchConfig(batching="padded"))[0]
         for name, values in vars(scores).items():
-            assert len(values) == len(one.pairs)
+            assert len(values) == len(task.pairs)
             torch.testing.assert_close(values, getattr(alone, name), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(values, getattr(padded, name), rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_is_judged_with_its_control_calibration_and_checks(tmp_path):
+def test_a_run_is_evaluated_with_baseline_calibration_and_checks(tmp_path):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "run", base, evaluated=False)
     make_run(run / "hypothesis_only", base, prompt=PROMPTS["hypothesis_only"], evaluated=False)
@@ -112,9 +114,9 @@ def test_a_run_is_judged_with_its_control_calibration_and_checks(tmp_path):
     )
     assert set(first) == {"base", "tuned", "shuffled", "hypothesis_only"}
     assert set(second) == {"base", "tuned", "hypothesis_only"}
-    for judged in (first, second):
+    for by_model in (first, second):
         for model in ("base", "tuned", "hypothesis_only"):
-            scores, result = judged[model]
+            scores, result = by_model[model]
             assert result["calibrated"]["temperature"] == first[model][1]["calibrated"]["temperature"]
             assert result["calibrated"]["fitted_on_pairs"] == 48
     assert first["tuned"][1]["calibrated"]["temperature"] != first["base"][1]["calibrated"]["temperature"]
@@ -126,12 +128,12 @@ def test_a_run_is_judged_with_its_control_calibration_and_checks(tmp_path):
         assert list(prompts["accuracy"]) == ["plain", "definitions", "few_shot"]
         assert prompts["n"] == 6
         assert orders["refused"] == prompts["refused"] == {}
-    assert first["base"][1]["label_orders"]["flips"] > 0, "a model of random weights hangs on every word"
+    assert first["base"][1]["label_orders"]["flips"] > 0, "a random model depends on every word"
     assert "label_orders" not in second["tuned"][1]
     assert "label_orders" not in first["hypothesis_only"][1]
 
 
-def test_a_prompt_that_the_chat_template_refuses_is_told(chatml):
+def test_a_prompt_that_the_chat_template_refuses_is_reported(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     template = chatml.chat_template
     try:
@@ -139,47 +141,47 @@ def test_a_prompt_that_the_chat_template_refuses_is_told(chatml):
             "{% for m in messages %}",
             "{% if messages|length > 2 %}{{ raise_exception('one question only') }}{% endif %}{% for m in messages %}",
         )
-        variants, refused = evaluation._variants(encoder, few_pairs(), Checks(prompt_pairs=3))
+        variants, refused = evaluation._prompt_variants(encoder, few_pairs(), Checks(prompt_pairs=3))
     finally:
         chatml.chat_template = template
-    assert [way for _, way in variants] == ["plain", "definitions"]
+    assert [variant for _, variant in variants] == ["plain", "definitions"]
     assert "one question only" in refused["prompts"]["few_shot"]
 
 
 @pytest.mark.parametrize("batching", ["trie", "padded"])
-def test_weights_that_are_no_numbers_are_told_before_anything_is_counted(chatml, batching):
+def test_nan_weights_are_an_error(chatml, batching):
     model = tiny_llama(len(chatml))
-    # A single row of the embedding: only pairs with that word are broken.
+    # A single row of the embedding: only pairs with that word have NaN scores.
     word = chatml.convert_tokens_to_ids(chatml.tokenize(" dogs"))[0]
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs()
-    broken = sum(word in prompt for prompt in encoder.encode(pairs["premise"], pairs["hypothesis"]))
-    assert 0 < broken < len(pairs)
+    affected = sum(word in prompt for prompt in encoder.encode(pairs["premise"], pairs["hypothesis"]))
+    assert 0 < affected < len(pairs)
     model.model.embed_tokens.weight.data[word] = torch.nan
-    asked = [Asked("few test", pairs, encoder)]
+    tasks = [EvalTask("few test", pairs, encoder)]
     with pytest.raises(UserError) as error:
-        evaluate_sets(model, asked, name="tuned", batch_size=8, batch_args=BatchConfig(batching=batching))
-    told = re.fullmatch(
+        evaluate_model(model, tasks, name="tuned", batch_size=8, batch_args=BatchConfig(batching=batching))
+    message = re.fullmatch(
         r"tuned on few test: the scores of (\d+) of 12 pairs are NaN or infinite, and so are weights of the model, "
         r"such as model.embed_tokens.weight: take an earlier checkpoint, or train with a lower learning_rate",
         str(error.value),
     )
-    # In a row of a trie pairs share what attention adds up, and NaN times a weight of 0 is NaN.
-    assert broken <= int(told[1]) if batching == "trie" else broken == int(told[1])
+    # Pairs in one row of a trie share attention sums, and NaN times a weight of 0 is NaN.
+    assert affected <= int(message[1]) if batching == "trie" else affected == int(message[1])
 
 
-def test_weights_that_overflow_in_fp16_are_told_from_weights_that_are_no_numbers(chatml):
-    asked = [Asked("few test", few_pairs(), PromptEncoder(PROMPTS["plain"], chatml))]
+def test_overflow_in_fp16_has_an_error_of_its_own(chatml):
+    tasks = [EvalTask("few test", few_pairs(), PromptEncoder(PROMPTS["plain"], chatml))]
     options = {"name": "base", "batch_size": 8, "batch_args": BatchConfig()}
     model = tiny_llama(len(chatml))
     model.model.norm.weight.data.fill_(6e4)  # fp16 ends at 65,504
-    evaluate_sets(model, asked, **options)
+    evaluate_model(model, tasks, **options)
     with pytest.raises(UserError, match="12 of 12 pairs are NaN or infinite, though the weights are not.*fp32"):
-        evaluate_sets(model.half(), asked, **options)
+        evaluate_model(model.half(), tasks, **options)
 
 
 def test_a_run_whose_prompt_has_changed_is_not_loaded(tmp_path):
-    """Wherever a run is asked: evaluation, NLIClassifier, push and export load their encoder here."""
+    """Evaluation, NLIClassifier, push and export all load their encoder here."""
     run = tmp_path / "run"
     tokenizer = chatml_tokenizer()
     tokenizer.save_pretrained(run)

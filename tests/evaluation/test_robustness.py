@@ -14,8 +14,8 @@ from nli_sft.evaluation.robustness import (
 )
 
 
-def test_hans_is_told_by_heuristic_and_label():
-    """A model that always says entailment is right on half of each heuristic, and on all and none of its labels."""
+def test_hans_is_split_by_heuristic_and_label():
+    """A model that always predicts entailment is right on half of each heuristic."""
     pairs = pd.DataFrame(
         {"subset": ["overlap", "overlap", "subsequence"], "label": ["entailment", "non-entailment", "non-entailment"]}
     )
@@ -31,25 +31,25 @@ def test_hans_is_told_by_heuristic_and_label():
     }
 
 
-def test_who_answers_as_people_do_is_at_no_distance():
+def test_the_distance_from_identical_annotators_is_zero():
     counts = np.array([[76, 20, 4], [100, 0, 0], [10, 30, 60]])
-    told = against_annotators(counts, counts / 100)
-    assert [told["js_divergence"], told["kl_divergence"]] == pytest.approx([0, 0], abs=1e-9)
-    assert told["entropy_correlation"] == pytest.approx(1)
-    assert told["annotators_per_pair"] == 100
+    result = against_annotators(counts, counts / 100)
+    assert [result["js_divergence"], result["kl_divergence"]] == pytest.approx([0, 0], abs=1e-9)
+    assert result["entropy_correlation"] == pytest.approx(1)
+    assert result["annotators_per_pair"] == 100
 
 
 def test_distances_by_hand():
-    """People are of two minds, the model of one: m = (3/4, 1/4, 0), JS = (KL(p, m) + KL(q, m)) / 2."""
-    told = against_annotators(np.array([[50, 50, 0]]), np.array([[1.0, 0.0, 0.0]]))
-    people = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
-    assert told["js_divergence"] == pytest.approx((people + np.log(1 / 0.75)) / 2)
-    assert told["js_distance"] == pytest.approx(np.sqrt(told["js_divergence"]))
-    assert 10 < told["kl_divergence"] < 20, "an impossible label costs much, but not everything"
-    assert told["entropy_correlation"] is None, "over one pair nothing varies"
+    """Annotators (1/2, 1/2, 0), model (1, 0, 0), mean m = (3/4, 1/4, 0); JS = (KL(p, m) + KL(q, m)) / 2."""
+    result = against_annotators(np.array([[50, 50, 0]]), np.array([[1.0, 0.0, 0.0]]))
+    annotators = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
+    assert result["js_divergence"] == pytest.approx((annotators + np.log(1 / 0.75)) / 2)
+    assert result["js_distance"] == pytest.approx(np.sqrt(result["js_divergence"]))
+    assert 10 < result["kl_divergence"] < 20, "a label of probability 0 costs much, but not infinity"
+    assert result["entropy_correlation"] is None, "a single pair has no correlation"
 
 
-def test_a_pair_and_its_edit_must_both_be_right():
+def test_edits_count_pairs_where_original_and_edit_are_right():
     pairs = pd.DataFrame({"uid": ["a", "b", "a1", "a2", "b1"], "edit_of": [None, None, "a", "a", "b"]})
     right = np.array([True, False, True, False, True])
     assert edits(pairs, right) == {
@@ -60,7 +60,7 @@ def test_a_pair_and_its_edit_must_both_be_right():
     }
 
 
-def test_what_a_source_does_not_tell_is_left_out():
+def test_metrics_without_their_column_are_left_out():
     pairs = pd.DataFrame({"label": ["neutral", "neutral"], "label_counts": [None, np.array([0, 5, 0])]})
     figures = set_figures(pairs, np.array([True, True]), np.full((2, 3), 1 / 3))
     assert list(figures) == ["annotators"]
@@ -69,7 +69,7 @@ def test_what_a_source_does_not_tell_is_left_out():
     assert set_figures(nothing, np.array([True]), np.full((1, 3), 1 / 3)) == {}
 
 
-def test_labels_are_listed_in_six_orders_and_nothing_else_changes():
+def test_label_orders_permute_the_list_of_labels_only():
     prompt = PROMPTS["plain"]
     orders = label_orders(prompt)
     texts = {order: other.turns()[-1]["content"] for order, other in orders.items()}
@@ -92,10 +92,10 @@ def test_other_prompts_ask_for_the_same_words_and_show_the_premise():
     assert list(prompt_choices(PROMPTS["plain"])) == ["plain", "definitions", "few_shot"]
 
 
-def test_flips_are_pairs_that_any_way_of_asking_answers_otherwise():
+def test_flips_are_pairs_with_different_predictions_across_variants():
     choices = [np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1]), np.array([0, 0, 2, 2])]
-    told = sensitivity({"a": 1.0, "b": 0.75, "c": 0.5}, choices)
-    assert told["flips"] == 0.5
-    assert told["mean"] == 0.75
-    assert told["spread"] == 0.5
-    assert told["n"] == 4
+    result = sensitivity({"a": 1.0, "b": 0.75, "c": 0.5}, choices)
+    assert result["flips"] == 0.5
+    assert result["mean"] == 0.75
+    assert result["spread"] == 0.5
+    assert result["n"] == 4

@@ -4,7 +4,7 @@ import pytest
 
 from nli_sft.evaluation.comparison import change_p_value, mcnemar
 from nli_sft.evaluation.slices import (
-    FEWEST_PAIRS,
+    MIN_PAIRS,
     Slice,
     contrast_p_value,
     describe,
@@ -157,7 +157,7 @@ def test_small_slices_and_those_that_hold_everything_are_left_out():
     assert "up to 5 words" not in names  # all of them
     fewer = many_pairs(87)
     assert "a negation" not in {s.name for s in slice_changes(fewer, np.zeros(87, bool), np.ones(87, bool))}
-    assert FEWEST_PAIRS == 30
+    assert MIN_PAIRS == 30
     one_premise = many_pairs().assign(premise="One scene.")
     assert slice_changes(one_premise, np.zeros(600, bool), np.ones(600, bool)) == []
 

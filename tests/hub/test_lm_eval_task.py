@@ -12,7 +12,7 @@ from trl import ModelConfig
 from nli_sft.configs import BatchConfig, from_recipe
 from nli_sft.data.prompts import PROMPTS, Prompt, PromptEncoder
 from nli_sft.data.sources import load_pairs, pairs_dataset, subsample
-from nli_sft.evaluation.evaluate import Asked, predict
+from nli_sft.evaluation.evaluate import EvalTask, predict
 from nli_sft.hub.lm_eval_task import model_args, write_task
 from nli_sft.models.loading import load_encoder, load_tuned
 from nli_sft.runs import read_run
@@ -43,7 +43,7 @@ def harness_answers(folder, name, model, encoder):
 def assert_alike(folder, model, encoder, pairs):
     write_task(folder, "pairs", encoder, pairs)
     scores, accuracies, mean = harness_answers(folder, "pairs", model, encoder)
-    (ours,) = predict(model, [Asked("pairs", pairs, encoder)], batch_size=16, batch_args=BatchConfig())
+    (ours,) = predict(model, [EvalTask("pairs", pairs, encoder)], batch_size=16, batch_args=BatchConfig())
     joint = ours.unconstrained.numpy()
     # The harness counts the line break before an answer to the answer: the same for all three.
     differences = scores - scores[:, :1], joint - joint[:, :1]

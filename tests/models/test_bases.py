@@ -24,7 +24,7 @@ from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
-from nli_sft.evaluation.evaluate import judge, unconstrained_generation
+from nli_sft.evaluation.evaluate import EvalTask, evaluate_model, unconstrained_generation
 from nli_sft.models.bases import InputLimits, check_base, skeleton, suit_base
 from nli_sft.models.loading import load_model, load_tokenizer
 
@@ -437,16 +437,17 @@ def test_evaluation_and_predict_work_up_to_the_last_position(tmp_path, kind, bat
     answers = max(map(len, encoder.answers)) - 1
     longest = max(map(len, encoder.encode(pairs["premise"], pairs["hypothesis"]))) + answers
     fits, short = (make_base(tmp_path / str(n), kind, n, chatml) for n in (longest, longest - 1))
-    options = {"batch_size": 5, "batch_args": BatchConfig(batching=batching)}
+    options = {"name": "tuned", "batch_size": 5, "batch_args": BatchConfig(batching=batching)}
+    tasks = [EvalTask("pairs", pairs, encoder)]
     model = load_model(model_args(fits)).eval()
-    _, result = judge(model, encoder, pairs, name="tuned", **options)
+    ((_, result),) = evaluate_model(model, tasks, **options)
     assert result["n"] == len(pairs)
     assert unconstrained_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
     run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     assert len(NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
     message = f"the longest pair has {longest} tokens with its prompt, but the model has {longest - 1} positions"
     with pytest.raises(UserError, match=message):
-        judge(load_model(model_args(short)).eval(), encoder, pairs, name="tuned", **options)
+        evaluate_model(load_model(model_args(short)).eval(), tasks, **options)
     run = make_run(tmp_path / "short_run", short, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
     with pytest.raises(UserError, match=message):
         NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])
