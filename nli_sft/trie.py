@@ -206,7 +206,7 @@ def exact_logits(model, positions=None):
     """A context in which a causal LM returns float32 logits, whatever it computes in.
 
     A logit in bf16 has 8 significant bits: between 8 and 16 it moves in steps of 1/16, and the first two labels of one
-    pair in fifty tie (recipes/README.md). The product itself is summed in float32 anyway; here it is not rounded.
+    pair in fifty tie (docs/results.md). The product itself is summed in float32 anyway; here it is not rounded.
 
     Args:
         model: a causal LM, or one wrapped by PEFT. Its head stays as it is where it is no plain linear layer.

@@ -49,7 +49,7 @@ from .launchers import launched_with
 
 GIB = 2**30
 
-# Fitted to measured peaks; see recipes/README.md. The first is inside what torch calls allocated, the others are not.
+# Fitted to measured peaks; see docs/results.md. The first is inside what torch calls allocated, the others are not.
 WORKSPACE = 0.1 * GIB
 FRAGMENTATION = 1.05
 CONTEXT = 0.6 * GIB
