@@ -61,7 +61,8 @@ def commands(page):
     for block in fenced(page, "console"):
         for name, value in re.findall(r'^\$ (\w+)="(.*)"$', block, re.MULTILINE):
             block = block.replace(f'$ {name}="{value}"\n', "").replace(f"${name}", value)
-        for line in block.replace("e18.yaml", "recipes/demo/full.yaml").splitlines():  # one that docs/results.md describes
+        block = block.replace("e18.yaml", "recipes/demo/full.yaml")  # docs/results.md describes the former
+        for line in block.splitlines():
             assert line.startswith("$ "), f"{page.name}: a command begins with $, not {line!r}"
             yield line[2:], bool(NEEDS.search(line))
     for block in fenced(page, "bash"):
@@ -244,12 +245,13 @@ def test_commands_that_need_neither_a_gpu_nor_an_account_run(page, place):
 def readme_example():
     """README's Python example and the output shown below it."""
     (code,), (output,) = fenced(DOCS[0], "python"), fenced(DOCS[0], "text")
+    assert parse_output(output)
     return code, output
 
 
 def parse_output(text):
     """[(hypothesis, label, probability)] of the example's output."""
-    return [re.fullmatch(r"(.*\.) +(\w+) +([\d.]+)", line).groups() for line in text.strip().splitlines()]
+    return re.findall(r"^(.*\.) +(\w+) +([\d.]+)$", text, re.MULTILINE)
 
 
 def run_example(code, folder):
