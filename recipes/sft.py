@@ -1,12 +1,12 @@
-"""Fine-tune a causal LM to judge premise-hypothesis pairs, with LoRA, QLoRA or in full.
+"""Fine-tune a causal language model for natural language inference, with LoRA, QLoRA or in full.
 
-    accelerate launch -q --config_file accelerate_configs/single_gpu.yaml \
+    accelerate launch -q --config_file accelerate_configs/single_gpu.yaml \\
         recipes/sft.py --config recipes/qwen3-0.6b/lora.yaml
 
-Any key of the recipe can be given as a flag too: --learning_rate 1e-4 --max_train_samples 2000.
+Flags override the recipe: --learning_rate 1e-4 --max_train_samples 2000.
 """
 
-import nli_sft.script  # isort: skip  # noqa: F401 (first: Ctrl-C, and a warning of bitsandbytes, end quietly)
+import nli_sft.script  # isort: skip  # noqa: F401 (first, so that Ctrl-C leaves no traceback)
 
 import copy
 import os
@@ -66,7 +66,7 @@ from nli_sft.training.trainer import NLITrainer
 
 
 class Args(NamedTuple):
-    """All that a recipe says, in the order of --help."""
+    """The configs of a recipe, in the order of --help."""
 
     data: TrainDataConfig
     prompt: PromptConfig
@@ -79,8 +79,8 @@ class Args(NamedTuple):
 
 def main(*configs):
     args = Args(*configs)
-    move_token_to_env(args.training)  # or trackers and checkpoints would keep it
-    if args.training.disable_tqdm:  # Trainer leaves the bars of tokenising, loading and writing
+    move_token_to_env(args.training)  # keeps it out of trackers and checkpoints
+    if args.training.disable_tqdm:  # Trainer does not turn these bars off
         datasets.disable_progress_bars()
         transformers.logging.disable_progress_bar()
     if args.machine.estimate:
@@ -89,9 +89,9 @@ def main(*configs):
     run = args.training.output_dir
     prompt = train(args)
     if args.prompt.hypothesis_only_control:
-        print_main("\nNow the hypothesis-only baseline: the same training without the premises.")
+        print_main("\nTraining the hypothesis-only baseline: the same run without premises.")
         train(without_premises(args, prompt))
-    print_main(f"To evaluate it:\n  {evaluation_command(run, args.training.trust_remote_code)}")
+    print_main(f"To evaluate the run:\n  {evaluation_command(run, args.training.trust_remote_code)}")
 
 
 def train(args):
@@ -100,7 +100,7 @@ def train(args):
     args, limits = suit_to_base(args)
     recipe = resolve_recipe(args)
     if args.training.resume_from_checkpoint == AUTO and is_finished(args.training.output_dir, recipe):
-        print_main(f"{args.training.output_dir} is finished.")
+        print_main(f"{args.training.output_dir} is already finished.")
         return load_prompt(args.prompt.prompt, args.prompt.label_words)
     precision = choose_precision(args.machine.precision, args.training.device)
     args = args._replace(model=precision.suit(args.model))
@@ -122,7 +122,7 @@ def train(args):
             model=load_model(args.model, args.training.trust_remote_code),
             args=args.training,
             train_dataset=rows["train"],
-            eval_dataset=rows["validation"],  # the test split is read by recipes/eval.py alone
+            eval_dataset=rows["validation"],  # only recipes/eval.py reads the test split
             peft_config=adapter_config(args.model),
         )
     facts = describe(args, encoder, data, trainer, precision, plan)
@@ -162,7 +162,7 @@ def train(args):
 
 
 def suit_to_base(args):
-    """Refuse a base that cannot be trained, and fit the arguments to what it is. Returns them and its limits."""
+    """Check the base model and adapt the arguments to it. Returns the arguments and the limits of its inputs."""
     trust = args.training.trust_remote_code
     config = check_base(args.model, trust)
     limits = InputLimits.of(skeleton(config, trust))
@@ -171,7 +171,7 @@ def suit_to_base(args):
 
 
 def check_start(args, precision):
-    """Refuse what cannot be trained here, or into this folder. Returns the checkpoint to resume from, or `None`."""
+    """Check launcher, adapter and output folder. Returns the checkpoint to resume from, or `None`."""
     check_launch(args.model, args.training, precision.name)
     check_adapter(args.model, args.training.trust_remote_code)
     checkpoint = find_checkpoint(args.training.resume_from_checkpoint, args.training.output_dir)
@@ -185,7 +185,7 @@ def check_start(args, precision):
 
 
 def load_encoder(args, limits, checkpoint):
-    """The prompt, bound to the tokenizer of the base; the one that a checkpoint was trained with."""
+    """Bind the prompt to the tokenizer of the base. A checkpoint must have been trained with the same one."""
     base, trust = args.model, args.training.trust_remote_code
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, trust)
     limits.fit_padding(tokenizer)
@@ -198,7 +198,7 @@ def load_encoder(args, limits, checkpoint):
 
 
 def load_data(args):
-    """The pairs of both splits, and what the run's record says of them."""
+    """The pairs of both splits, and the data section of run.json."""
     data = {"dropped": Counter(), "sources": {}}
     pairs = load_train_and_validation(
         args.data, seed=args.training.seed, dropped=data["dropped"], mixture=data["sources"]
@@ -228,7 +228,7 @@ def encode(args, encoder, limits, pairs, dropped):
 
 
 def describe(args, encoder, data, trainer, precision, plan):
-    """What run.json says of a run before it is trained."""
+    """The entries of run.json known before training."""
     return {
         "model": args.model.model_name_or_path,
         "parameters": count_parameters(trainer.model).as_dict(),
@@ -246,7 +246,7 @@ def describe(args, encoder, data, trainer, precision, plan):
 
 
 def outcome(trainer, result, final, used):
-    """What run.json says of a run after it was trained."""
+    """The entries of run.json known after training."""
     return {
         "train": result.metrics,
         "validation": {
@@ -262,7 +262,7 @@ def outcome(trainer, result, final, used):
 
 
 def without_premises(args, prompt):
-    """The arguments of the hypothesis-only baseline, which is a part of the run."""
+    """The arguments of the hypothesis-only baseline. Its folder is inside that of the run."""
     training = copy.copy(args.training)
     training.output_dir = str(Path(training.output_dir) / HYPOTHESIS_ONLY)
     training.resume_from_checkpoint = AUTO if training.resume_from_checkpoint else None
@@ -279,14 +279,14 @@ def without_premises(args, prompt):
 
 
 def print_main(*what):
-    """Print, once for all processes."""
+    """Print on the main process only."""
     if PartialState().is_main_process:
         print(*what)
 
 
 def print_start(args, encoder, pairs, rows, data, checkpoint):
-    """One example as the model reads it, the data, and where training starts."""
-    print_main("\nOne training example; the loss is on the marked tokens alone:\n")
+    """Print an encoded example, the size of the data, and where training starts."""
+    print_main("\nOne training example, with the loss on the marked tokens only:\n")
     if PartialState().is_main_process:
         Console(soft_wrap=True).print(encoder.marked_example(pairs["train"][0]))
     print_main(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
@@ -294,16 +294,16 @@ def print_start(args, encoder, pairs, rows, data, checkpoint):
         print_main(f"  {source}: {describe_source(counts)}")
     if repeated := data["train_validation_overlap"]:
         print_main(
-            f"Warning: {repeated:,} of the validation pairs are also training pairs, so validation is too optimistic."
+            f"Warning: {repeated:,} validation pairs are also training pairs; validation accuracy is too optimistic."
         )
     if few := few_pairs_warning(args, len(rows["validation"])):
         print_main(few)
     if args.training.resume_from_checkpoint:
-        print_main(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet: starting from the beginning.")
+        print_main(f"Resuming from {checkpoint}." if checkpoint else "No checkpoint yet; starting from scratch.")
 
 
 def print_accuracy(args, trainer, accuracy, pairs):
-    """The accuracy on validation with its interval, and of which step it is."""
+    """Print the validation accuracy with its interval and step."""
     best = trainer.state.best_global_step
     step = f"the best checkpoint, step {best}" if best else f"the last step, {trainer.state.global_step}"
     low, high = accuracy_interval(accuracy, pairs)
@@ -317,13 +317,13 @@ def few_pairs_warning(args, pairs):
 
 
 def evaluation_command(run, trust_remote_code):
-    """What to type where this script was started."""
+    """The command that evaluates the run, for the current folder."""
     script = os.path.relpath(Path(__file__).with_name("eval.py"))
     return launch_command(script, "--run", run, *["--trust_remote_code", "true"] * trust_remote_code)
 
 
 def print_memory_estimate(args):
-    """Print what memory the training would take, from the model's config alone."""
+    """Print the memory that training would need, computed from the model's config."""
     trust = args.training.trust_remote_code
     model_args = suit_base(args.model, check_base(args.model, trust, weights=False), trust)
     precision = choose_precision(args.machine.precision, args.training.device)
@@ -336,4 +336,4 @@ def print_memory_estimate(args):
 
 
 if __name__ == "__main__":
-    run_script(main, Args.__annotations__.values())
+    run_script(main, [*Args.__annotations__.values()])

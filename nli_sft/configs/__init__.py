@@ -1,7 +1,7 @@
-"""What a recipe may say: small dataclasses beside TRL's, and a parser that takes nothing else.
+"""Dataclasses for what TRL's configs lack, and a strict parser of recipes.
 
-A recipe is one flat YAML file. Its keys are the fields of the dataclasses that a script asks for; flags on the command
-line have the same names and win over the file.
+A recipe is a flat YAML file. Its keys are the fields of the dataclasses that a script uses. Command-line flags have
+the same names and override the file.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -32,10 +32,10 @@ from .keys import REFUSED, check_paths, check_training, field_values, idle_keys,
 
 Config = TypeVar("Config")
 
-# Of a key whose value is chosen to suit the machine or the run folder.
+# Value of a key that is chosen by machine or run folder.
 AUTO = "auto"
 
-# The tokens of a forward pass, unless a recipe says otherwise.
+# Default of max_batch_tokens.
 BATCH_TOKENS = 8192
 
 
@@ -43,17 +43,27 @@ BATCH_TOKENS = 8192
 class DataConfig:
     """Data."""
 
-    dataset_name: str = field(metadata={"help": "Hub id, folder, file or URL of premise-hypothesis pairs."})
+    dataset_name: str = field(
+        metadata={"help": "Data set of premise-hypothesis pairs: a Hub id, a folder, a file, a URL, or demo."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_revision: str | None = field(
-        default=None, metadata={"help": "Commit of a Hub data set: a moving set is a moving result."}
+        default=None, metadata={"help": "Revision of a Hub data set. Give a commit to make results reproducible."}
     )
-    premise_column: str | None = field(default=None, metadata={"help": "Column of the premise, if unusual."})
-    hypothesis_column: str | None = field(default=None, metadata={"help": "Column of the hypothesis, if unusual."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the label, if unusual."})
-    uid_column: str | None = field(default=None, metadata={"help": "Column of the pair's id, if unusual."})
+    premise_column: str | None = field(
+        default=None, metadata={"help": "Premise column. The usual names are found automatically."}
+    )
+    hypothesis_column: str | None = field(
+        default=None, metadata={"help": "Hypothesis column. The usual names are found automatically."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Label column. The usual names are found automatically."}
+    )
+    uid_column: str | None = field(
+        default=None, metadata={"help": "Column of the pair's id. The usual names are found automatically."}
+    )
     label_spellings: list[str] | None = field(
-        default=None, metadata={"help": f"How the set writes the labels, in the order {', '.join(LABELS)}."}
+        default=None, metadata={"help": f"How the data spells {', '.join(LABELS)}, in that order."}
     )
 
     def columns(self) -> dict[str, str]:
@@ -67,36 +77,38 @@ class TrainDataConfig(DataConfig):
     """Training data."""
 
     train_split: str | None = field(
-        default=None, metadata={"help": "Split to train on, where it is not called train: train_r1, say."}
+        default=None, metadata={"help": "Training split, if it is not called train. Example: train_r1."}
     )
     validation_split: str | None = field(
         default=None,
-        metadata={"help": "Split to validate on, where it is not called validation or dev: validation_matched, say."},
+        metadata={
+            "help": "Validation split, if it is not called validation or dev. Example: validation_matched.",
+        },
     )
     max_train_samples: int | None = field(
         default=None,
-        metadata={"help": "Train on so many pairs, taken by premise, with the label shares of the whole."},
+        metadata={"help": "Train on at most this many pairs, sampled by premise with the same label proportions."},
     )
     max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Validate on so many pairs, taken in the same way."}
+        default=None, metadata={"help": "Validate on at most this many pairs, sampled in the same way."}
     )
     train_mix: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Further sources to train on, each with how many of its pairs go with one of the run's own: "
+            "help": "More sources to train on, each with its number of pairs per pair of dataset_name: "
             "demo=0.25 mnli.jsonl=0.5."
         },
     )
     balance: str | None = field(
         default=None,
         metadata={
-            "help": "Leave training pairs out until all labels are as frequent (label), or until no premise has two "
-            "pairs of one label (premise).",
+            "help": "Drop training pairs to balance them. label: equally many pairs of each label; premise: at most "
+            "one pair of each label per premise.",
             "choices": ["label", "premise"],
         },
     )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of premises held out where the source has no validation split."}
+        default=0.1, metadata={"help": "Share of premises to hold out if the source has no validation split."}
     )
 
 
@@ -105,20 +117,20 @@ class PromptConfig:
     """Prompt and label words."""
 
     prompt: str = field(
-        default="plain", metadata={"help": "A built-in prompt, or a .yaml or .json file with your own."}
+        default="plain",
+        metadata={"help": "A built-in prompt, such as plain or few_shot, or your own in a .yaml or .json file."},
     )
     label_words: list[str] | None = field(
-        default=None, metadata={"help": f"What the model says for {', '.join(LABELS)}, in that order."}
+        default=None, metadata={"help": f"Words that the model answers for {', '.join(LABELS)}, in that order."}
     )
     train_on_end: bool = field(
-        default=False, metadata={"help": "Whether the end of the turn is part of the answer that is trained."}
+        default=False, metadata={"help": "Also train on the end-of-turn token after the label."}
     )
     hypothesis_only_control: bool = field(
-        default=False,
-        metadata={"help": "Also train the same base without the premise: what a result must be measured against."},
+        default=False, metadata={"help": "Also train a hypothesis-only baseline, for comparison."}
     )
     drop_too_long: bool = field(
-        default=False, metadata={"help": "Drop (and count) rows longer than max_length instead of stopping."}
+        default=False, metadata={"help": "Drop and count pairs longer than max_length instead of stopping."}
     )
 
 
@@ -129,35 +141,36 @@ class BatchConfig:
     batching: str = field(
         default="trie",
         metadata={
-            "help": "trie computes each shared prefix once; padded is for models that cannot (chosen by itself then).",
+            "help": "trie computes each shared prefix once; padded is ordinary padding. Models that do not support "
+            "tries use padded.",
             "choices": ["trie", "padded"],
         },
     )
-    max_row_tokens: int = field(default=512, metadata={"help": "The longest row of a trie, in tokens."})
-    max_batch_tokens: str = field(
+    max_row_tokens: int = field(default=512, metadata={"help": "Maximum length of a trie row, in tokens."})
+    max_batch_tokens: int | str = field(
         default=BATCH_TOKENS,
         metadata={
-            "help": "The most tokens of a forward pass on tries; larger batches go in parts, to the same effect. auto "
-            "is what the estimate says fits in the memory that is free."
+            "help": "Maximum tokens per forward pass. Larger batches are split into micro-batches with the same "
+            "gradient. auto: what fits in free memory."
         },
     )
     cuda_graph: str = field(
         default="auto",
         metadata={
-            "help": "Replay the training step as CUDA graphs: auto where the step can be recorded, true to insist.",
+            "help": "Replay the training step as CUDA graphs. auto: if possible; true: stop if not possible.",
             "choices": ["auto", "true", "false"],
         },
     )
     group_by_premise: bool = field(
-        default=False, metadata={"help": "Put pairs with the same premise into the same batch, where tries share it."}
+        default=False, metadata={"help": "Put pairs with the same premise into the same batch. Saves time on tries."}
     )
 
     def __post_init__(self):
-        """Make a number of `max_batch_tokens`: an argument parser knows one type a field, and here that is text."""
+        """Convert `max_batch_tokens`, which the argument parser reads as text, to a number."""
         given = str(self.max_batch_tokens)
         if given != AUTO:
             if not given.isdecimal() or int(given) == 0:
-                raise RecipeError(f"max_batch_tokens takes a number of tokens or {AUTO}, not {given!r}")
+                raise RecipeError(f"max_batch_tokens is {given!r}; it must be a number of tokens or {AUTO}")
             self.max_batch_tokens = int(given)
 
 
@@ -168,17 +181,17 @@ class MachineConfig:
     precision: str = field(
         default="auto",
         metadata={
-            "help": "auto is bf16 where the device has it natively, fp16 on older cards, fp32 on most CPUs.",
+            "help": "auto: bf16 if the device supports it natively, fp16 on older GPUs, fp32 on most CPUs.",
             "choices": ["auto", "bf16", "fp16", "fp32"],
         },
     )
     estimate: bool = field(
         default=False,
-        metadata={"help": "Only say what memory the training would take, before anything but a config is downloaded."},
+        metadata={"help": "Print the memory that training would need, then exit. Downloads no weights."},
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Clear what an earlier run wrote into output_dir, and nothing else; a used one is refused."},
+        metadata={"help": "Delete an earlier run in output_dir first. Other files in it stay."},
     )
 
 
@@ -186,70 +199,71 @@ class MachineConfig:
 class TrackingConfig:
     """Weights & Biases."""
 
-    wandb_entity: str | None = field(default=None, metadata={"help": "User or team; your default one if empty."})
+    wandb_entity: str | None = field(default=None, metadata={"help": "W&B user or team. Yours by default."})
     wandb_project: str | None = field(
-        default=None, metadata={"help": "nli-sft if neither this nor WANDB_PROJECT is set."}
+        default=None, metadata={"help": "W&B project. By default WANDB_PROJECT, or nli-sft if that is not set."}
     )
     wandb_group: str | None = field(
-        default=None, metadata={"help": "The study that the run belongs to; base-source by default."}
+        default=None, metadata={"help": "W&B group of the run. By default named after base model and data."}
     )
-    wandb_tags: list[str] | None = field(default=None, metadata={"help": "Tags beside source, method and seed."})
-    wandb_notes: str | None = field(default=None, metadata={"help": "What the run is for, in a sentence."})
+    wandb_tags: list[str] | None = field(
+        default=None, metadata={"help": "W&B tags, added to source, method and seed."}
+    )
+    wandb_notes: str | None = field(default=None, metadata={"help": "W&B notes: what the run is for."})
 
 
 @dataclass
 class EvalConfig(DataConfig):
     """Evaluation."""
 
-    run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
-    dataset_name: str | None = field(
+    run: str = field(default="", metadata={"help": "Run folder made by recipes/sft.py."})
+    dataset_name: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
-        metadata={"help": "Hub id, folder, file or URL to evaluate on; by default the run's source."},
+        metadata={"help": "Data set to evaluate on: a Hub id, a folder, a file or a URL. The run's own by default."},
     )
     split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on: test by default, or all of a single file."}
+        default=None, metadata={"help": "Split to evaluate on. test by default; a single file is taken whole."}
     )
     sources: list[str] | None = field(
         default=None,
-        metadata={"help": "Further sources for the same report, such as hans.jsonl or demo:test (name:split)."},
+        metadata={"help": "More data sets for the same report, as name or name:split: hans.jsonl demo:test."},
     )
     suite: str | None = field(
         default=None,
-        metadata={"help": "Evaluate on a suite of sets instead: one of recipes/suites, or a .yaml file of your own."},
+        metadata={"help": "Evaluate on a suite of data sets: a name from recipes/suites, or a .yaml file."},
     )
     suite_root: str | None = field(
-        default=None, metadata={"help": "A folder with the sets of the suite by name; the others are fetched."}
+        default=None, metadata={"help": "Folder that holds data sets of the suite by name. Others are downloaded."}
     )
     calibration_pairs: int = field(
         default=1000,
-        metadata={"help": "Fit the temperature on so many validation pairs of the run's own source; 0 for none."},
+        metadata={"help": "Number of validation pairs to fit the temperature on. 0 turns calibration off."},
     )
     max_samples: int | None = field(
         default=None,
-        metadata={"help": "Evaluate on so many pairs, taken by premise, with the label shares of the whole."},
+        metadata={"help": "Evaluate on at most this many pairs, sampled by premise with the same label proportions."},
     )
     unconstrained_samples: int = field(
-        default=200, metadata={"help": "So many pairs are also answered without constraints, to see what is said."}
+        default=200, metadata={"help": "Number of pairs to answer by unconstrained generation too."}
     )
     per_device_eval_batch_size: int = field(
-        default=64, metadata={"help": "Prompts a forward pass; halved by itself if they do not fit in memory."}
+        default=64, metadata={"help": "Prompts per forward pass. Halved automatically if memory runs out."}
     )
     precision: str = field(
         default="auto",
         metadata={
-            "help": "As in training: by default what the device has.",
+            "help": "auto: bf16 if the device supports it natively, fp16 on older GPUs, fp32 on most CPUs.",
             "choices": ["auto", "bf16", "fp16", "fp32"],
         },
     )
     batching: str | None = field(
-        default=None, metadata={"help": "trie or padded; as in training by default.", "choices": ["trie", "padded"]}
+        default=None,
+        metadata={"help": "trie or padded. By default as in training.", "choices": ["trie", "padded"]},
     )
-    seed: int = field(default=42, metadata={"help": "Seed of max_samples."})
+    seed: int = field(default=42, metadata={"help": "Random seed of max_samples."})
     trust_remote_code: bool = field(
         default=False,
-        metadata={
-            "help": "Run code that comes with the base model. What the run says is not enough: it may be anyone's."
-        },
+        metadata={"help": "Run code that comes with the base model. Never read from the run, which may be anyone's."},
     )
 
     def __post_init__(self):
@@ -263,90 +277,89 @@ class EvalConfig(DataConfig):
 
 MACHINE = ("precision", "bf16", "fp16", "use_cpu")
 
-# Never written to a run folder, a card or W&B.
+# Never written to a run folder, a model card or W&B.
 SECRETS = ("hub_token",)
 
-# What transformers 5.23 also calls gradient_checkpointing and its kwargs. Older ones do not know these names.
+# Names of gradient_checkpointing and its kwargs in transformers 5.23 that older versions do not accept.
 SYNONYMS = ("activation_checkpointing", "activation_checkpointing_kwargs")
 
 
 class RecipeError(UserError):
-    """A recipe or command line that cannot be meant; the message names the key and the fix."""
+    """An invalid recipe or command line. The message names the key and the fix."""
 
 
 def parse_recipe(types: Sequence[type], argv: Sequence[str] | None = None, positional: str | None = None) -> tuple:
     """Parse the command line, and the YAML file that `--config` names, into one instance of each type.
 
-    Stricter than `TrlParser`, through which it goes: unknown and repeated keys, abbreviated flags, values of the wrong
-    type or outside a field's choices are errors in one sentence, with the nearest right name. So is what `check_keys`
-    refuses.
+    Stricter than `TrlParser`, on which it is built: unknown or repeated keys, abbreviated flags, values of the wrong
+    type and the keys refused by `keys.py` raise an error of one sentence, with the closest valid name.
 
     Args:
-        types: dataclass types, without a field in common.
-        argv: the arguments; those of the process by default.
-        positional: the key that takes arguments without a flag, wherever they stand; by default they are errors.
+        types: dataclass types with no field in common.
+        argv: the arguments. Those of the process by default.
+        positional: the key that takes arguments without a flag. By default they are errors.
 
     Returns:
         One instance of each type, in order.
 
     Raises:
-        RecipeError: with that sentence.
+        RecipeError: if the recipe or the command line is invalid.
     """
     return _parse(types, sys.argv[1:] if argv is None else list(argv), positional)
 
 
 def run_script(main: Callable, types: Sequence[type], positional: str | None = None) -> None:
-    """Call a script's `main` with its parsed configs; what the user got wrong ends in a sentence, not a traceback."""
-    # What libraries deprecate is for those who write code, not for those who run it.
+    """Call a script's `main` with its parsed configs. A `UserError` is printed without a traceback."""
+    # Deprecations in libraries are for developers, not for users of a script.
     warnings.simplefilter("ignore", FutureWarning)
-    configs = ()
+    configs: tuple = ()
     try:
         configs = parse_recipe(types, positional=positional)
         main(*configs)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        # The second one ends at once; but torchrun passes on the first, after the terminal has sent it.
+        # A second Ctrl-C kills at once. Under torchrun it is ignored: torchrun forwards the first one as a second.
         signal.signal(signal.SIGINT, signal.SIG_IGN if is_elastic() else signal.SIG_DFL)
         training = next((config for config in configs if hasattr(config, "resume_from_checkpoint")), None)
         say_goodbye(training and training.output_dir)
         sys.exit(128 + signal.SIGINT)
-    except SystemExit as stop:  # the trainer has said it all
+    except SystemExit as stop:  # the trainer has printed the message
         if stop.code == 128 + signal.SIGINT:
             end_launcher()
         raise
 
 
-# Said of one start of a training, not of the run: one that is run again starts from the beginning and clears nothing.
+# Keys of one launch, not of the run: a recipe that is run again starts from scratch and deletes nothing.
 ONCE = ("overwrite_output_dir", "resume_from_checkpoint")
 
 
-def resolve_recipe(configs: Sequence[object]) -> dict[str, object]:
-    """What parsed configs say beyond the defaults, flat: dumped as YAML, it is a recipe for the same run."""
+def resolve_recipe(configs: Sequence[Any]) -> dict[str, object]:
+    """All values that differ from the defaults, in one dict. Dumped as YAML, it is a recipe for the same run."""
     resolved = {}
     for config in configs:
-        defaults = _untouched(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
+        defaults = _defaults(type(config), {f.name: getattr(config, f.name) for f in fields(config)})
         for f in fields(config):
             value = getattr(config, f.name)
             if f.init and f.name not in (*SECRETS, *SYNONYMS, *ONCE) and value != defaults.get(f.name, MISSING):
                 resolved[f.name] = value.value if isinstance(value, Enum) else value
     for key in idle_keys(*field_values(configs)):
         resolved.pop(key, None)
-    if "precision" in resolved:  # says what TRL's two flags say
+    if "precision" in resolved:  # replaces TRL's two flags
         resolved = {key: value for key, value in resolved.items() if key not in ("bf16", "fp16")}
     return resolved
 
 
 def from_recipe(config_type: type[Config], recipe: Mapping[str, object]) -> Config:
-    """Build one dataclass from the keys that it knows in a resolved recipe, such as that of a run folder."""
-    names = {f.name for f in fields(config_type) if f.init}
+    """Build a dataclass from a resolved recipe, ignoring the keys of other dataclasses."""
+    names = {f.name for f in fields(config_type) if f.init}  # pyright: ignore[reportArgumentType] (a dataclass)
     return config_type(**{key: value for key, value in recipe.items() if key in names})
 
 
-def _untouched(config_type: type, values: dict[str, object]) -> dict[str, object]:
-    """What the fields hold after `__post_init__` when the user sets only what has no default.
+def _defaults(config_type: Any, values: dict[str, object]) -> dict[str, object]:
+    """The fields after `__post_init__` if the user sets only those that have no default.
 
-    Device and precision are always part of a resolved recipe: their defaults depend on the machine.
+    Device and precision have none here, so that a recipe keeps them: their defaults depend on the machine.
     """
     given = {
         f.name: values[f.name]
@@ -358,16 +371,15 @@ def _untouched(config_type: type, values: dict[str, object]) -> dict[str, object
 
 
 class _Parser(TrlParser):
-    """TRL's parser with the flags of each dataclass in a group; an error is one sentence, without 200 flags before."""
+    """TRL's parser, with one group of flags per dataclass and errors of one sentence, without the usage."""
 
-    def _add_dataclass_arguments(self, dtype: type) -> None:
-        # What transformers reads the title of a group from.
-        package = dtype.__module__.partition(".")[0]
-        dtype._argument_group_name = f"{dtype.__name__} of {package}" if package == "trl" else _title(dtype)
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        # transformers reads the title of a group from this attribute.
+        dtype._argument_group_name = _TRL_TITLES.get(dtype.__name__) or _title(dtype)
         super()._add_dataclass_arguments(dtype)
 
     def error(self, message: str) -> NoReturn:
-        # argparse names all spellings of a flag; a recipe knows one.
+        # argparse names all spellings of a flag; a recipe has one.
         message = re.sub(r"^argument --(\w+)(/\S+)?: ", r"\1: ", message)
         for pattern, plain in _PLAIN_ERRORS.items():
             message = re.sub(pattern, plain, message)
@@ -385,7 +397,9 @@ _PLAIN_ERRORS = {
     r": expected at least one argument$": " has no values; give some, or leave it out",
 }
 
-# What keys of other versions of TRL and transformers, or of PEFT and bitsandbytes, are called here.
+_TRL_TITLES = {"ModelConfig": "Model and adapter (trl.ModelConfig)", "SFTConfig": "Training (trl.SFTConfig)"}
+
+# Keys of other versions of TRL and transformers, or of PEFT and bitsandbytes, with their names here.
 _OTHER_NAMES = {
     "warmup_ratio": "warmup_steps, which below 1 is a share of all steps",
     "torch_dtype": "dtype",
@@ -406,11 +420,24 @@ def _title(config_type: type) -> str:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """What --help says: the script's own words as they stand, then every key with its default."""
+    """The script's docstring, then each key once, with its default if it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[0]
+        if not name.startswith("--"):
+            return ", ".join(action.option_strings)
+        if action.choices is not None:
+            return f"{name} {{{','.join(map(str, action.choices))}}}"
+        if action.nargs == "?":
+            return f"{name} [true|false]"
+        return f"{name} {'VALUE [VALUE ...]' if action.nargs == '+' else 'VALUE'}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without repeated keys, of which the plain loader keeps the last."""
+    """A YAML loader that refuses repeated keys. The plain one keeps the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = {}
@@ -421,26 +448,30 @@ class _StrictLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise RecipeError(f"line {key_node.start_mark.line + 1}: {key!r} cannot be a key; write key: value")
             if key in seen:
-                raise RecipeError(
-                    f"key {key!r} stands on lines {seen[key]} and {key_node.start_mark.line + 1}; keep one"
-                )
+                raise RecipeError(f"key {key!r} is on lines {seen[key]} and {key_node.start_mark.line + 1}; keep one")
             seen[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
 
 def _parse(types: Sequence[type], argv: list[str], positional: str | None) -> tuple:
     parser = _Parser(
-        list(types),
+        list(types),  # pyright: ignore[reportArgumentType] (dataclasses)
         allow_abbrev=False,
         usage="%(prog)s [--config RECIPE.yaml] [--key value ...]",
         description=sys.modules["__main__"].__doc__,
         formatter_class=_Help,
     )
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    if "--use_cpu" in actions:  # TRL stops where there is no GPU unless it is told so
+    if "--use_cpu" in actions:  # without it, TRL stops on a machine without a GPU
         parser.set_defaults(use_cpu=not torch.accelerator.is_available())
-    if "--report_to" in actions:  # which takes several, as no argument parser can know
+    if "--report_to" in actions:  # a string or a list, for which transformers makes a flag of one value
         actions["--report_to"].nargs = "+"
+    if "--max_batch_tokens" in actions:  # an int or auto
+        actions["--max_batch_tokens"].type = str
+    for action in parser._actions:  # --key false does the same as --no_key
+        is_negation = action.nargs == 0 and action.option_strings[0].startswith("--no_")
+        if is_negation or ("--max_steps" in actions and action.dest in REFUSED):
+            action.help = argparse.SUPPRESS
     defaults = vars(parser.parse_args(_stand_ins(parser, [])))
     argv, config_path = _take_config_flag(argv)
     tokens = []
@@ -449,7 +480,7 @@ def _parse(types: Sequence[type], argv: list[str], positional: str | None) -> tu
         try:
             for key, value in recipe.items():
                 tokens += _as_flags(str(key), value, written.get(key, value), actions)
-            # The file by itself first, so that what is wrong in it is told as such.
+            # Check the file on its own first, so that its errors name it.
             values = vars(parser.parse_args([*tokens, *_stand_ins(parser, tokens)]))
             refuse_keys(values, defaults)
         except UserError as error:
@@ -474,7 +505,7 @@ def _parse(types: Sequence[type], argv: list[str], positional: str | None) -> tu
 
 
 def _place_strays(argv: list[str], actions: dict[str, argparse.Action], positional: str | None) -> list[str]:
-    """Give the arguments that no flag takes to the positional key, or say how they are meant to be written."""
+    """Give arguments without a flag to the positional key, or raise with the right way to write them."""
     taken, strays, room = [], [], 0
     for token in argv:
         if token.startswith("--"):
@@ -497,27 +528,27 @@ def _place_strays(argv: list[str], actions: dict[str, argparse.Action], position
 
 def _explain_stray(token: str, actions: dict[str, argparse.Action]) -> str:
     if token.endswith((".yaml", ".yml")):
-        return f"{token} stands alone; give a recipe as --config {token}"
+        return f"{token} has no flag; give a recipe as --config {token}"
     if token.startswith("-") or "=" in token:
-        return f"{token} is no flag; flags begin with two dashes: --{token.lstrip('-')}"
+        return f"{token} is not a flag; flags begin with two dashes: --{token.lstrip('-')}"
     if "--run" in actions:
-        return f"{token} stands alone; give a run folder as --run {token}"
-    return f"{token} stands alone; write every argument as --key value"
+        return f"{token} has no flag; give a run folder as --run {token}"
+    return f"{token} has no flag; write every argument as --key value"
 
 
-def _precision_flags(said: argparse.Namespace) -> list[str]:
-    """The flags of the precision chosen. TRL's two say the same as ours; its own default is bf16 on every machine."""
-    wanted = getattr(said, "precision", "auto")
-    if said.bf16 and said.fp16:
+def _precision_flags(parsed: argparse.Namespace) -> list[str]:
+    """Flags that make TRL's bf16 and fp16 agree with `precision`. TRL's default is bf16 on every machine."""
+    wanted = getattr(parsed, "precision", "auto")
+    if parsed.bf16 and parsed.fp16:
         raise RecipeError("bf16 and fp16 are both true; keep one of them, or precision: auto")
-    flag = "bf16" if said.bf16 else "fp16" if said.fp16 else "fp32" if said.bf16 is False else None
+    flag = "bf16" if parsed.bf16 else "fp16" if parsed.fp16 else "fp32" if parsed.bf16 is False else None
     if flag is not None:
         if wanted not in ("auto", flag):
-            raise RecipeError(f"precision is {wanted}, but bf16 and fp16 say {flag}; keep precision and remove them")
+            raise RecipeError(f"precision is {wanted}, but bf16 and fp16 mean {flag}; remove bf16 and fp16")
         wanted = flag
-    chosen = choose_precision(wanted, torch.device("cpu") if said.use_cpu else default_device()).name
+    chosen = choose_precision(wanted, torch.device("cpu") if parsed.use_cpu else default_device()).name
     flags = [f"--bf16={chosen == 'bf16'}", f"--fp16={chosen == 'fp16'}"]
-    return [*flags, f"--precision={chosen}"] if hasattr(said, "precision") else flags
+    return [*flags, f"--precision={chosen}"] if hasattr(parsed, "precision") else flags
 
 
 def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
@@ -527,26 +558,25 @@ def _take_config_flag(argv: list[str]) -> tuple[list[str], Path | None]:
         if token == "--config" or token.startswith("--config="):
             value = token.partition("=")[2] or next(arguments, None)
             if value is None or path is not None:
-                raise RecipeError("--config takes one recipe file, once")
+                raise RecipeError("--config takes one recipe file; give it once")
             path = Path(value)
         else:
             rest.append(token)
     return rest, path
 
 
-def read_yaml(path: Path, as_written: bool = False) -> dict[str, object]:
-    """The keys of a YAML file, each of which may stand there once.
+def read_yaml(path: Path, as_written: bool = False) -> dict[str, Any]:
+    """Read a YAML file without repeated keys.
 
     Args:
-        as_written: give every value as the text that stands in the file; YAML itself takes yes, on, ~, 1.0 and
-            2024-01-01 for something else.
+        as_written: return every value as its text in the file. YAML converts yes, on, ~, 1.0 and 2024-01-01.
     """
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader if as_written else _StrictLoader)
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 text; save it in that encoding") from error
+        raise RecipeError(f"{path}: not UTF-8 text; save it as UTF-8") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if isinstance(error, RecipeError):
             raise RecipeError(f"{path}: {error}") from None
@@ -566,28 +596,28 @@ def _check_known(flag: str, actions: dict[str, argparse.Action]) -> None:
     raise RecipeError(f"unknown key {flag[2:]!r}{f'; did you mean {near[0][2:]!r}?' if near else ''}")
 
 
-def _as_flags(key: str, value: object, written: object, actions: dict[str, argparse.Action]) -> list[str]:
-    """One line of a recipe as command line flags, so that file and flags are checked by the same rules.
+def _as_flags(key: str, value: Any, written: Any, actions: dict[str, argparse.Action]) -> list[str]:
+    """A key of a recipe as command-line flags, so that the same rules check file and flags.
 
-    Lists, numbers, and single values of a key that takes text, stay as they are `written`: yes, on, 1.0, 0123456.
+    Text, lists and numbers are taken as `written`, such as yes, on, 1.0 and 0123456.
     """
     flag = f"--{key}"
     if isinstance(value, dict) and flag not in actions:
         inside = f", such as {next(iter(value))}," if value else ""
-        raise RecipeError(f"{key} holds keys of its own, but a recipe is flat; write them{inside} without {key} above")
+        raise RecipeError(f"{key} has nested keys, but a recipe is flat; write them{inside} without {key} above")
     _check_known(flag, actions)
     action = actions[flag]
     takes_list = action.nargs == "+"
     if any(isinstance(item, (dict, list)) for item in (value if isinstance(value, list) else [])):
-        raise RecipeError(f"{key} takes a list of words, not of mappings or lists; put quotes around each")
+        raise RecipeError(f"{key} takes a list of words, not of mappings or lists; quote each word")
     if isinstance(value, dict) and not key.endswith("_kwargs") and key not in REFUSED:
-        raise RecipeError(f"{key} takes {'a list' if takes_list else 'one value'}, not keys of its own")
+        raise RecipeError(f"{key} takes {'a list' if takes_list else 'one value'}, not nested keys")
     if value is None:
         if action.default is None:
             return []
         raise RecipeError(f"{key} is empty; give a value or remove the line")
     if isinstance(value, list) and len(value) == 1 and not takes_list:
-        value, written = value[0], written[0]  # TRL itself turns some values into lists, such as report_to
+        value, written = value[0], written[0]  # TRL turns some values into lists, such as report_to
     if isinstance(value, list):
         if not takes_list:
             raise RecipeError(f"{key} takes one value, not a list")
@@ -603,7 +633,7 @@ def _as_flags(key: str, value: object, written: object, actions: dict[str, argpa
 
 
 def _as_number(value: object) -> object:
-    """YAML takes 1e-4 for a text, for want of a dot."""
+    """Numbers such as 1e-4, which YAML reads as text."""
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)
@@ -611,10 +641,10 @@ def _as_number(value: object) -> object:
 
 
 def _stand_ins(parser: _Parser, tokens: list[str]) -> list[str]:
-    """Values for required fields that a recipe leaves to the command line."""
-    said = {token.split("=")[0] for token in tokens}
+    """Placeholders for required fields that the command line may give later."""
+    given = {token.split("=")[0] for token in tokens}
     required = [action.option_strings[0] for action in parser._actions if action.required]
-    return [f"{flag}=x" for flag in required if flag not in said]
+    return [f"{flag}=x" for flag in required if flag not in given]
 
 
 def _run(parser: _Parser, tokens: list[str]) -> tuple:
@@ -622,5 +652,5 @@ def _run(parser: _Parser, tokens: list[str]) -> tuple:
         return parser.parse_args_into_dataclasses(args=tokens, look_for_args_file=False)
     except RecipeError:
         raise
-    except (ValueError, TypeError, ImportError) as error:  # raised by the dataclasses' own checks
+    except (ValueError, TypeError, ImportError) as error:  # raised by __post_init__
         raise RecipeError(" ".join(str(error).split())) from error

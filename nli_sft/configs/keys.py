@@ -1,7 +1,7 @@
-"""What the keys of a recipe may say. Each is honoured, or refused with a reason before anything is loaded.
+"""Checks of recipe keys. Every key takes effect, or is refused with a reason before anything is loaded.
 
-Most keys of a recipe are TRL's and transformers'. `REFUSED` lists those that cannot do anything here, or would do
-harm; tests/configs/test_keys.py lists the others, and fails when an installed TRL has a key that is in neither list.
+Most keys of a recipe belong to TRL and transformers. `REFUSED` lists those that have no effect here or would do harm.
+tests/configs/test_keys.py lists the supported ones, and fails if an installed TRL has a key in neither list.
 """
 
 import copy
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import UserError
 from ..labels import LABELS
@@ -23,21 +23,21 @@ from ..labels import LABELS
 if TYPE_CHECKING:
     from trl import SFTConfig
 
-# What an evaluation during training reports, each with `eval_` before it.
+# Metrics of an evaluation during training, reported with the prefix `eval_`.
 LOWER_IS_BETTER = ("loss", "nll", "ece")
 METRICS = ("accuracy", "macro_f1", *(f"f1_{label}" for label in LABELS), *LOWER_IS_BETTER)
 
-_ALREADY_PACKED = "batching: trie packs the pairs already, and cuts none"
+_ALREADY_PACKED = "batching: trie already packs the pairs without truncating any"
 _OWN_EVALUATION = "evaluations score the three labels of each pair and keep no logits"
-_OWN_COLUMNS = "the rows are made here, and their columns are fixed"
-_OWN_LOADER = "batches are dealt out so that they are the same on any number of processes"
-_LABEL_LOSS = "the loss is on the tokens of the label alone"
-_PUSH = "a training pushes nothing; recipes/push.py pushes a run with its results"
-_LAUNCHER = "accelerate launch --config_file accelerate_configs/... says how a training is spread"
-_LIGER = "TRL is removing it, and its own trainer already computes the loss without all logits"
-_SIGTERM = "SIGTERM saves a checkpoint in every training"
+_OWN_COLUMNS = "nli-sft builds the rows, with fixed columns"
+_OWN_LOADER = "batches are sharded so that they are the same for any number of processes"
+_LABEL_LOSS = "the loss is on the label tokens only"
+_PUSH = "training does not push; use recipes/push.py, which pushes a run with its results"
+_LAUNCHER = "use accelerate launch --config_file accelerate_configs/... instead"
+_LIGER = "TRL is removing it, and the trainer already computes the loss without all logits"
+_SIGTERM = "SIGTERM always saves a checkpoint"
 
-# Refused where they say anything but their default.
+# Refused if set to anything but the default.
 REFUSED = {
     "packing": _ALREADY_PACKED,
     "packing_strategy": _ALREADY_PACKED,
@@ -45,26 +45,26 @@ REFUSED = {
     "eval_packing": _ALREADY_PACKED,
     "assistant_only_loss": _LABEL_LOSS,
     "completion_only_loss": _LABEL_LOSS,
-    "dataset_text_field": "premise_column and hypothesis_column name the columns of the text",
+    "dataset_text_field": "use premise_column and hypothesis_column",
     "dataset_kwargs": _OWN_COLUMNS,
     "dataset_num_proc": "pairs are encoded in one process",
     "remove_unused_columns": _OWN_COLUMNS,
     "label_names": _OWN_COLUMNS,
     "length_column_name": _OWN_COLUMNS,
-    "shuffle_dataset": "the pairs of every epoch come in an order of their own, by seed or data_seed",
-    "truncation_mode": "no pair is cut; set drop_too_long: true to leave those out that are longer than max_length",
-    "pad_token": "padding is masked whatever the token is, and TRL is removing the key",
-    "model_init_kwargs": "model_revision, dtype and attn_implementation say how the model is loaded",
-    "lora_task_type": "the model is a causal language model",
-    "use_cache": "training never reads a cache",
+    "shuffle_dataset": "every epoch is shuffled already, by seed or data_seed",
+    "truncation_mode": "pairs are never truncated; set drop_too_long: true to drop those longer than max_length",
+    "pad_token": "padding is masked whatever its token, and TRL is removing the key",
+    "model_init_kwargs": "use model_revision, dtype and attn_implementation",
+    "lora_task_type": "the model is always a causal language model",
+    "use_cache": "training never uses a cache",
     "use_liger_kernel": _LIGER,
     "liger_kernel_config": _LIGER,
-    "activation_offloading": "max_batch_tokens and gradient_checkpointing bound what a pass keeps",
-    "auto_find_batch_size": "a step that does not fit is done again in smaller parts; see max_batch_tokens: auto",
+    "activation_offloading": "use max_batch_tokens and gradient_checkpointing to save memory",
+    "auto_find_batch_size": "a step that runs out of memory is repeated in smaller parts; see max_batch_tokens: auto",
     "accelerator_config": _OWN_LOADER,
     "dataloader_in_order": _OWN_LOADER,
-    "dataloader_multiprocessing_context": "the workers use no device, so the default way to start them will do",
-    "parallelism_config": "data-parallel, FSDP and ZeRO trainings are supported; see accelerate_configs/",
+    "dataloader_multiprocessing_context": "the workers use no device, so the default start method works",
+    "parallelism_config": "only data parallelism, FSDP and ZeRO are supported; see accelerate_configs/",
     "fsdp": _LAUNCHER,
     "fsdp_config": _LAUNCHER,
     "deepspeed": _LAUNCHER,
@@ -76,10 +76,10 @@ REFUSED = {
     "eval_accumulation_steps": _OWN_EVALUATION,
     "include_for_metrics": _OWN_EVALUATION,
     "batch_eval_metrics": _OWN_EVALUATION,
-    "include_num_input_tokens_seen": "num_tokens in the logs counts them, without padding",
-    "logging_nan_inf_filter": "a loss that is not a number ends the training",
+    "include_num_input_tokens_seen": "the logs already count them as num_tokens, without padding",
+    "logging_nan_inf_filter": "a NaN loss always stops training",
     "enable_jit_checkpoint": _SIGTERM,
-    "restore_callback_states_from_checkpoint": "a resumed training always restores what it needs",
+    "restore_callback_states_from_checkpoint": "resuming always restores what it needs",
     "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
     "hub_private_repo": _PUSH,
@@ -90,21 +90,21 @@ REFUSED = {
     "do_predict": "recipes/eval.py evaluates on the test split",
 }
 
-# What means the same as the default, or as nothing, once a config has been made of it.
+# Values equivalent to the default, as configs hold them after `__post_init__`.
 _PLAIN = {
     "completion_only_loss": True,
     "dataset_kwargs": {"skip_prepare_dataset": True},  # as NLITrainer sets it
     "include_num_input_tokens_seen": "no",
 }
 
-# Keys that padded batches alone can honour.
-_PADDED_ALONE = {
-    "pad_to_multiple_of": "the rows of a trie have lengths of their own",
-    "label_smoothing_factor": "smoothing takes the logits of whole batches, which tries do without",
+# Keys that take effect on padded batches only.
+_PADDED_ONLY = {
+    "pad_to_multiple_of": "it has no effect on tries",
+    "label_smoothing_factor": "smoothing needs the logits of whole batches, which tries do not compute",
 }
 
-# Keys that another one makes idle: (the other, what it must be, as text and as a test, the keys).
-_SWITCHES: tuple[tuple[str, str, Callable[[object], bool], tuple[str, ...]], ...] = (
+# Keys that have no effect unless another key has a certain value: (other key, that value in words, test, keys).
+_SWITCHES: tuple[tuple[str, str, Callable[[Any], bool], tuple[str, ...]], ...] = (
     (
         "use_peft",
         "true",
@@ -154,7 +154,7 @@ def _is_steps(value: float) -> bool:
     return 0 < value < 1 or (value >= 1 and float(value).is_integer())
 
 
-# What a number may be. Neither infinity nor what is not a number passes.
+# Valid ranges of numbers. Infinity and NaN are never valid.
 _RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
     "at least 1": (
         lambda value: value >= 1,
@@ -198,27 +198,27 @@ RANGE_OF = {key: (words, test) for words, (test, keys) in _RANGES.items() for ke
 
 _CHOICES = {"bnb_4bit_quant_storage": ("uint8", "bfloat16", "float16", "float32", "float64", "int8")}
 
-# Where something will be written.
+# Keys that name output paths.
 _FOLDERS = ("output_dir", "figures")
 _FILES = ("html", "json", "svg")
 
 
 def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Refuse what no training here can honour, whatever the other keys say.
+    """Refuse values that are not supported.
 
     Args:
-        values: of all keys.
-        defaults: what they would hold if nothing were said.
+        values: all keys with their values.
+        defaults: all keys with their defaults.
 
     Raises:
-        UserError: for a key of `REFUSED`, a number out of its range, or a key that tries cannot honour.
+        UserError: for a key of `REFUSED`, a number out of range, or a key that has no effect on tries.
     """
     is_training = "max_steps" in values  # recipes/push.py has keys of the same names
-    for key, value in _said(values, defaults).items():
+    for key, value in _given(values, defaults).items():
         if is_training and key in REFUSED and value != _PLAIN.get(key, MISSING):
             raise UserError(f"remove {key}: {REFUSED[key]}")
-        if key in _PADDED_ALONE and values.get("batching") == "trie":
-            raise UserError(f"{key}: {_PADDED_ALONE[key]}; set batching: padded, or remove {key}")
+        if key in _PADDED_ONLY and values.get("batching") == "trie":
+            raise UserError(f"{key}: {_PADDED_ONLY[key]}; set batching: padded, or remove {key}")
         if key in RANGE_OF:
             _check_range(key, value)
         if key in _CHOICES and value not in _CHOICES[key]:
@@ -226,18 +226,18 @@ def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) ->
         if key.endswith("_kwargs") and isinstance(value, str):
             _check_json(key, value)
         if key == "ddp_backend" and "RANK" not in os.environ:
-            raise UserError("ddp_backend is for several processes; use accelerate launch, or remove ddp_backend")
+            raise UserError("ddp_backend needs several processes; use accelerate launch, or remove ddp_backend")
 
 
 def refuse_idle_keys(
     values: Mapping[str, object], defaults: Mapping[str, object], changed: Collection[str] = ()
 ) -> None:
-    """Refuse what does nothing because of what another key says.
+    """Refuse keys that have no effect because of another key.
 
     Args:
         values, defaults: as for `refuse_keys`.
-        changed: keys that the command line changes. What such a key makes idle in a recipe file is not refused, so
-            that `--use_peft false` is all it takes to train in full.
+        changed: keys set on the command line. Keys of a recipe file that these make idle are not refused, so that
+            `--use_peft false` is enough to train all weights.
 
     Raises:
         UserError: naming both keys.
@@ -245,7 +245,7 @@ def refuse_idle_keys(
     for key, switch, wanted in _idle(values, defaults):
         if switch not in changed:
             now = _as_yaml(values[switch])
-            raise UserError(f"{key} does nothing with {switch}: {now}; set {switch}: {wanted}, or remove {key}")
+            raise UserError(f"{key} has no effect with {switch}: {now}; set {switch}: {wanted}, or remove {key}")
 
 
 def idle_keys(values: Mapping[str, object], defaults: Mapping[str, object]) -> set[str]:
@@ -253,8 +253,8 @@ def idle_keys(values: Mapping[str, object], defaults: Mapping[str, object]) -> s
     return {key for key, _, _ in _idle(values, defaults)}
 
 
-def field_values(configs: Sequence[object]) -> tuple[dict[str, object], dict[str, object]]:
-    """The fields of some dataclass instances, and their defaults."""
+def field_values(configs: Sequence[Any]) -> tuple[dict[str, object], dict[str, object]]:
+    """The values of all fields of the configs, and their defaults."""
     values, defaults = {}, {}
     for config in configs:
         for f in fields(config):
@@ -265,10 +265,10 @@ def field_values(configs: Sequence[object]) -> tuple[dict[str, object], dict[str
 
 
 def check_training(args: "SFTConfig") -> None:
-    """Check what a training would stumble over once the model is loaded, or after its first evaluation.
+    """Check what would otherwise fail only after the model is loaded, or after the first evaluation.
 
     Raises:
-        UserError: for a metric that is not reported, an unknown tracker, optimizer or schedule.
+        UserError: for an unknown metric, tracker, optimizer, schedule or compiler option.
     """
     _check_best_model(args)
     _check_trackers(args)
@@ -277,21 +277,21 @@ def check_training(args: "SFTConfig") -> None:
 
 
 def check_paths(values: Mapping[str, object]) -> None:
-    """See that what is to be written can be written.
+    """Check that output paths can be written.
 
     Raises:
-        UserError: naming the key and what is in the way.
+        UserError: naming the key and the obstacle.
     """
     for key in (*_FOLDERS, *_FILES):
         if values.get(key) is not None:
             try:
                 _check_path(key, str(values[key]), is_folder=key in _FOLDERS)
             except OSError as error:
-                raise UserError(f"{key} {values[key]}: nothing can be written there ({error.strerror})") from error
+                raise UserError(f"{key} {values[key]}: cannot write there ({error.strerror})") from error
 
 
-def _said(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
-    """What is neither empty nor the default. A config inside a config that holds its defaults says nothing either."""
+def _given(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[str, object]:
+    """Values that are neither empty nor the default. A nested config that holds its defaults counts as empty."""
 
     def is_plain(value):
         return value is None or (is_dataclass(value) and value == type(value)())
@@ -300,14 +300,14 @@ def _said(values: Mapping[str, object], defaults: Mapping[str, object]) -> dict[
 
 
 def _idle(values: Mapping[str, object], defaults: Mapping[str, object]) -> list[tuple[str, str, str]]:
-    """(key, the other key, what that must be)"""
-    said = _said(values, defaults)
+    """(idle key, the key that makes it idle, the value that key must have)"""
+    given = _given(values, defaults)
     return [
         (key, switch, wanted)
         for switch, wanted, is_on, keys in _SWITCHES
         if switch in values and not is_on(values[switch])
         for key in keys
-        if key in said
+        if key in given
     ]
 
 
@@ -323,7 +323,7 @@ def _check_json(key: str, text: str) -> None:
     except json.JSONDecodeError:
         is_mapping = False
     if not is_mapping:
-        raise UserError(f'{key} is {text}; write it as keys of its own in a recipe, or as JSON: {{"name": 1}}')
+        raise UserError(f'{key} is {text}; write it as nested keys in a recipe, or as JSON: {{"name": 1}}')
 
 
 def _as_yaml(value: object) -> str:
@@ -336,7 +336,7 @@ def _check_path(key: str, name: str, is_folder: bool) -> None:
     if not name:
         raise UserError(f"{key} is empty; name a {'folder' if is_folder else 'file'}")
     if path.exists() and path.is_dir() != is_folder:
-        there = "a file of that name is there; name a folder" if is_folder else "it is a folder; name a file in it"
+        there = "this is a file; name a folder" if is_folder else "this is a folder; name a file in it"
         raise UserError(f"{key} {name}: {there}")
     folder = path if is_folder else path.parent
     while not folder.exists():
@@ -345,14 +345,14 @@ def _check_path(key: str, name: str, is_folder: bool) -> None:
         raise UserError(f"{key} {name}: {folder} is a file, not a folder")
     tempfile.TemporaryFile(dir=folder).close()
     if path.is_file() and not os.access(path, os.W_OK):
-        raise UserError(f"{key} {name}: the file is there and cannot be written")
+        raise UserError(f"{key} {name}: the file is write-protected; name another")
 
 
 def _check_best_model(args: "SFTConfig") -> None:
     name = args.metric_for_best_model
     if args.save_strategy == "best" and (name is None or args.eval_strategy == "no"):
         raise UserError(
-            "save_strategy: best needs evaluations to choose by; set eval_strategy: steps or epoch, and "
+            "save_strategy: best needs an evaluation metric; set eval_strategy: steps or epoch, and "
             "metric_for_best_model, such as eval_accuracy"
         )
     if name is None:
@@ -361,68 +361,70 @@ def _check_best_model(args: "SFTConfig") -> None:
     if name not in METRICS:
         reported = ", ".join(f"eval_{metric}" for metric in METRICS)
         raise UserError(
-            f"metric_for_best_model: no evaluation reports {args.metric_for_best_model!r}; choose one of {reported}"
+            f"metric_for_best_model: {args.metric_for_best_model!r} is not a metric; choose one of {reported}"
         )
     lower = name in LOWER_IS_BETTER
     if args.greater_is_better == lower:
         raise UserError(
-            f"metric_for_best_model: {name} is better the {'lower' if lower else 'higher'} it is; set "
+            f"metric_for_best_model: {'lower' if lower else 'higher'} {name} is better; set "
             f"greater_is_better: {_as_yaml(not lower)}"
         )
 
 
 def _check_trackers(args: "SFTConfig") -> None:
-    # Slow to import, and only a training needs it.
+    # Slow to import, and used in training only.
     from transformers.integrations import get_available_reporting_integrations
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in [args.report_to] if isinstance(args.report_to, str) else args.report_to or []:
         if name not in INTEGRATION_TO_CALLBACK:
             if name in ("all", "none"):
-                raise UserError(f"report_to: {name} goes with no other tracker")
+                raise UserError(f"report_to: {name} cannot be combined with other trackers")
             if "," in name:
                 raise UserError(f"report_to is {name!r}; give several trackers as a list: [{name}]")
             known = [*INTEGRATION_TO_CALLBACK]
             near = difflib.get_close_matches(name, known, n=1) or [f"one of {', '.join(known)}, all or none"]
-            raise UserError(f"report_to: no tracker is called {name!r}; did you mean {near[0]}?")
+            raise UserError(f"report_to: unknown tracker {name!r}; did you mean {near[0]}?")
         if name not in get_available_reporting_integrations():
             raise UserError(f"report_to names {name}, which is not installed; install it, or set report_to: none")
 
 
 def _check_schedule(args: "SFTConfig") -> None:
-    """Make a schedule of a small optimizer, and look the optimizer up: both would come after the model is loaded."""
+    """Look up the optimizer and build the schedule for a dummy one: transformers does so after loading the model."""
     import torch
     from transformers import Trainer, get_scheduler
 
     if args.optim_args is not None and not re.fullmatch(r"\s*\w+\s*=[^,=]+(,\s*\w+\s*=[^,=]+)*", args.optim_args):
         raise UserError(f"optim_args is {args.optim_args!r}; write it as name=value,name=value")
+    optim = _as_yaml(args.optim)
     try:
         made = Trainer.get_optimizer_cls_and_kwargs(args)
         without = copy.copy(args)
         without.optim_args = None
         idle = args.optim_args is not None and made == Trainer.get_optimizer_cls_and_kwargs(without)
     except ImportError as error:
-        raise UserError(f"optim: {args.optim.value} is not installed ({' '.join(str(error).split())})") from error
-    except ValueError:  # some ask for the model
+        raise UserError(f"optim: {optim} is not installed ({' '.join(str(error).split())})") from error
+    except ValueError:  # some optimizers need the model
         idle = False
     if idle:
-        raise UserError(f"optim_args does nothing with optim: {args.optim.value}; remove optim_args")
+        raise UserError(f"optim_args has no effect with optim: {optim}; remove optim_args")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    name, options = args.lr_scheduler_type.value, args.lr_scheduler_kwargs
+    name = _as_yaml(args.lr_scheduler_type)
+    options: Any = args.lr_scheduler_kwargs or {}  # refuse_keys has checked that it is a mapping
     try:
-        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(options or {}))
+        get_scheduler(name, optimizer, 1, 10, scheduler_specific_kwargs=dict(options))
     except (TypeError, ValueError) as error:
-        raise UserError(f"lr_scheduler_kwargs do not go with lr_scheduler_type: {name} ({error})") from error
+        raise UserError(f"lr_scheduler_kwargs do not fit lr_scheduler_type: {name} ({error})") from error
 
 
 def _check_step(args: "SFTConfig") -> None:
-    """See that PyTorch knows how the step is to be checkpointed and compiled."""
+    """Check options of gradient checkpointing and of torch.compile."""
     import torch
 
     known = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
     for key in args.gradient_checkpointing_kwargs or {}:
         if key not in known:
-            raise UserError(f"gradient_checkpointing_kwargs has no key {key!r}; there are {', '.join(known)}")
+            raise UserError(f"gradient_checkpointing_kwargs has no key {key!r}; valid keys are {', '.join(known)}")
     for key, names in (
         ("torch_compile_backend", torch.compiler.list_backends(exclude_tags=())),
         ("torch_compile_mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]),

@@ -260,7 +260,7 @@ def _read_json(path: Path) -> tuple[dict, dict]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text; save it in that encoding") from error
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(fields, dict):

@@ -350,7 +350,7 @@ def test_every_added_token_is_refused_in_data_and_text_is_not():
         ("user: '{hypothesis}'", "no {premise} slot, so the model would never see a premise"),
         ("user: '{premise}'", "no {hypothesis} slot"),
         ("user: '{premise} {hypothesis}'\nname: hypothesis_only", "it reads the premise; give it another name"),
-        ("user: '{premise} {hypothesis}'\nuser: 'x'", "key 'user' stands on lines 1 and 2"),
+        ("user: '{premise} {hypothesis}'\nuser: 'x'", "key 'user' is on lines 1 and 2"),
         ("user: '{premise} {hypothesis}'\nsystem: 5", "mine.yaml: system is 5; expected text, in quotes"),
         ("user: 5", "mine.yaml: user is 5; expected text"),
         ("user: [a, b]", "user is .'a', 'b'.; expected text"),
@@ -386,7 +386,7 @@ def test_prompt_files_that_cannot_be_meant(tmp_path, text, message):
 def test_prompt_files_in_another_encoding(tmp_path, suffix, encoding):
     path = tmp_path / f"mine.{suffix}"
     path.write_text('{"user": "{premise} é {hypothesis}"}', encoding=encoding)
-    with pytest.raises(UserError, match=f"mine.{suffix}: not UTF-8 text; save it in that encoding"):
+    with pytest.raises(UserError, match=f"mine.{suffix}: not UTF-8 text; save it as UTF-8"):
         load_prompt(str(path))
     path.write_text('{"user": "{premise} é {hypothesis}"}', encoding="utf-8-sig")
     assert load_prompt(str(path)).user == "{premise} é {hypothesis}"

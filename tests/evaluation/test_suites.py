@@ -132,7 +132,7 @@ def test_edits_are_linked_to_the_pair_that_they_were_made_of(tmp_path):
         ("a: b", "a suite has the key sets"),
         ("sets: {a: {part_of: b}}", "set a: part_of 'b' is not a set listed before it"),
         ("sets: [", "not YAML"),
-        ("sets: {a: {split: x}, a: }", "key 'a' stands on lines 1 and 1; keep one"),
+        ("sets: {a: {split: x}, a: }", "key 'a' is on lines 1 and 1; keep one"),
     ],
 )
 def test_a_suite_that_cannot_be_meant(tmp_path, text, message):

@@ -104,7 +104,7 @@ def test_the_demo_shows_its_progress_and_nothing_to_worry_about(demo):
     output = demo[1]
     assert "accuracy=" in output
     assert "label accuracy on validation" in output
-    assert "Now the hypothesis-only baseline" in output
+    assert "Training the hypothesis-only baseline" in output
     # On two dozen validation pairs each of the two trainings warns, before and after. The real demo has enough.
     few = choice_warning(24)
     assert output.count(few) == output.count("Warning") == 4

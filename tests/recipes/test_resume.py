@@ -85,7 +85,7 @@ def test_sigterm_saves_and_auto_resumes(whole, recipe, workspace):
     assert process.wait(60) != 0
     psutil.wait_procs([trainer], timeout=60)
     log = (workspace / "preempted.log").read_text()
-    assert "No checkpoint yet: starting from the beginning." in log
+    assert "No checkpoint yet; starting from scratch." in log
     assert "Stopped by SIGTERM; step" in " ".join(log.split())
     assert not (output / "run.json").exists(), "only finished runs have one"
     # As if the training so far had taken long.
@@ -103,7 +103,7 @@ def test_sigterm_saves_and_auto_resumes(whole, recipe, workspace):
     # Queued once more: a finished run is left alone.
     before = (output / "run.json").read_bytes()
     result = launch("sft.py", "--config", recipe, "--output_dir", output, *OPTIONS, *AUTO, cwd=workspace)
-    assert "is finished." in " ".join(result.output.split())
+    assert "is already finished." in " ".join(result.output.split())
     assert (output / "run.json").read_bytes() == before
 
 

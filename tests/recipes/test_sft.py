@@ -28,7 +28,7 @@ def test_a_run_folder_is_complete(lora_run, workspace):
     }
     assert record["parameters"]["trainable"] < record["parameters"]["total"]
     evaluations = [entry for entry in record["history"] if "eval_accuracy" in entry]
-    assert [entry["epoch"] for entry in evaluations][:3] == [0, 1.0, 2.0], "the base first, then every epoch"
+    assert [entry["epoch"] for entry in evaluations][:3] == [0, 1.0, 2.0], "the base model first, then every epoch"
     assert record["validation"]["eval_accuracy"] == max(entry["eval_accuracy"] for entry in evaluations[1:])
     assert record["versions"]["trl"]
     assert yaml.safe_load((folder / "recipe.yaml").read_text())["lora_r"] == 4
@@ -36,9 +36,9 @@ def test_a_run_folder_is_complete(lora_run, workspace):
         "before and at the end"
     )
     assert re.search(r"Label accuracy on validation: [\d.]+% \(95% interval [\d.]+% to [\d.]+%; the best", output)
-    # The user was shown what is trained, and how much of the model.
+    # What is trained, and how much of the model, is printed.
     assert "[" in output
-    assert "the loss is on the marked tokens alone" in output
+    assert "with the loss on the marked tokens only" in output
     assert "96 training pairs, 24 validation pairs" in output
     assert "trainable of" in output
 
@@ -66,11 +66,11 @@ def test_the_resolved_recipe_makes_the_same_run_again(lora_run, workspace):
     assert all(first[name].equal(second[name]) for name in first)
 
 
-def test_bad_input_ends_in_one_sentence(recipe, workspace):
+def test_bad_input_ends_without_a_traceback(recipe, workspace):
     def wrong(arguments):
         return launch("sft.py", "--config", recipe, "--output_dir", workspace / "bad", *arguments, cwd=workspace)
 
-    said = {
+    messages = {
         ("--max_lenght", "10"): "unknown key 'max_lenght'; did you mean 'max_length'?",
         ("--max_length", "10"): "96 of 96 rows are longer than max_length 10",
         ("--max_length", "10", "--drop_too_long", "true"): "max_length 10 leaves no pair; the shortest has",
@@ -84,13 +84,13 @@ def test_bad_input_ends_in_one_sentence(recipe, workspace):
         ("--model_name_or_path", "./nowhere", "--estimate", "true"): "model_name_or_path ./nowhere does not exist",
     }
     with ThreadPoolExecutor(max_workers=2) as at_once:
-        for message, result in zip(said.values(), at_once.map(wrong, said), strict=True):
+        for message, result in zip(messages.values(), at_once.map(wrong, messages), strict=True):
             assert result.returncode != 0, message
             assert message in " ".join(result.output.split())
             assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
 
 
-def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_path):
+def test_train_validation_overlap_is_reported(recipe, workspace, tmp_path):
     data = shutil.copytree(workspace / "data", tmp_path / "data")
     train, new = (data / "train.jsonl").read_text(), (data / "dev.jsonl").read_text().replace("A man", "An old man")
     new = [line for line in new.splitlines() if "An old man" in line]
@@ -102,11 +102,11 @@ def test_validation_pairs_that_are_trained_on_are_told(recipe, workspace, tmp_pa
     assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["train_validation_overlap"] == 5
 
 
-def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
+def test_a_mixture_is_reported_by_source(recipe, workspace, tmp_path):
     arguments = ["--config", recipe, "--output_dir", tmp_path / "run", "--train_mix", "demo=0.25", "--max_steps=2"]
     result = launch("sft.py", *arguments, "--disable_tqdm=true", cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
-    assert "%|" not in result.output, "a bar, of which none was wanted"
+    assert "%|" not in result.output, "a progress bar despite disable_tqdm"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["data"]["train"]["pairs"] == 120
     assert record["data"]["sources"]["demo"] == {"pairs": 24, "labels": dict.fromkeys(LABELS, 8), "dropped": {}}
@@ -117,15 +117,15 @@ def test_a_mixture_is_told_by_source(recipe, workspace, tmp_path):
 
 
 def test_the_command_printed_at_the_end_works_for_a_run_on_a_single_file(recipe, workspace, tmp_path):
-    told = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
-    rows = [{"text": row["premise"], "claim": row["hypothesis"], "gold": row["label"][0] * 2} for row in told[:96]]
+    source = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
+    rows = [{"text": row["premise"], "claim": row["hypothesis"], "gold": row["label"][0] * 2} for row in source[:96]]
     data = write_jsonl(tmp_path / "my pairs.jsonl", [row for row in rows if row["gold"] != "--"])
     arguments = ["--dataset_name", data, "--premise_column=text", "--hypothesis_column=claim", "--max_steps=2"]
     arguments += ["--label_column=gold", "--label_spellings", "ee", "nn", "cc", "--output_dir", tmp_path / "my run"]
     result = launch("sft.py", "--config", recipe, *arguments, "--eval_strategy=no", "--save_strategy=no",
                     "--load_best_model_at_end=false", cwd=workspace)  # fmt: skip
     assert result.returncode == 0, result.output
-    command = shlex.split(result.stdout.partition("To evaluate it:\n")[2].splitlines()[0])
+    command = shlex.split(result.stdout.partition("To evaluate the run:\n")[2].splitlines()[0])
     assert command[0] == "python"
     result = launch(
         sys.executable, *command[1:], "--unconstrained_samples=0", cwd=workspace, command=lambda *words: words
