@@ -1,4 +1,4 @@
-"""Lay runs side by side: accuracy, cost, what differs, and whether one is better than another.
+"""Compare runs: accuracy, cost, the settings that differ, and whether one run is better than another.
 
 python recipes/compare.py outputs/*
 python recipes/compare.py outputs/* --html compare.html --json compare.json --figures docs/compare
@@ -18,58 +18,61 @@ from rich.console import Console
 from nli_sft import UserError
 from nli_sft.configs import run_script
 from nli_sft.report.compare import fetch_runs, load_runs, rank
-from nli_sft.report.compare_page import as_dict, build_views, drawings, page
+from nli_sft.report.compare_page import as_dict, build_views, plot_files, render_page
 
-# Of a table that is wider than the terminal; more of them would bury the others.
-MOST_PARTS = 3
+# A table that is wider than the terminal is split into at most this many.
+MAX_SPLIT = 3
 
 
 @dataclass
 class CompareConfig:
-    """What to compare, and where to write it."""
+    """The runs to compare, and where to write the outcome."""
 
-    runs: list[str] = field(metadata={"help": "Run folders, entity/project of W&B, or both."})
-    filters: str | None = field(default=None, metadata={"help": "JSON, as W&B's Api.runs takes it; for W&B alone."})
-    html: str | None = field(default=None, metadata={"help": "Write all of it into this page, plots included."})
+    runs: list[str] = field(metadata={"help": "Run folders, W&B projects as entity/project, or both."})
+    filters: str | None = field(default=None, metadata={"help": "A JSON object of filters for W&B's Api.runs."})
+    html: str | None = field(default=None, metadata={"help": "Write everything, with plots, into this HTML file."})
     json: str | None = field(default=None, metadata={"help": "Write every figure into this JSON file."})
-    figures: str | None = field(default=None, metadata={"help": "Write the plots into this folder, as SVG."})
+    figures: str | None = field(default=None, metadata={"help": "Write the plots into this folder as SVG."})
 
 
 def main(args):
     console = Console()
-    with tempfile.TemporaryDirectory() as fetched:
-        sides = build_views(rank(load_runs(find_runs(args, Path(fetched)))))
-    for side in sides:
-        if side.apart:
-            print(f"\n{side.apart}")
-        for sheet in side.sheets:
-            parts = sheet.parts(console.width)
-            if len(parts) > MOST_PARTS:
-                print(f"{sheet.title}: too wide to be shown here; --html writes it.\n")
-                continue
-            for part in parts:
-                console.print(part.rich())
-        for claim in side.claims:
-            print(f"- {claim}")
-    outputs = {
-        args.html: page,
-        args.json: lambda sides: json.dumps(as_dict(sides), indent=2, ensure_ascii=False),
-    }
-    for path, make in outputs.items():
-        if path is not None:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(make(sides), encoding="utf-8")
-            print(f"Written to {path}")
-    if args.figures is not None:
-        folder = Path(args.figures)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, svg in drawings(sides).items():
-            (folder / name).write_text(svg, encoding="utf-8")
-        print(f"Written to {folder}: {', '.join(drawings(sides))}")
+    with tempfile.TemporaryDirectory() as downloads:
+        views = build_views(rank(load_runs(find_runs(args, Path(downloads)))))
+        for view in views:
+            show(view, console)
+        if args.html is not None:
+            write(Path(args.html), render_page(views))
+        if args.json is not None:
+            write(Path(args.json), json.dumps(as_dict(views), indent=2, ensure_ascii=False))
+        if args.figures is not None:
+            for name, svg in plot_files(views).items():
+                write(Path(args.figures) / name, svg)
 
 
-def find_runs(args, fetched):
-    """The folders among `args.runs` that hold a finished run, and the runs of W&B."""
+def show(view, console):
+    """Print the tables and claims of one ranking."""
+    if view.separation:
+        print(f"\n{view.separation}")
+    for table in view.tables:
+        parts = table.split(console.width)
+        if len(parts) > MAX_SPLIT:
+            print(f"{table.title}: too wide for this terminal; write it with --html.\n")
+            continue
+        for part in parts:
+            console.print(part.rich())
+    for claim in view.claims:
+        print(f"- {claim}")
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"Wrote {path}")
+
+
+def find_runs(args, downloads):
+    """Run folders among `args.runs`, and runs downloaded from W&B."""
     filters = None
     if args.filters is not None:
         try:
@@ -82,13 +85,13 @@ def find_runs(args, fetched):
             if (Path(name) / "run.json").is_file():
                 found.append(name)
             else:
-                print(f"{name} is left out: it holds no finished run")
+                print(f"Skipped {name}: it holds no finished run")
         elif not Path(name).exists() and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-            found += fetch_runs(name, fetched, filters)
+            found += fetch_runs(name, downloads, filters)
         elif not Path(name).exists():
-            raise UserError(f"{name} is not there; runs takes run folders or entity/project of W&B")
+            raise UserError(f"{name} does not exist; give run folders, or a W&B project as entity/project")
     return found
 
 
 if __name__ == "__main__":
-    run_script(main, (CompareConfig,), positional="runs")  # so that a shell's outputs/* is all it takes
+    run_script(main, (CompareConfig,), positional="runs")  # accepts a shell's outputs/*

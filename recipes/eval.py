@@ -107,12 +107,12 @@ def main(args):
                 f"{evaluation.name} are in the training data; accuracy on them says nothing about new pairs."
             )
         if suite is None:  # the sets of a suite share a table, below
-            for part in outcome_table(evaluation, record.get("resources", {})).parts(Console().width):
+            for part in outcome_table(evaluation, record.get("resources", {})).split(Console().width):
                 Console().print(part.rich())
     path = write_report(report)
     if suite is not None:
-        for sheet in suite_tables(report.suite(suite.name), report.evaluations):
-            for part in sheet.parts(Console().width):
+        for table in suite_tables(report.suite(suite.name), report.evaluations):
+            for part in table.split(Console().width):
                 Console().print(part.rich())
     print(f"Report: {path}")
     tracker = open_run(

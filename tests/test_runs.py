@@ -163,8 +163,8 @@ def read_all(folder):
     run = RunRecord(folder)
     for _ in (run.validation, run.curve, run.cost, run.base):
         pass
-    for judged in run.judged.values():
-        judged.accuracy("tuned"), judged.table
+    for evaluation in run.evaluations.values():
+        evaluation.accuracy("tuned"), evaluation.table
     read_evaluations(folder)
     Report(folder).provenance()
 
@@ -234,7 +234,7 @@ def test_an_evaluation_of_other_weights_is_not_read(past, tmp_path, caplog):
     assert evaluation_folders(folder) == []
     weigh(folder / "hypothesis_only", b"two")
     weigh(folder, b"new")
-    assert RunRecord(folder).judged == {}
+    assert RunRecord(folder).evaluations == {}
     assert read_evaluations(folder) == []
     assert "snli-test is not read: it was computed with other weights than the folder holds now (tuned)" in caplog.text
     with pytest.raises(UserError, match="has not been evaluated"):

@@ -1,11 +1,12 @@
-"""The report on a run: what tuning changed, and whether to believe it.
+"""The report on a run: what tuning changed, and how certain that is.
 
-`content` computes what is said from the files of the run folder, `figures` draws it, `table` makes the table of all
-pairs, and two templates put it on a page and into Markdown.
+`content` computes it from the files of the run folder, `figures` makes the plots, `suite`, `pairs` and `outcome` the
+tables, and two templates the HTML page and the Markdown file.
 """
 
 import base64
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,7 +20,7 @@ from .tables import escape_markdown
 
 
 def write_report(report: Report) -> Path:
-    """Write report.html (one file that needs no other), report.md and figures/ into the folder of a run.
+    """Write report.html (one self-contained file), report.md and figures/ into a run folder.
 
     Returns:
         The path of report.html.
@@ -38,24 +39,25 @@ def write_report(report: Report) -> Path:
     in_suites = {key for suite in report.suites for key in suite["evaluated"].values()}
     content = {
         "report": report,
-        "apart": [evaluation for evaluation in report.evaluations if evaluation.key not in in_suites],
+        "other_sets": [evaluation for evaluation in report.evaluations if evaluation.key not in in_suites],
         "plots": plots,
-        "table": Markup(table),  # itables has escaped its texts
+        "pairs_table": Markup(table),  # escaped by itables
         "table_note": table_note,
         "prompt_text": prompt_text(report.prompt),
         "model_names": MODEL_NAMES,
-        "suite_tables": [sheet for suite in report.suites for sheet in suite_tables(suite, report.evaluations)],
+        "suite_tables": [table for suite in report.suites for table in suite_tables(suite, report.evaluations)],
     }
     (report.folder / "report.md").write_text(
-        _environment(finalize=escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
+        jinja_environment(finalize=escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
     )
     path = report.folder / "report.html"
-    page = _environment(autoescape=True).get_template("report.html.jinja").render(content)
+    page = jinja_environment(autoescape=True).get_template("report.html.jinja").render(content)
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _environment(**options) -> Environment:
+def jinja_environment(**options: Any) -> Environment:
+    """The environment of the templates, with the filters that they use."""
     environment = Environment(
         loader=PackageLoader("nli_sft.report", "templates"),
         undefined=StrictUndefined,
@@ -70,7 +72,7 @@ def _environment(**options) -> Environment:
         "count": lambda n: f"{n:,}",
         "p_value": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
         "data_uri": _data_uri,
-        "as_code": lambda text: Markup(text.rstrip().replace("\n", "\n    ")),  # an indented block needs no escape
+        "as_code": lambda text: Markup(text.rstrip().replace("\n", "\n    ")),  # an indented block needs no escaping
     }
     return environment
 

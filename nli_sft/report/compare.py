@@ -1,7 +1,7 @@
-"""Runs laid side by side: what differs, how good each is, what it cost, and whether one is better than another.
+"""Compare runs: accuracy, cost, the settings that differ, and whether one run is better than another.
 
-A run is read from its folder. What is in W&B is fetched into folders of the same kind first, so that one class and one
-code serve both. wandb is imported only for that.
+A run is read from its folder. Runs in W&B are first downloaded into folders of the same layout. wandb is imported for
+that alone.
 """
 
 import fnmatch
@@ -14,45 +14,49 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit, logit
-from scipy.stats import binomtest, t, ttest_ind
+from scipy.stats import t, ttest_ind
 
 from .. import UserError
-from ..evaluation.comparison import MIN_PREMISES, Comparison, compare, points
+from ..evaluation.comparison import MIN_PREMISES, Comparison, accuracy_interval, compare, points
 from ..evaluation.slices import LEVEL, holm
-from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
 from ..runs import evaluation_folders, read_metrics, read_predictions, read_run, run_config
+from .content import Training, in_own_labels
 
 logger = logging.getLogger(__name__)
 
-# Keys that say where a run was kept, what was printed and how batches were fed, not what was learned; and sizes, which
-# follow from the rest.
+# Keys about where a run is kept, what it prints and how its batches are fed, not about what it learns; and sizes that
+# follow from other keys.
 BOOKKEEPING = re.compile(
     r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
     r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control|"
     r"use_cpu|eval_on_start|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
 )
 
-# Keys in which repetitions of one run may differ. A seed also draws the pairs where a recipe asks for a part of them.
-REPLICATED = {"seed", "data_seed", "train_fingerprint", "git_commit", "git_dirty"}
+# Keys in which replicates may differ. The seed also draws the pairs if a recipe trains on a sample.
+REPLICATE_KEYS = {"seed", "data_seed", "train_fingerprint", "git_commit", "git_dirty"}
 
-# Keys in which the points of one learning curve may differ besides: what follows from the number of training pairs.
-SIZED = re.compile(r"max_train_samples|train_pairs|pairs_of_\w+|dropped_\w+")
+# Further keys in which the points of a learning curve may differ: they follow from the number of training pairs.
+SIZE_KEYS = re.compile(r"max_train_samples|train_pairs|pairs_of_\w+|dropped_\w+")
 
-# With fewer seeds a side, no method is called better than another.
-FEWEST_SEEDS = 3
+# With fewer seeds per method, no method is called better than another.
+MIN_SEEDS = 3
 
-# Runs are ranked together only where these are the same.
-JUDGED_ON = ("validation_fingerprint", "prompt_fingerprint")
+# Only runs that agree on these keys are ranked together.
+RANKED_BY = ("validation_fingerprint", "prompt_fingerprint")
 
-# What `tracking` sends to W&B as files of a run, and `fetch_runs` makes a run folder of again.
+# The files of a run that `tracking` uploads to W&B. `fetch_runs` rebuilds a run folder from them.
 RUN_FILES = ("run.json", "recipe.yaml", "prompt.json", "eval/*/metrics.json", "eval/*/predictions.parquet")
 
-# What a run has for a key that its recipe leaves out.
+# Shown for a key that a recipe leaves out.
 DEFAULT = "default"
+
+# Columns that identify a pair.
+PAIR_COLUMNS = ["uid", "premise", "hypothesis", "label"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,8 @@ class Estimate:
     n: int
 
 
-class Judged:
-    """One split of one source on which a run was judged: `metrics.json` and `predictions.parquet` of its folder."""
+class EvaluationRecord:
+    """One evaluation of a run: `metrics.json` and `predictions.parquet` of a folder under `eval/`."""
 
     def __init__(self, folder: Path):
         self.key = folder.name
@@ -75,42 +79,38 @@ class Judged:
 
     @property
     def models(self) -> list[str]:
-        """Who was judged: `base`, `tuned` and the controls."""
+        """The models evaluated: `base`, `tuned` and the controls."""
         return [name for name, figures in self.summary.items() if isinstance(figures, dict) and "accuracy" in figures]
 
     def accuracy(self, model: str = "tuned") -> Estimate | None:
-        """Accuracy of `base`, `tuned` or a control with Wilson's interval; `None` where it was not judged."""
+        """Accuracy of `base`, `tuned` or a control with Wilson's interval; `None` if it was not evaluated."""
         figures = self.summary.get(model)
-        return figures and Estimate(figures["accuracy"], *figures["accuracy_interval"], self.summary["pairs"])
+        if not figures:
+            return None
+        low, high = figures["accuracy_interval"]
+        return Estimate(figures["accuracy"], low, high, self.summary["pairs"])
 
     @cached_property
     def table(self) -> pd.DataFrame | None:
-        """Its pairs: uid, premise, hypothesis, label, and the predictions in the labels of the set.
-
-        `None` where only the figures were kept.
-        """
+        """uid, premise, hypothesis, label and predictions of each pair; `None` if no predictions were kept."""
         if not self._predictions.is_file():
             return None
         table = read_predictions(self._predictions.parent)
-        columns = [name for name in table if name.endswith("_prediction")]
-        table = table[["uid", "premise", "hypothesis", "label", *columns]]
-        if (table["label"] == TWO_WAY_LABELS[1]).any():
-            names = {name: TWO_WAY_LABELS[to_two_way(i)] for i, name in enumerate(LABELS)}
-            table = table.assign(**{name: table[name].map(names) for name in columns})
-        return table
+        columns = [name for name in table.columns if name.endswith("_prediction")]
+        return in_own_labels(table.loc[:, [*PAIR_COLUMNS, *columns]])
 
 
 class RunRecord:
-    """One training and all that is known of it, from its run folder.
+    """A finished run, read from its folder.
 
     Attributes:
-        name: short, unique among those compared with it.
+        name: short, unique among the runs it is compared with.
         source: the folder, or `entity/project/id` in W&B.
-        recipe, prompt, record: what `runs.read_run` gives.
-        judged: {name of the evaluation: what it holds}, such as `snli-test`.
+        recipe, prompt, record: as `runs.read_run` returns them.
+        evaluations: {key: evaluation}; a key is such as `snli-test`.
 
     Raises:
-        UserError: if the folder is not that of a finished run.
+        UserError: if the folder does not hold a finished run.
     """
 
     def __init__(self, folder: str | Path, *, name: str | None = None, source: str | None = None):
@@ -118,53 +118,48 @@ class RunRecord:
         self.recipe, self.prompt, self.record = read_run(folder)
         self.name = name or folder.resolve().name
         self.source = source or str(folder)
-        self.judged = {path.name: Judged(path) for path in evaluation_folders(folder)}
+        self.evaluations = {path.name: EvaluationRecord(path) for path in evaluation_folders(folder)}
 
     @cached_property
-    def config(self) -> dict[str, object]:
-        """What `run_config` makes of it: the config that W&B shows."""
+    def config(self) -> dict[str, Any]:
+        """The flat config that W&B shows (`runs.run_config`)."""
         return run_config(self.recipe, self.prompt, self.record)
 
     @property
     def validation(self) -> Estimate:
-        """Label accuracy of the checkpoint that was kept on the validation pairs, with Wilson's interval."""
+        """Label accuracy of the kept checkpoint on the validation pairs, with Wilson's interval."""
         return self._on_validation(self.record["validation"]["eval_accuracy"])
 
     @property
     def base_validation(self) -> Estimate | None:
-        """The same of the base, where the recipe asked for it with `eval_on_start`."""
+        """Validation accuracy of the base; `None` unless the recipe set `eval_on_start`."""
         return next((self._on_validation(a) for step, _, a in self.curve if step == 0), None)
 
     def _on_validation(self, accuracy: float) -> Estimate:
         pairs = self.config["validation_pairs"]
-        interval = binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")
-        return Estimate(accuracy, interval.low, interval.high, pairs)
+        return Estimate(accuracy, *accuracy_interval(accuracy, pairs), pairs)
 
     @property
     def curve(self) -> list[tuple[int, float, float]]:
-        """(step, epoch, validation accuracy), one a step."""
-        by_step = {}
-        for entry in self.record["history"]:
-            if "eval_accuracy" in entry:
-                # The checkpoint that was kept is judged once more at the end, at the last step: the first stands.
-                by_step.setdefault(entry["step"], (entry["step"], entry["epoch"], entry["eval_accuracy"]))
-        return [by_step[step] for step in sorted(by_step)]
+        """(step, epoch, validation accuracy), one per step."""
+        validations = Training(self.record).validations
+        return [(e["step"], e["epoch"], e["eval_accuracy"]) for e in validations if "eval_accuracy" in e]
 
     @property
     def cost(self) -> dict[str, float]:
-        """What `run_cost` finds."""
+        """See `run_cost`."""
         return run_cost(self.record)
 
     @property
     def base(self) -> str:
-        """The base model, with what makes its predictions differ."""
+        """The name of the base model, with its quantisation."""
         model = Path(str(self.config["model"])).name
         quantisation = self.config["quantisation"]
         return f"base {model}" if quantisation == "none" else f"base {model} in {quantisation}"
 
 
 def run_cost(record: Mapping) -> dict[str, float]:
-    """What a training took, of what was measured: seconds in all and of training, pairs a second, GiB."""
+    """The measured cost of a run: seconds in total and of training, throughput, peak memory in GiB."""
     resources = record.get("resources", {})
     training = resources.get("phases", {}).get("training", {})
     processes = resources.get("processes", [])
@@ -182,9 +177,9 @@ def run_cost(record: Mapping) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Replicates:
-    """Runs that differ in nothing but their seeds: the mean of their accuracies, with Student's interval.
+    """Runs that differ only in their seeds: mean accuracy with Student's interval.
 
-    Of one run it is the run's own accuracy, with Wilson's.
+    For a single run: its own accuracy with Wilson's interval.
     """
 
     name: str
@@ -195,21 +190,22 @@ class Replicates:
         return _mean([run.validation for run in self.runs])
 
     def accuracy(self, key: str, model: str = "tuned") -> Estimate | None:
-        """The mean on one evaluation, where all runs were judged on the same pairs of it."""
-        if not all(key in run.judged for run in self.runs):
+        """The mean on one evaluation; `None` unless all runs were evaluated on the same pairs."""
+        if not all(key in run.evaluations for run in self.runs):
             return None
-        if len({run.judged[key].summary["data_fingerprint"] for run in self.runs}) > 1:
+        evaluations = [run.evaluations[key] for run in self.runs]
+        if len({evaluation.summary["data_fingerprint"] for evaluation in evaluations}) > 1:
             return None
-        estimates = [run.judged[key].accuracy(model) for run in self.runs]
-        return None if None in estimates else _mean(estimates)
+        estimates = [one for evaluation in evaluations if (one := evaluation.accuracy(model)) is not None]
+        return _mean(estimates) if len(estimates) == len(evaluations) else None
 
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Runs that differ in nothing but the number of their training pairs, and their seeds.
+    """Runs that differ only in the number of training pairs and in their seeds.
 
     Attributes:
-        points: {number of training pairs: the runs trained on so many}, in ascending order.
+        points: {number of training pairs: the runs trained on that many}, in ascending order.
     """
 
     name: str
@@ -224,20 +220,20 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
     half = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     if half == 0 or not 0 < mean < 1:
         return Estimate(mean, mean, mean, n)
-    # On the logit scale, where no interval reaches 0 or 1 (delta method).
+    # On the logit scale (delta method), the interval stays within 0 and 1.
     low, high = expit(logit(mean) + np.array([-half, half]) / (mean * (1 - mean)))
     return Estimate(mean, float(low), float(high), n)
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs that may be ranked together: judged on the same validation pairs with the same prompt.
+    """Runs that can be ranked together: same validation pairs, same prompt.
 
     Attributes:
         runs: by validation accuracy, the best first.
         differing: the config keys in which they differ.
-        replicates: sets of two or more of them that differ in their seeds alone, by mean validation accuracy.
-        learning_curves: sets of them that differ in the number of training pairs, and in their seeds, alone.
+        replicates: groups of two or more runs that differ only in their seeds, by mean validation accuracy.
+        learning_curves: groups of runs that differ only in the number of training pairs and in their seeds.
     """
 
     runs: list[RunRecord]
@@ -247,44 +243,44 @@ class Ranking:
 
     @property
     def methods(self) -> list[Replicates]:
-        """The replicates, and each other run by itself, by validation accuracy."""
+        """Groups of replicates and single runs, by validation accuracy."""
         repeated = {run.name for group in self.replicates for run in group.runs}
         single = [Replicates(run.name, [run]) for run in self.runs if run.name not in repeated]
         return sorted([*self.replicates, *single], key=lambda method: -method.validation.value)
 
     @property
     def bases(self) -> list[str]:
-        """The names of the bases that the runs were made from."""
+        """The names of the base models."""
         return list(dict.fromkeys(run.base for run in self.runs))
 
     def base_validation(self, base: str) -> Estimate | None:
-        """A base's accuracy on validation, where any of its runs asked for it."""
+        """Validation accuracy of a base; `None` if no run measured it."""
         return next((run.base_validation for run in self.runs if run.base == base and run.base_validation), None)
 
-    def base_results(self, base: str, key: str) -> Judged | None:
-        """An evaluation that holds a base's predictions, where any of its runs went through it."""
-        return next((run.judged[key] for run in self.runs if run.base == base and key in run.judged), None)
+    def base_evaluation(self, base: str, key: str) -> EvaluationRecord | None:
+        """An evaluation with the predictions of a base; `None` if no run has one."""
+        return next((run.evaluations[key] for run in self.runs if run.base == base and key in run.evaluations), None)
 
     @property
-    def judged(self) -> list[str]:
-        """The evaluations that any of the runs went through."""
-        return sorted({key for run in self.runs for key in run.judged})
+    def evaluation_keys(self) -> list[str]:
+        """The keys of the evaluations of any run."""
+        return sorted({key for run in self.runs for key in run.evaluations})
 
     def differences(self, run: RunRecord) -> dict[str, object]:
-        """What a run has for each of the keys that differ."""
+        """The values of a run for the keys that differ."""
         return {key: run.config.get(key, DEFAULT) for key in self.differing}
 
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two sets of predictions on the pairs that both judged.
+    """A test of two sets of predictions on the pairs that both contain.
 
     Attributes:
-        evaluation: such as `snli-test`.
-        first, second: names of two runs, or of a base.
-        comparison: of `first`, as before, with `second`, as after.
-        p_value: that of the comparison, corrected with those of all pairs of runs on this evaluation (Holm, 1979).
-        tests: how many those are.
+        evaluation: a key such as `snli-test`.
+        first, second: names of runs, or of a base and a run.
+        comparison: `first` is before, `second` is after.
+        p_value: of the comparison, corrected for all tests on this evaluation (Holm, 1979).
+        tests: the number of these tests.
     """
 
     evaluation: str
@@ -296,7 +292,7 @@ class PairedTest:
 
     @property
     def better(self) -> str | None:
-        """The name of the better one; `None` unless both the interval and the corrected test allow the claim."""
+        """The name of the better one; `None` unless both the interval and the corrected p-value support it."""
         low, high = self.comparison.interval
         if self.comparison.premises < MIN_PREMISES or low <= 0 <= high or self.p_value >= LEVEL:
             return None
@@ -304,21 +300,20 @@ class PairedTest:
 
     def __str__(self) -> str:
         c = self.comparison
-        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
         figures = (
             f"{c.after:.1%} against {c.before:.1%} on the {c.pairs:,} shared {self.evaluation} pairs, "
             f"{points(c.difference)} points (95% interval {points(c.interval[0])} to {points(c.interval[1])}; "
-            f"{p}{f', corrected for {self.tests} tests' if self.tests > 1 else ''})"
+            f"{p_value_text(self.p_value)}{f', corrected for {self.tests} tests' if self.tests > 1 else ''})"
         )
         if self.better is None:
-            return f"No difference between {self.second} and {self.first} can be claimed: {figures}."
+            return f"{self.second} and {self.first} do not differ significantly: {figures}."
         if self.better == self.second:
             return f"{self.second} is better than {self.first}: {figures}."
         return f"{self.second} is worse than {self.first}: {figures}."
 
 
 def load_runs(sources: Iterable[str | Path | RunRecord]) -> list[RunRecord]:
-    """Read run folders; those already read are taken as they are. Names become unique.
+    """Read run folders, and make the names of all runs unique. A `RunRecord` is used as it is.
 
     Raises:
         UserError: naming the first folder that does not hold a finished run.
@@ -334,19 +329,20 @@ def load_runs(sources: Iterable[str | Path | RunRecord]) -> list[RunRecord]:
 
 
 def fetch_runs(path: str, into: str | Path, filters: Mapping[str, object] | None = None) -> list[RunRecord]:
-    """Fetch the finished runs of a W&B project into run folders, without their weights, and read them.
+    """Download the finished runs of a W&B project into run folders, without weights, and read them.
 
-    Of the linked parts of an offline run the last one is taken: it holds what the others do.
+    A run that was resumed offline has several parts in W&B; only the last, which is complete, is read.
 
     Args:
         path: `entity/project`.
-        into: the folder in which to put them.
-        filters: as W&B's `Api.runs` takes them, such as `{"config.lora_r": 64, "group": "qwen3-0.6b-snli"}`.
+        into: the folder for the run folders.
+        filters: for W&B's `Api.runs`, such as `{"config.lora_r": 64, "group": "qwen3-0.6b-snli"}`.
 
     Raises:
         UserError: if the project cannot be read, or has no finished run of this package.
     """
     import wandb
+    from wandb.errors import Error as WandbError
 
     found: dict[str, RunRecord] = {}
     try:
@@ -360,20 +356,20 @@ def fetch_runs(path: str, into: str | Path, filters: Mapping[str, object] | None
                 found[origin] = RunRecord(folder, name=run.name, source=f"{path}/{run.id}")
     except UserError:
         raise
-    except (wandb.errors.Error, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read from W&B ({' '.join(str(error).split())})") from error
+    except (WandbError, ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read from W&B ({' '.join(str(error).split())})") from error
     if not found:
-        raise UserError(f"{path} has no finished run of recipes/sft.py that matches; look at the filters")
+        raise UserError(f"{path} has no finished run of recipes/sft.py that matches; check --filters")
     return list(found.values())
 
 
 def rank(runs: Sequence[RunRecord]) -> list[Ranking]:
-    """Rank runs by validation accuracy, those that may not be ranked together apart; the largest ranking first."""
+    """Rank runs by validation accuracy. Runs that cannot be compared get separate rankings, the largest first."""
     if not runs:
-        raise UserError("no runs to compare; give run folders, such as outputs/*, or entity/project of W&B")
+        raise UserError("no runs to compare; give run folders such as outputs/*, or a W&B project as entity/project")
     groups: dict[tuple, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(tuple(run.config[key] for key in JUDGED_ON), []).append(run)
+        groups.setdefault(tuple(run.config[key] for key in RANKED_BY), []).append(run)
     rankings = []
     for group in groups.values():
         group.sort(key=lambda run: -run.validation.value)
@@ -381,36 +377,36 @@ def rank(runs: Sequence[RunRecord]) -> list[Ranking]:
     return sorted(rankings, key=lambda ranking: -len(ranking.runs))
 
 
-def why_apart(first: Ranking, second: Ranking) -> str:
-    """A sentence that names the keys which forbid ranking two sets of runs together."""
+def explain_separation(first: Ranking, second: Ranking) -> str:
+    """A sentence that names the keys because of which two groups of runs are not ranked together."""
     one, other = first.runs[0].config, second.runs[0].config
-    keys = [f"{key} ({one[key]} and {other[key]})" for key in JUDGED_ON if one[key] != other[key]]
+    keys = [f"{key} ({one[key]} and {other[key]})" for key in RANKED_BY if one[key] != other[key]]
     names = ", ".join(run.name for run in second.runs)
-    return f"Not ranked with {first.runs[0].name}: {names}. What differs is {' and '.join(keys)}."
+    return f"Not ranked with {first.runs[0].name}: {names}. They differ in {' and '.join(keys)}."
 
 
-def judged_apart(ranking: Ranking) -> list[str]:
-    """Sentences on evaluations of one name in which the runs of a ranking were not given the same pairs."""
+def explain_unequal_pairs(ranking: Ranking) -> list[str]:
+    """A sentence for each evaluation on which the runs of a ranking were evaluated on different pairs."""
     sentences = []
-    for key in ranking.judged:
-        by_data: dict[tuple, list[str]] = {}
+    for key in ranking.evaluation_keys:
+        by_data: dict[tuple[str, str], list[str]] = {}
         for run in ranking.runs:
-            if key in run.judged:
-                summary = run.judged[key].summary
-                identity = tuple((name, summary[name]) for name in ("data_fingerprint", "split"))
-                by_data.setdefault(identity, []).append(run.name)
+            if key in run.evaluations:
+                summary = run.evaluations[key].summary
+                by_data.setdefault((summary["data_fingerprint"], summary["split"]), []).append(run.name)
         if len(by_data) > 1:
-            names = {name for one, other in itertools.combinations(by_data, 2) for name, _ in set(one) ^ set(other)}
+            fields = zip(("data_fingerprint", "split"), zip(*by_data, strict=True), strict=True)
+            differing = [name for name, values in fields if len(set(values)) > 1]
             groups = "; ".join(", ".join(names) for names in by_data.values())
             sentences.append(
-                f"Accuracies on {key} are not of the same pairs: {' and '.join(sorted(names))} differs between "
-                f"{groups}. Only the paired tests, on shared pairs, compare them."
+                f"Accuracies on {key} are not from the same pairs ({' and '.join(differing)}): {groups}. Only the "
+                f"paired tests, which use shared pairs, compare them."
             )
     return sentences
 
 
 def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
-    """The config keys in which runs differ, bookkeeping aside, in the order of the config."""
+    """The config keys in which runs differ, without bookkeeping, in the order of the config."""
     keys = dict.fromkeys(key for run in runs for key in run.config if not BOOKKEEPING.fullmatch(key))
     return [key for key in keys if len({_comparable(run.config.get(key, DEFAULT)) for run in runs}) > 1]
 
@@ -421,7 +417,9 @@ def _comparable(value: object) -> str:
 
 def _replicates(runs: Sequence[RunRecord]) -> list[Replicates]:
     repeated = [
-        group for group in _alike(runs, REPLICATED) if len({run.config["seed"] for run in group}) == len(group) > 1
+        group
+        for group in _group_alike(runs, REPLICATE_KEYS)
+        if len({run.config["seed"] for run in group}) == len(group) > 1
     ]
     found = [Replicates(f"{_common_name(group)} ({len(group)} seeds)", group) for group in repeated]
     return sorted(found, key=lambda replicates: -replicates.validation.value)
@@ -429,7 +427,9 @@ def _replicates(runs: Sequence[RunRecord]) -> list[Replicates]:
 
 def _learning_curves(runs: Sequence[RunRecord]) -> list[LearningCurve]:
     found = []
-    for group in _alike(runs, REPLICATED | {key for run in runs for key in run.config if SIZED.fullmatch(key)}):
+    for group in _group_alike(
+        runs, REPLICATE_KEYS | {key for run in runs for key in run.config if SIZE_KEYS.fullmatch(key)}
+    ):
         by_pairs: dict[int, list[RunRecord]] = {}
         for run in sorted(group, key=lambda run: run.config["train_pairs"]):
             by_pairs.setdefault(run.config["train_pairs"], []).append(run)
@@ -439,91 +439,105 @@ def _learning_curves(runs: Sequence[RunRecord]) -> list[LearningCurve]:
     return found
 
 
-def _alike(runs: Sequence[RunRecord], but: set[str]) -> list[list[RunRecord]]:
-    """Sets of runs with the same config, but for some keys and for bookkeeping."""
+def _group_alike(runs: Sequence[RunRecord], ignored: set[str]) -> list[list[RunRecord]]:
+    """Group runs that have the same config, without bookkeeping and the ignored keys."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        kept = {k: v for k, v in run.config.items() if k not in but and not BOOKKEEPING.fullmatch(k)}
+        kept = {k: v for k, v in run.config.items() if k not in ignored and not BOOKKEEPING.fullmatch(k)}
         groups.setdefault(_comparable(kept), []).append(run)
     return list(groups.values())
 
 
 def _common_name(runs: Sequence[RunRecord]) -> str:
-    """What the names of runs begin with: `lora-r8` of `lora-r8-seed1` and `lora-r8-seed2`."""
+    """The common prefix of names: `lora-r8` for `lora-r8-seed1` and `lora-r8-seed2`."""
     names = [run.name for run in runs]
     common = os.path.commonprefix(names)
-    if any(name[len(common) : len(common) + 1].isdigit() for name in names):  # between the digits of a number
+    if any(name[len(common) : len(common) + 1].isdigit() for name in names):  # not in the middle of a number
         common = common.rstrip("0123456789")
     return re.sub(r"[\W_]*(seed|s)?[\W_]*$", "", common) or names[0]
 
 
-def between_replicates(ranking: Ranking) -> list[str]:
-    """A sentence for the best set of replicates against each other one, from Welch's tests of their means.
+def compare_replicates(ranking: Ranking) -> list[str]:
+    """One sentence per group of replicates: the best group against it, by Welch's test of the means.
 
-    It takes the runs as the sample: what it claims is about the method, not about one checkpoint of it. The best is
-    known only afterwards, so each test is corrected for all pairs of sets (Holm, 1979), not only for those told.
+    The runs are the sample, so a claim is about the method, not about one checkpoint. The best group is only known
+    afterwards, so each test is corrected for all pairs of groups (Holm, 1979), including those not reported.
     """
-    methods = [
-        (group.name, [run.validation.value for run in group.runs])
-        for group in sorted(
-            ranking.replicates, key=lambda group: -np.mean([run.validation.value for run in group.runs])
-        )
-    ]
-    pairs = list(itertools.combinations(methods, 2))
+    accuracies = [(group.name, [run.validation.value for run in group.runs]) for group in ranking.replicates]
+    accuracies.sort(key=lambda method: -np.mean(method[1]))
+    pairs = list(itertools.combinations(accuracies, 2))
     p_values = holm(np.array([_welch(one, other) for (_, one), (_, other) in pairs])) if pairs else []
-    # `combinations` pairs the first, which is the best, with each other one before all else.
-    told = zip(pairs[: len(methods) - 1], p_values, strict=False)
-    return [_between(*one, *other, float(p)) for (one, other), p in told]
+    # `combinations` yields the pairs with the first group, which is the best, before all others.
+    reported = zip(pairs[: len(accuracies) - 1], p_values, strict=False)
+    return [_describe_difference(*one, *other, float(p)) for (one, other), p in reported]
 
 
 def _welch(one: Sequence[float], other: Sequence[float]) -> float:
-    """Welch's p-value; 1 where there are too few seeds, or no spread, to test by."""
-    if min(len(one), len(other)) < FEWEST_SEEDS or np.ptp(one) == np.ptp(other) == 0:
+    """Welch's p-value; 1 with too few seeds, or without any spread."""
+    if min(len(one), len(other)) < MIN_SEEDS or np.ptp(one) == np.ptp(other) == 0:
         return 1.0
-    return float(ttest_ind(one, other, equal_var=False).pvalue)
+    return float(ttest_ind(one, other, equal_var=False).pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy has no stubs)
 
 
-def _between(first: str, one: Sequence[float], second: str, other: Sequence[float], p_value: float) -> str:
+def _describe_difference(first: str, one: Sequence[float], second: str, other: Sequence[float], p_value: float) -> str:
     difference = float(np.mean(one) - np.mean(other))
     figures = f"{np.mean(one):.1%} against {np.mean(other):.1%} on validation, {points(difference)} points"
-    if min(len(one), len(other)) < FEWEST_SEEDS:
-        seeds = f"{len(one)} and {len(other)} seeds"
-        return (
-            f"Too few seeds to compare {first} with {second}: {figures}, from {seeds}; it takes {FEWEST_SEEDS} each."
-        )
+    if min(len(one), len(other)) < MIN_SEEDS:
+        seeds = f"{len(one)} and {len(other)} seeds; {MIN_SEEDS} each are needed"
+        return f"Too few seeds to compare {first} with {second}: {figures}, from {seeds}."
     if np.ptp(one) == np.ptp(other) == 0:
-        return f"No difference between {first} and {second} can be claimed: {figures}, and the seeds show no spread."
-    tested = f"p = {p_value:.3f} over seeds, corrected for all pairs of methods"
+        return f"{first} and {second} do not differ significantly: {figures}; all seeds gave the same accuracy."
+    tested = f"{p_value_text(p_value)} over seeds, corrected for all pairs of methods"
     if p_value < LEVEL:
         return f"{first} is better than {second}: {figures} ({tested})."
-    return f"No difference between {first} and {second} can be claimed: {figures} ({tested})."
+    return f"{first} and {second} do not differ significantly: {figures} ({tested})."
+
+
+def p_value_text(p_value: float) -> str:
+    """`p = 0.021`, or `p < 0.001`."""
+    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 
 def paired_tests(ranking: Ranking) -> list[PairedTest]:
-    """Test any two of a ranking's bases and runs on the pairs that both judged, evaluation by evaluation."""
-    tests, without = [], set()
-    for key in ranking.judged:
-        judged = [(base, ranking.base_results(base, key), "base") for base in ranking.bases]
-        judged = [one for one in judged if one[1] is not None]
-        judged += [(run.name, run.judged[key], "tuned") for run in reversed(ranking.runs) if key in run.judged]
-        without |= {name for name, one, _ in judged if one.table is None}
-        judged = [one for one in judged if one[1].table is not None]
-        found = []
-        for (first, a, a_model), (second, b, b_model) in itertools.combinations(judged, 2):
-            comparison = _compare_shared(a.table, f"{a_model}_prediction", b.table, f"{b_model}_prediction")
-            if comparison is not None:
-                found.append((first, second, comparison))
+    """Test every two of a ranking's bases and runs on their shared pairs, for each evaluation."""
+    tests: list[PairedTest] = []
+    untested: set[str] = set()
+    for key in ranking.evaluation_keys:
+        predictions: list[tuple[str, pd.DataFrame]] = []
+        for name, evaluation, model in _predictors(ranking, key):
+            if evaluation.table is None:
+                untested.add(name)
+            else:
+                predictions.append((name, _predictions_of(evaluation.table, model)))
+        found = [
+            (first, second, comparison)
+            for (first, before), (second, after) in itertools.combinations(predictions, 2)
+            if (comparison := _compare_shared(before, after)) is not None
+        ]
         corrected = holm(np.array([comparison.p_value for *_, comparison in found])) if found else []
         tests += [
             PairedTest(key, first, second, comparison, float(p), len(found))
             for (first, second, comparison), p in zip(found, corrected, strict=True)
         ]
-    if without:
-        logger.warning("no predictions.parquet, so not tested pair by pair: %s", ", ".join(sorted(without)))
+    if untested:
+        logger.warning("Not in the paired tests, for lack of predictions.parquet: %s", ", ".join(sorted(untested)))
     return tests
 
 
-def _compare_shared(a: pd.DataFrame, a_column: str, b: pd.DataFrame, b_column: str) -> Comparison | None:
-    identity = ["uid", "premise", "hypothesis", "label"]
-    both = a[identity].assign(before=a[a_column]).merge(b[identity].assign(after=b[b_column]), on=identity)
-    return compare(both["label"], both["before"], both["after"], both["premise"]) if len(both) else None
+def _predictors(ranking: Ranking, key: str) -> list[tuple[str, EvaluationRecord, str]]:
+    """(name, evaluation, model) of the bases, then of the runs, the worst first."""
+    bases = [(base, ranking.base_evaluation(base, key), "base") for base in ranking.bases]
+    runs = [(run.name, run.evaluations.get(key), "tuned") for run in reversed(ranking.runs)]
+    return [(name, evaluation, model) for name, evaluation, model in [*bases, *runs] if evaluation is not None]
+
+
+def _predictions_of(table: pd.DataFrame, model: str) -> pd.DataFrame:
+    return table.loc[:, PAIR_COLUMNS].assign(prediction=table[f"{model}_prediction"])
+
+
+def _compare_shared(before: pd.DataFrame, after: pd.DataFrame) -> Comparison | None:
+    both = before.merge(after, on=PAIR_COLUMNS, suffixes=("_before", "_after"))
+    if both.empty:
+        return None
+    columns = ("label", "prediction_before", "prediction_after", "premise")
+    return compare(*(both[name].to_numpy() for name in columns))

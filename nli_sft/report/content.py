@@ -1,11 +1,12 @@
-"""What a report says, computed from the files of a run folder. How it looks is in `figures` and the templates."""
+"""The content of a report, computed from the files of a run folder. `figures` and the templates lay it out."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,8 +30,8 @@ from ..runs import (
 )
 from .tables import NONE
 
-# How many pairs of each kind are told in full.
-PAIRS_TOLD = 6
+# The number of pairs listed of each kind.
+MAX_LISTED = 6
 
 MODEL_NAMES = {
     "base": "before tuning",
@@ -48,7 +49,7 @@ BUCKET_NAMES = {
 
 @dataclass(frozen=True)
 class ListedPair:
-    """One pair of a list, with the probabilities of the three labels before and after."""
+    """One pair of a list, with the probabilities of the three labels before and after tuning."""
 
     uid: str
     premise: str
@@ -62,7 +63,7 @@ class ListedPair:
 
 @dataclass(frozen=True)
 class PairList:
-    """Pairs of one bucket, the first of `total`."""
+    """The first of `total` pairs of one bucket."""
 
     title: str
     order: str
@@ -70,15 +71,30 @@ class PairList:
     pairs: list[ListedPair]
 
 
+def in_own_labels(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of predictions in the labels of its set: if the set is two-way, predictions are mapped to two labels."""
+    if not (table["label"] == TWO_WAY_LABELS[1]).to_numpy().any():
+        return table
+    two_way = {label: TWO_WAY_LABELS[to_two_way(index)] for index, label in enumerate(LABELS)}
+    columns = [name for name in table.columns if name.endswith("_prediction")]
+    return table.assign(**{name: [two_way[label] for label in table[name]] for name in columns})
+
+
+def _ids(names: Iterable[str], order: Sequence[str]) -> np.ndarray:
+    """(n,) the place of each name in `order`."""
+    place = {name: index for index, name in enumerate(order)}
+    return np.array([place[name] for name in names])
+
+
 class Evaluation:
-    """One split of one source: predictions of the base and the tuned model, and of the controls that were run.
+    """One split of one source: predictions of the base, of the tuned model and of the controls that were run.
 
     Attributes:
-        name: such as `snli test`; `key` is the same as a file name.
-        summary: what metrics.json holds.
-        table: what predictions.parquet holds, with the predictions of two-way sets mapped to two labels.
-        metrics: {model: what `metrics.compute` gave}, a part of `summary`.
-        label_names: names of the gold labels.
+        name: such as `snli test`; `key` is its form in file names.
+        summary: the content of metrics.json.
+        table: the content of predictions.parquet, in the labels of the set (`in_own_labels`).
+        metrics: {model: metrics}, a part of `summary`.
+        label_names: the gold labels of the set.
     """
 
     def __init__(self, folder: Path):
@@ -88,49 +104,44 @@ class Evaluation:
         source = self.summary.get("name") or Path(self.summary["source"]).name
         source = re.sub(r"\.(jsonl|csv|tsv|parquet|txt)(\.gz)?$", "", source)
         self.name = source if self.summary["split"] == "all" else f"{source} {self.summary['split']}"
-        self.table = read_predictions(folder)
-        self.is_two_way = bool((self.table["label"] == TWO_WAY_LABELS[1]).any())
+        self.table = in_own_labels(read_predictions(folder))
+        self.is_two_way = TWO_WAY_LABELS[1] in set(self.table["label"])
         self.label_names = TWO_WAY_LABELS if self.is_two_way else LABELS
         self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
         self.metrics = {name: self.summary[name] for name in self.models}
-        if self.is_two_way:
-            for name in self.models:
-                three_way = self._ids(self.table[f"{name}_prediction"], LABELS)
-                self.table[f"{name}_prediction"] = [TWO_WAY_LABELS[to_two_way(label)] for label in three_way]
 
-    @staticmethod
-    def _ids(names: pd.Series, order: tuple[str, ...]) -> np.ndarray:
-        return names.map({name: index for index, name in enumerate(order)}).to_numpy()
+    @property
+    def _gold(self) -> np.ndarray:
+        """(n,) ids of the gold labels."""
+        return _ids(self.table["label"], self.label_names)
 
     def probabilities(self, model: str) -> np.ndarray:
         """(n, 3) constrained probability of each label."""
         return self.table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
 
-    def _mass(self, model: str) -> np.ndarray:
-        log_probs = self.table[[f"{model}_unconstrained_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
-        return np.exp(log_probs).sum(axis=1)
+    def _own_probabilities(self, model: str) -> np.ndarray:
+        """(n, labels of the set) probabilities; of neutral and contradiction together for non-entailment."""
+        p = self.probabilities(model)
+        return np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1) if self.is_two_way else p
 
     def _unconstrained_accuracy(self, model: str) -> float:
-        """Accuracy of the label with the largest unrestricted probability: `acc` of lm-evaluation-harness."""
+        """Accuracy of the label with the highest unconstrained probability: `acc` of lm-evaluation-harness."""
         answers = self.table[[f"{model}_unconstrained_{label}" for label in LABELS]].to_numpy().argmax(axis=1)
         if self.is_two_way:
             answers = np.array([to_two_way(answer) for answer in answers])
-        return float((answers == self._ids(self.table["label"], self.label_names)).mean())
+        return float((answers == self._gold).mean())
 
     def right(self, model: str) -> np.ndarray:
         """(n,) whether each prediction is the gold label."""
         return (self.table[f"{model}_prediction"] == self.table["label"]).to_numpy()
 
     def p_gold(self, model: str) -> np.ndarray:
-        """(n,) probability of the gold label; of neutral and contradiction together for non-entailment."""
-        p = self.probabilities(model)
-        if self.is_two_way:
-            p = np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1)
-        return p[np.arange(len(p)), self._ids(self.table["label"], self.label_names)]
+        """(n,) probability of the gold label."""
+        return self._own_probabilities(model)[np.arange(len(self.table)), self._gold]
 
     def compare(self, before: str, after: str) -> Comparison:
-        t = self.table
-        return compare(t["label"], t[f"{before}_prediction"], t[f"{after}_prediction"], t["premise"])
+        columns = ("label", f"{before}_prediction", f"{after}_prediction", "premise")
+        return compare(*(self.table[name].to_numpy() for name in columns))
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -142,26 +153,24 @@ class Evaluation:
 
     @cached_property
     def power(self) -> str:
-        """Sentences on the smallest difference that the test of no change could have found on these pairs."""
-        c, t = self.comparison, self.table
+        """The smallest difference that the test of no change can detect on these pairs, in a sentence or two."""
+        c = self.comparison
         change = self.right("tuned").astype(int) - self.right("base")
-        effect = max(1.0, design_effect(change, pd.factorize(t["premise"])[0]))
+        effect = max(1.0, design_effect(change, pd.factorize(self.table["premise"])[0]))
         smallest = smallest_difference(c.pairs, c.fixed + c.regressed, design_effect=effect)
         changed = f"Power: {c.fixed + c.regressed:,} of {c.pairs:,} pairs turned right or wrong"
         if smallest is None:
-            return f"{changed}, too few for the test by premise to find any difference."
+            return f"{changed}, too few for the test by premise to detect any difference."
         return (
-            f"{changed}. With so many, the test by premise finds a true difference of {100 * smallest:.1f} points in "
-            f"80% of cases (5% level, design effect {effect:.2f})."
+            f"{changed}. With that many, the test by premise detects a true difference of {100 * smallest:.1f} points "
+            f"in 80% of cases (5% level, design effect {effect:.2f})."
         )
 
     def abstention(self, model: str) -> tuple[np.ndarray, np.ndarray]:
-        """Coverage and accuracy when a model answers only the pairs of which it is surest."""
-        p = self.probabilities(model)
-        if self.is_two_way:
-            p = np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1)
-        answers = self._ids(self.table[f"{model}_prediction"], self.label_names)
-        return abstention_curve(p[np.arange(len(p)), answers], self.right(model))
+        """Coverage and accuracy if a model answers only the pairs on which it is most confident."""
+        answers = _ids(self.table[f"{model}_prediction"], self.label_names)
+        confidence = self._own_probabilities(model)[np.arange(len(answers)), answers]
+        return abstention_curve(confidence, self.right(model))
 
     @cached_property
     def slices(self) -> list[Slice]:
@@ -173,48 +182,40 @@ class Evaluation:
 
     @cached_property
     def bucket(self) -> np.ndarray:
-        """(n,) which bucket of `comparison.BUCKETS` each pair is in."""
+        """(n,) the bucket of each pair, one of `comparison.BUCKETS`."""
         gold, before, after = (self.table[c].to_numpy() for c in ("label", "base_prediction", "tuned_prediction"))
         return buckets(gold, before, after)
 
     @property
     def most_frequent_label(self) -> tuple[str, float]:
-        """The most frequent gold label, and the accuracy of always giving it."""
+        """The most frequent gold label, and the accuracy of always predicting it."""
         shares = self.table["label"].value_counts(normalize=True)
         return str(shares.index[0]), float(shares.iloc[0])
 
     def pair_lists(self) -> list[PairList]:
-        """Corrected, not corrected and regressed pairs, the surest first."""
-        p_gold, tuned = self.p_gold("tuned"), self.probabilities("tuned").max(axis=1)
+        """Corrected, not corrected and regressed pairs, the most confident first."""
+        p_gold, p_answer = self.p_gold("tuned"), self.probabilities("tuned").max(axis=1)
+        right, wrong = (f"most confident of {label} label after tuning first" for label in ("the right", "a wrong"))
         return [
-            self._pair_list("fixed", "Corrected by tuning", "surest of the right label after tuning first", p_gold),
-            self._pair_list("both_wrong", "Not corrected", "surest of a wrong label after tuning first", tuned),
-            self._pair_list("regressed", "Regressed", "surest of a wrong label after tuning first", tuned),
+            self._pair_list("fixed", "Corrected by tuning", right, p_gold),
+            self._pair_list("both_wrong", "Not corrected", wrong, p_answer),
+            self._pair_list("regressed", "Regressed", wrong, p_answer),
         ]
 
     def _pair_list(self, bucket: str, title: str, order: str, confidence: np.ndarray) -> PairList:
         rows = np.flatnonzero(self.bucket == bucket)
-        surest = rows[np.argsort(-confidence[rows], kind="stable")[:PAIRS_TOLD]]
+        first = rows[np.argsort(-confidence[rows], kind="stable")[:MAX_LISTED]]
         p_before, p_after = self.probabilities("base"), self.probabilities("tuned")
-        told = []
-        for row in surest:
-            pair = self.table.iloc[row]
-            told.append(
-                ListedPair(
-                    uid=pair["uid"],
-                    premise=pair["premise"],
-                    hypothesis=pair["hypothesis"],
-                    gold=pair["label"],
-                    before=pair["base_prediction"],
-                    after=pair["tuned_prediction"],
-                    p_before=tuple(p_before[row]),
-                    p_after=tuple(p_after[row]),
-                )
-            )
-        return PairList(title, order, len(rows), told)
+        columns = ("uid", "premise", "hypothesis", "label", "base_prediction", "tuned_prediction")
+        texts = [self.table[name].to_numpy() for name in columns]
+        pairs = [
+            ListedPair(*(str(text[row]) for text in texts), p_before=tuple(p_before[row]), p_after=tuple(p_after[row]))
+            for row in first
+        ]
+        return PairList(title, order, len(rows), pairs)
 
     def controls(self) -> list[str]:
-        """Sentences on whether the tuned model reads the premise, from the controls that were run."""
+        """Whether the tuned model reads the premise: a sentence per control that was run."""
         sentences = []
         if "shuffled" in self.models:
             c = self.compare("shuffled", "tuned")
@@ -223,7 +224,7 @@ class Evaluation:
                 f"{c.after:.1%} ({points(-c.difference)} points, 95% interval {points(-c.interval[1])} to "
                 f"{points(-c.interval[0])}) and gives the same answer on {c.agreement:.1%}"
             )
-            verdict = "it uses the premise" if c.interval[0] > 0 else "there is no sign that it uses the premise"
+            verdict = "it uses the premise" if c.interval[0] > 0 else "nothing shows that it uses the premise"
             sentences.append(f"{figures}: {verdict}.")
         if "hypothesis_only" in self.models:
             c = self.compare("hypothesis_only", "tuned")
@@ -239,30 +240,30 @@ class Evaluation:
         return sentences
 
     def unconstrained_generation(self) -> str | None:
-        """A sentence on what came of answering a sample without constraints, if that was done."""
-        free = [self.summary.get(model, {}).get("unconstrained_generation") for model in ("base", "tuned")]
-        if not all(free):
+        """The outcome of unconstrained generation on a sample, in a sentence; `None` if it was not done."""
+        base, tuned = self.unconstrained("base"), self.unconstrained("tuned")
+        if not (base and tuned):
             return None
-        (n, invalid_before, right_before), (_, invalid_after, right_after) = (
-            (answers["n"], *(round(answers["n"] * answers[key]) for key in ("invalid_share", "accuracy")))
-            for answers in free
+
+        (no_label, right), (tuned_no_label, tuned_right) = (
+            [round(answers["n"] * answers[share]) for share in ("invalid_share", "accuracy")]
+            for answers in (base, tuned)
         )
         return (
-            f"Unconstrained, the base model gave no valid label in {invalid_before} of {n} answers and was right in "
-            f"{right_before}; the tuned model gave none in {invalid_after} and was right in {right_after}."
+            f"Unconstrained, the base model gave no valid label in {no_label} of {base['n']} answers and was right in "
+            f"{right}; the tuned model gave none in {tuned_no_label} and was right in {tuned_right}."
         )
 
-    def figures(self) -> list[tuple[str, str, str]]:
-        """Rows of the table of figures: (name, before, after)."""
+    def unconstrained(self, model: str) -> Mapping[str, Any] | None:
+        """`n`, `accuracy` and `invalid_share` of unconstrained generation, if it was done with this model."""
+        return self.summary.get(model, {}).get("unconstrained_generation")
+
+    def figures(self) -> list[list[str]]:
+        """Rows of the table of metrics: (name, before, after)."""
         base, tuned = self.metrics["base"], self.metrics["tuned"]
-
-        def interval(metrics: Mapping) -> str:
-            low, high = metrics["accuracy_interval"]
-            return f"{low:.1%} to {high:.1%}"
-
         rows = [
-            ("Accuracy", f"{base['accuracy']:.2%}", f"{tuned['accuracy']:.2%}"),
-            ("95% interval", interval(base), interval(tuned)),
+            ["Accuracy", f"{base['accuracy']:.2%}", f"{tuned['accuracy']:.2%}"],
+            ["95% interval", *("{:.1%} to {:.1%}".format(*metrics["accuracy_interval"]) for metrics in (base, tuned))],
         ]
         for key, name in (
             ("macro_f1", "Macro-F1"),
@@ -270,24 +271,22 @@ class Evaluation:
             ("brier", "Brier score, 0 to 2"),
             ("ece", "Calibration error (ECE)"),
         ):
-            rows.append((name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"))
+            rows.append([name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"])
         calibrated = [self.summary.get(model, {}).get("calibrated") for model in ("base", "tuned")]
         if all(calibrated):
-            rows.append(("Temperature fitted on validation", *map(temperature_text, calibrated)))
+            rows.append(["Temperature fitted on validation", *map(temperature_text, calibrated)])
             for key, name in (("nll", "Log loss"), ("ece", "Calibration error")):
                 values = (f"{t[key]:.3f}" if key in t else NONE for t in calibrated)
-                rows.append((f"{name} at that temperature", *values))
-        mass = (
-            f"{m['label_mass']:.2%}" if m["label_mass"] >= 1e-4 else f"{m['label_mass']:.1e}" for m in (base, tuned)
-        )
-        rows.append(("Label mass", *mass))
+                rows.append([f"{name} at that temperature", *values])
+        masses = (base["label_mass"], tuned["label_mass"])
+        rows.append(["Label mass", *(f"{mass:.2%}" if mass >= 1e-4 else f"{mass:.1e}" for mass in masses)])
         by_probability = (f"{self._unconstrained_accuracy(model):.2%}" for model in ("base", "tuned"))
-        rows.append(("Accuracy by unconstrained probability", *by_probability))
-        before, after = self.summary.get("base", {}), self.summary.get("tuned", {})
-        if before.get("unconstrained_generation") and after.get("unconstrained_generation"):
-            free = before["unconstrained_generation"], after["unconstrained_generation"]
-            rows.append(("Unconstrained accuracy", *(f"{f['accuracy']:.1%} of {f['n']}" for f in free)))
-            rows.append(("Unconstrained answers without a valid label", *(f"{f['invalid_share']:.1%}" for f in free)))
+        rows.append(["Accuracy by unconstrained probability", *by_probability])
+        answers = [found for model in ("base", "tuned") if (found := self.unconstrained(model))]
+        if len(answers) == 2:
+            invalid = (f"{found['invalid_share']:.1%}" for found in answers)
+            rows.append(["Unconstrained accuracy", *(f"{found['accuracy']:.1%} of {found['n']}" for found in answers)])
+            rows.append(["Unconstrained answers without a valid label", *invalid])
         return rows
 
 
@@ -303,27 +302,27 @@ class Epoch:
 
 
 class Training:
-    """The course of a training, from the log that the Trainer keeps.
+    """The course of a training, from the log of the Trainer.
 
     Attributes:
-        losses: [{epoch, step, loss, learning_rate}] as logged.
-        validations: [{epoch, step, eval_loss, eval_accuracy}], one a step.
-        best: the validation of the checkpoint that was kept, if one was chosen.
+        losses: [{epoch, step, loss, learning_rate}], as logged.
+        validations: [{epoch, step, eval_loss, eval_accuracy}], one per step.
+        best: the validation of the kept checkpoint, if one was chosen.
     """
 
     def __init__(self, record: Mapping):
         history = record.get("history", [])
         self.losses = [entry for entry in history if "loss" in entry]
-        by_step: dict[int, dict] = {}
+        by_step: dict[int | None, dict] = {}
         for entry in history:
             if "eval_loss" in entry:
-                # At the end the best checkpoint is loaded and evaluated once more, at the last step: keep the first.
+                # At the end, the best checkpoint is evaluated again and logged at the last step: keep the first.
                 by_step.setdefault(entry["step"], entry)
         self.validations = list(by_step.values())
         self.best = by_step.get(record.get("best_checkpoint_step"))
 
     def epochs(self) -> list[Epoch]:
-        """By epoch: the mean training loss over it, and the last validation in it."""
+        """The mean training loss and the last validation of each epoch."""
         steps = np.diff([0, *(entry["step"] for entry in self.losses)])
         last = max((_epoch(entry) for entry in (*self.losses, *self.validations)), default=0)
         rows = []
@@ -344,30 +343,30 @@ class Training:
 
 
 def _read_suite(path: Path, evaluations: set[str]) -> dict:
-    """What `suites.write_suite` wrote; the sets whose evaluation is not read count as missing."""
+    """A file of `suites.write_suite`; sets whose evaluation was not read count as missing."""
     suite = read_json(path, {"suite": str, "order": list, "evaluated": dict, "missing": dict})
     stale = {name for name, key in suite["evaluated"].items() if re.sub(r"[^\w.-]+", "-", key) not in evaluations}
-    judged = {name: key for name, key in suite["evaluated"].items() if name not in stale}
-    missing = suite["missing"] | dict.fromkeys(stale, "its evaluation is not there, or of other weights")
-    return suite | {"evaluated": judged, "missing": missing}
+    evaluated = {name: key for name, key in suite["evaluated"].items() if name not in stale}
+    missing = suite["missing"] | dict.fromkeys(stale, "its evaluation was removed, or used other weights")
+    return suite | {"evaluated": evaluated, "missing": missing}
 
 
 def _epoch(entry: Mapping) -> int:
-    """The number from 1 of the epoch that an entry of the log closes or lies in."""
+    """The epoch, from 1, in or at the end of which an entry was logged."""
     return max(1, math.ceil(entry["epoch"] - 1e-6))
 
 
 class Report:
-    """Everything that a report tells of one run.
+    """The content of the report on one run.
 
     Attributes:
         name: of the run folder.
-        recipe, prompt, record: what `runs.read_run` gives.
+        recipe, prompt, record: as `runs.read_run` returns them.
         evaluations: the run's own source first, then in the order of the suite.
-        suites: what `suites.write_suite` wrote.
+        suites: the files of `suites.write_suite`.
 
     Raises:
-        UserError: if the folder is not a run, or has not been evaluated.
+        UserError: if the folder is not a run or has not been evaluated.
     """
 
     def __init__(self, folder: str | Path):
@@ -391,7 +390,7 @@ class Report:
         self.suites = suites
 
     def suite(self, name: str) -> Mapping:
-        """What the run folder holds of the suite of that name."""
+        """The suite of that name."""
         return next(suite for suite in self.suites if suite["suite"] == name)
 
     @property
@@ -400,7 +399,7 @@ class Report:
 
     @property
     def method(self) -> str:
-        """What was trained, such as `QLoRA r=64` or `all parameters`."""
+        """How the base was tuned, such as `QLoRA r=64` or `all parameters`."""
         if not self.recipe.get("use_peft"):
             return "all parameters"
         quantised = self.recipe.get("load_in_4bit") or self.recipe.get("load_in_8bit")
@@ -418,19 +417,19 @@ class Report:
             rows.append(
                 (
                     "Stored elements",
-                    f"{stored:,}, since 4-bit storage packs two weights into a byte; tools that count elements "
-                    f"give {trainable:,} of {stored:,} ({trainable / stored:.2%})",
+                    f"{stored:,}: 4-bit storage packs two weights into a byte, so tools that count elements "
+                    f"report {trainable:,} of {stored:,} ({trainable / stored:.2%})",
                 )
             )
         return rows
 
     def resources(self) -> list[tuple[str, str]]:
-        """Rows of the table on time, memory, disk and throughput; what was not measured is left out."""
+        """Rows of the table on time, memory, disk and throughput, as far as they were measured."""
         training = self.record.get("resources", {})
         rows = _measured("Training run", training)
         if not training and "seconds" in self.record:
             rows.append(("Training run: wall time in all", duration(self.record["seconds"])))
-        # One evaluation of several splits is measured once, and told with each of them.
+        # An evaluation of several splits is measured once and recorded with each split.
         measured: list[Mapping] = []
         for evaluation in self.evaluations:
             resources = evaluation.summary.get("resources")
@@ -447,7 +446,7 @@ class Report:
         return rows
 
     def provenance(self) -> list[tuple[str, str]]:
-        """Rows of the table on what the run was made from."""
+        """Rows of the table on the origin of the run."""
         data, versions = self.record.get("data", {}), self.record.get("versions", {})
         rows = [("Base model", self.record["model"])]
         for key, name in (("model_revision", "Base model's commit"), ("dataset_name", "Source of pairs")):
@@ -485,7 +484,7 @@ class Report:
         return (self.folder / "recipe.yaml").read_text(encoding="utf-8")
 
     def how_to_run_controls(self) -> list[str]:
-        """Commands that train the hypothesis-only baseline and evaluate this run beside it."""
+        """Commands that train the hypothesis-only baseline and evaluate this run with it."""
         control = ["--prompt", HYPOTHESIS_ONLY, "--label_words", *self.prompt.label_words]
         control += ["--output_dir", self.folder / HYPOTHESIS_ONLY]
         if self.recipe.get("hypothesis_only_control"):
@@ -498,14 +497,14 @@ class Report:
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt as a script: who says what, and what the model may answer."""
+    """The prompt by role, then the answers that the model may give."""
     turns = "\n\n".join(f"{turn['role']}:\n{turn['content']}" for turn in prompt.turns())
     answers = " | ".join(prompt.label_words)
     return f"{turns}\n\nassistant:\n{answers}"
 
 
 def duration(seconds: float) -> str:
-    """`2,522 s (42 min)`, as precise as is worth reading."""
+    """`2,522 s (42 min)`, rounded for reading."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
@@ -520,7 +519,7 @@ def size_text(n: float) -> str:
 
 
 def _measured(what: str, resources: Mapping) -> list[tuple[str, str]]:
-    """Rows from what `resources.ResourceRecorder.summary` returned."""
+    """Rows from the result of `resources.ResourceRecorder.summary`."""
     if not resources:
         return []
     rows = [(f"{what}: wall time in all", duration(resources["seconds"]))]

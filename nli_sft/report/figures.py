@@ -1,16 +1,18 @@
-"""The plots of a report: each one small enough for a phone, with a title that states what it shows.
+"""The plots of a report. Each is readable on a phone, and its title states the finding.
 
-Colours are from Okabe and Ito (2008), "Color Universal Design", told apart by people of every colour vision; before
-and after also differ in lightness and marker, so that a print in grey can be read.
+Colours are those of Okabe and Ito (2008), "Color Universal Design", which people of every colour vision can
+distinguish. Before and after also differ in lightness and marker, for print in greyscale.
 """
 
 import io
 import re
 import textwrap
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -24,8 +26,8 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#cfe3f1", "#56a0
 WIDTH = 4.8  # inches
 TITLE_CHARACTERS = 50
 
-STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, sharp, and in the reader's own font
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: small files, and the reader's own font
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -49,27 +51,27 @@ STYLE = {
     "figure.constrained_layout.use": True,
 }
 
-# matplotlib lays text out in DejaVu Sans, which is wide: in the reader's own font it takes no more room.
+# matplotlib computes the layout with DejaVu Sans, which is wide: other fonts fit as well.
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as SVG text and as a PNG, with the name of its file, its finding, and what it shows in words."""
+    """A figure as SVG and PNG, with the name of its file, its title and a description for screen readers."""
 
     name: str
     title: str
     description: str
     svg: str
-    png: bytes  # the same, for places that cannot show SVG
+    png: bytes  # for places that cannot show SVG
 
     def on_white(self) -> str:
-        """The SVG as a file of its own, which may be shown on a dark page."""
+        """The SVG for a file of its own, readable on a dark page."""
         return self.svg.replace("<svg ", '<svg style="background: white" ', 1)
 
 
 def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
-    """The plots of one split, by what they show; without `slices` if no slice is large enough."""
+    """{name: plot} of one split; without `slices` if no slice is large enough."""
     plots = {
         "accuracies": accuracies(evaluation),
         "confusion_before": confusion(evaluation, "base"),
@@ -84,7 +86,7 @@ def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
 
 
 def training_plots(training: Training) -> dict[str, Plot]:
-    """The plots of the training: loss, accuracy; those of which the log knows something."""
+    """{name: plot} of the training: loss and accuracy, if they were logged."""
     plots = {}
     if training.losses or training.validations:
         plots["loss"] = loss(training)
@@ -94,7 +96,7 @@ def training_plots(training: Training) -> dict[str, Plot]:
 
 
 def accuracies(evaluation: Evaluation) -> Plot:
-    """Accuracy with Wilson intervals of the base, the tuned model and the controls, beside what is free to have."""
+    """Accuracy with Wilson intervals of the base, the tuned model, the controls and the majority baseline."""
     label, share = evaluation.most_frequent_label
     best_control = max(
         [(f"always {label}", share)]
@@ -134,22 +136,24 @@ def accuracies(evaluation: Evaluation) -> Plot:
     description = "Accuracy with 95% intervals: " + ", ".join(
         f"{MODEL_NAMES[model]} {evaluation.metrics[model]['accuracy']:.1%}" for model, *_ in rows[::-1]
     )
-    return _plot(f"{evaluation.key}-accuracies", figure, title, f"{description}, always {label} {share:.1%}.")
+    return make_plot(f"{evaluation.key}-accuracies", figure, title, f"{description}, always {label} {share:.1%}.")
 
 
 def confusion(evaluation: Evaluation, model: str) -> Plot:
-    """Confusion matrix: share of each gold label's pairs, and their number."""
+    """Confusion matrix: shares of each gold label's pairs, and counts."""
     counts = np.array(evaluation.metrics[model]["confusion"])
     names = evaluation.label_names
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
-    said = counts.sum(axis=0) / counts.sum()
+    predicted = counts.sum(axis=0) / counts.sum()
     when = MODEL_NAMES[model].capitalize()
-    if said.max() > 0.8:
-        title = f"{when} the answer is {names[said.argmax()]} for {said.max():.0%} of pairs"
+    if predicted.max() > 0.8:
+        title = f"{when}, the answer is {names[predicted.argmax()]} for {predicted.max():.0%} of pairs"
     else:
         wrong = np.where(np.eye(len(names), dtype=bool), -1, shares)
         gold, answer = np.unravel_index(wrong.argmax(), wrong.shape)
-        title = f"{when} the most common mistake is {names[answer]} for {names[gold]}: {wrong.max():.0%} of such pairs"
+        title = (
+            f"{when}, the most common mistake is {names[answer]} for {names[gold]}: {wrong.max():.0%} of such pairs"
+        )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.5))
         axes = figure.add_subplot()
@@ -171,16 +175,16 @@ def confusion(evaluation: Evaluation, model: str) -> Plot:
         f"gold {name}: " + ", ".join(f"{answer} {counts[g, a]:,}" for a, answer in enumerate(names))
         for g, name in enumerate(names)
     )
-    return _plot(f"{evaluation.key}-confusion-{model}", figure, title, f"Confusion matrix. {rows}.")
+    return make_plot(f"{evaluation.key}-confusion-{model}", figure, title, f"Confusion matrix. {rows}.")
 
 
 def reliability(evaluation: Evaluation) -> Plot:
-    """Accuracy against confidence, before and after, and how many pairs have which confidence."""
+    """Accuracy by confidence, before and after tuning, and the distribution of confidence."""
     after = evaluation.metrics["tuned"]
     gap = after["mean_confidence"] - after["accuracy"]
     manner = "well calibrated" if abs(gap) < 0.02 else "overconfident" if gap > 0 else "underconfident"
     sure = f"{after['mean_confidence']:.0%} confident"
-    title = f"After tuning the model is {manner}: {sure}, {after['accuracy']:.0%} right"
+    title = f"After tuning, the model is {manner}: {sure}, {after['accuracy']:.0%} right"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -207,11 +211,11 @@ def reliability(evaluation: Evaluation) -> Plot:
         f"{evaluation.metrics[m]['accuracy']:.1%}, expected calibration error {evaluation.metrics[m]['ece']:.3f}"
         for m in ("base", "tuned")
     )
-    return _plot(f"{evaluation.key}-reliability", figure, title, f"Reliability diagram. {description}.")
+    return make_plot(f"{evaluation.key}-reliability", figure, title, f"Reliability diagram. {description}.")
 
 
 def abstention(evaluation: Evaluation) -> Plot:
-    """Accuracy on the pairs of which the model is surest, by the share of pairs that it answers."""
+    """Accuracy by the share of pairs answered, the most confident first."""
     after = evaluation.abstention("tuned")
     most = accuracy_at(0.8, after), accuracy_at(1, after)
     title = f"After tuning: {most[0]:.1%} right on the 80% most confident answers, {most[1]:.1%} on all"
@@ -220,9 +224,15 @@ def abstention(evaluation: Evaluation) -> Plot:
         axes = figure.add_subplot()
         for model, colour, style in (("base", BEFORE, (0, (4, 2))), ("tuned", AFTER, "-")):
             coverage, accuracy = evaluation.abstention(model)
-            drawn = np.unique(np.linspace(0, len(coverage) - 1, 500).astype(int))  # enough for the eye
-            line = {"color": colour, "linestyle": style, "linewidth": 1.5, "label": MODEL_NAMES[model]}
-            axes.plot(coverage[drawn], accuracy[drawn], **line)
+            shown = np.unique(np.linspace(0, len(coverage) - 1, 500).astype(int))  # keeps the SVG small
+            axes.plot(
+                coverage[shown],
+                accuracy[shown],
+                linewidth=1.5,
+                color=colour,
+                linestyle=style,
+                label=MODEL_NAMES[model],
+            )
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="pairs answered, most confident first", ylabel="accuracy")
         axes.legend(loc="lower left")
         axes.grid()
@@ -233,15 +243,15 @@ def abstention(evaluation: Evaluation) -> Plot:
         + ", ".join(f"{accuracy_at(c, evaluation.abstention(model)):.1%} of {c:.0%}" for c in (0.2, 0.5, 0.8, 1))
         for model in ("base", "tuned")
     )
-    return _plot(f"{evaluation.key}-abstention", figure, title, f"Accuracy against coverage. {description}.")
+    return make_plot(f"{evaluation.key}-abstention", figure, title, f"Accuracy against coverage. {description}.")
 
 
 def slice_dumbbells(evaluation: Evaluation) -> Plot:
-    """Accuracy before and after on every slice; the band is the 95 % interval of the change, laid around after."""
+    """Accuracy before and after on every slice; the band is before plus the 95 % interval of the change."""
     slices = evaluation.slices
     rose = sum(s.changed and s.change > 0 for s in slices)
     fell = sum(s.changed and s.change < 0 for s in slices)
-    title = f"Accuracy rose on {rose} of {len(slices)} slices and fell on {fell}; the rest could be chance"
+    title = f"Accuracy rose on {rose} of {len(slices)} slices and fell on {fell}; other changes may be chance"
     if rose + fell == len(slices):
         title = title.partition(";")[0]
     with mpl.rc_context(STYLE):
@@ -279,26 +289,26 @@ def slice_dumbbells(evaluation: Evaluation) -> Plot:
         labels = ["before", "after", "after, change within chance"]
         figure.legend([before, after, faint], labels, loc="outside lower center", ncols=3, columnspacing=1.2)
     description = "; ".join(f"{s.family}, {s.name}: {s.before:.1%} to {s.after:.1%}" for s in slices)
-    return _plot(f"{evaluation.key}-slices", figure, title, f"Accuracy by slice. {description}.")
+    return make_plot(f"{evaluation.key}-slices", figure, title, f"Accuracy by slice. {description}.")
 
 
 def movement(evaluation: Evaluation) -> Plot:
-    """Probability of the gold label, before against after, pair by pair."""
+    """Probability of the gold label before and after tuning, per pair."""
     before, after = evaluation.p_gold("base"), evaluation.p_gold("tuned")
     rose = (after > before).mean()
     title = (
-        f"The right label became likelier for {rose:.0%} of pairs; its median probability went from "
+        f"The right label became more likely for {rose:.0%} of pairs; its median probability went from "
         f"{np.median(before):.2f} to {np.median(after):.2f}"
     )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6))
         axes = figure.add_subplot()
-        # On a log scale that starts below one, so that a single pair shows.
+        # The log scale starts below 1, so that a single pair is visible.
         limits = [[0, 1], [0, 1]]
         axes.hist2d(before, after, bins=40, range=limits, cmap=BLUES, norm=LogNorm(vmin=0.4), rasterized=True)
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=(0, (4, 3)))
         box = {"facecolor": "white", "alpha": 0.85, "edgecolor": "none", "pad": 2}
-        axes.text(0.03, 0.97, "likelier", va="top", fontsize=8.5, bbox=box)
+        axes.text(0.03, 0.97, "more likely", va="top", fontsize=8.5, bbox=box)
         axes.text(0.97, 0.03, "less likely", ha="right", fontsize=8.5, bbox=box)
         axes.set(
             xlabel="probability of the gold label before (darker: more pairs)",
@@ -307,7 +317,7 @@ def movement(evaluation: Evaluation) -> Plot:
             ylim=(0, 1),
         )
     description = f"Two-dimensional histogram. {title}."
-    return _plot(f"{evaluation.key}-movement", figure, title, description)
+    return make_plot(f"{evaluation.key}-movement", figure, title, description)
 
 
 def loss(training: Training) -> Plot:
@@ -338,7 +348,7 @@ def loss(training: Training) -> Plot:
         below.set_ylim(bottom=0)
         below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         below.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _plot("training-loss", figure, title, f"Loss by epoch, with the learning rate below. {title}.")
+    return make_plot("training-loss", figure, title, f"Loss by epoch, with the learning rate below. {title}.")
 
 
 def validation_accuracy(training: Training) -> Plot:
@@ -356,43 +366,45 @@ def validation_accuracy(training: Training) -> Plot:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(axis="y")
         axes.legend(loc="lower right")
-    return _plot("training-accuracy", figure, title, f"Label accuracy by epoch. {title}.")
+    return make_plot("training-accuracy", figure, title, f"Label accuracy by epoch. {title}.")
 
 
 def speeds(title: str, parts: dict[str, dict[str, dict[str, float]]]) -> Plot:
-    """Pairs a second and peak memory of ways to do the same, a panel a part.
+    """Throughput and peak memory of several methods, one panel per task.
 
     Args:
-        parts: {what is done: {way: its `pairs_per_second` and, on a GPU, `peak_bytes`}}. Ways called tries stand out.
+        parts: {task: {method: `pairs_per_second` and, on a GPU, `peak_bytes`}}. Methods called tries are highlighted.
     """
     with mpl.rc_context(STYLE):
-        bars = [len(ways) for ways in parts.values()]
+        bars = [len(methods) for methods in parts.values()]
         figure = Figure(figsize=(1.4 * WIDTH, 0.5 + 0.27 * sum(bars) + 0.5 * len(parts)))
         panels = figure.subplots(len(parts), squeeze=False, height_ratios=bars)[:, 0]
-        for axes, (part, ways) in zip(panels, parts.items(), strict=True):
-            rates = [way["pairs_per_second"] for way in ways.values()]
-            axes.barh(list(ways), rates, height=0.7, color=[AFTER if "tries" in way else BEFORE for way in ways])
-            for place, way in enumerate(ways.values()):
-                memory = f", {way['peak_bytes'] / 2**30:.1f} GiB" if way.get("peak_bytes") else ""
+        for axes, (task, methods) in zip(panels, parts.items(), strict=True):
+            rates = [method["pairs_per_second"] for method in methods.values()]
+            axes.barh(
+                list(methods), rates, height=0.7, color=[AFTER if "tries" in name else BEFORE for name in methods]
+            )
+            for place, method in enumerate(methods.values()):
+                memory = f", {method['peak_bytes'] / 2**30:.1f} GiB" if method.get("peak_bytes") else ""
                 axes.annotate(
-                    f"{way['pairs_per_second']:,.0f} pairs/s{memory}",
-                    (way["pairs_per_second"], place),
+                    f"{method['pairs_per_second']:,.0f} pairs/s{memory}",
+                    (method["pairs_per_second"], place),
                     (4, 0),
                     textcoords="offset points",
                     va="center",
                 )
             axes.set(xlim=(0, 1.45 * max(rates)), xticks=[])
-            axes.set_title(part, fontsize=9, fontweight="normal")
+            axes.set_title(task, fontsize=9, fontweight="normal")
             axes.invert_yaxis()
             axes.spines[["bottom", "left"]].set_visible(False)
-    told = "; ".join(
-        f"{part}: " + ", ".join(f"{name} {way['pairs_per_second']:,.0f}" for name, way in ways.items())
-        for part, ways in parts.items()
+    values = "; ".join(
+        f"{task}: " + ", ".join(f"{name} {method['pairs_per_second']:,.0f}" for name, method in methods.items())
+        for task, methods in parts.items()
     )
-    return _plot("speed", figure, title, f"Pairs per second. {told}.")
+    return make_plot("speed", figure, title, f"Pairs per second. {values}.")
 
 
-def _validation_line(axes, training: Training, key: str) -> None:
+def _validation_line(axes: Axes, training: Training, key: str) -> None:
     measured = [e for e in training.validations if key in e]
     axes.plot(
         [e["epoch"] for e in measured], [e[key] for e in measured], "o-", color=AFTER, markersize=5, label="validation"
@@ -402,9 +414,10 @@ def _validation_line(axes, training: Training, key: str) -> None:
         axes.plot(*place, "o", markersize=11, markerfacecolor="none", markeredgecolor=CONTROL, label="checkpoint kept")
 
 
-def _plot(name: str, figure: Figure, title: str, description: str) -> Plot:
-    """Title a figure, across its whole width, and write it as SVG."""
-    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):  # the same figures make the same file
+def make_plot(name: str, figure: Figure, title: str, description: str) -> Plot:
+    """Put a title across the whole width of a figure, and render it."""
+    salt: dict[Any, Any] = {"svg.hashsalt": name}  # makes the SVG reproducible
+    with mpl.rc_context(STYLE | salt):
         figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), x=0.01, ha="left", fontsize=10, fontweight="bold")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)

@@ -1,4 +1,4 @@
-"""What the terminal shows of one evaluation: accuracy by model and by part of the set, and what it cost."""
+"""The table that the terminal shows after an evaluation: accuracy by model and by part of the set, and cost."""
 
 from collections.abc import Mapping
 
@@ -14,15 +14,15 @@ COLUMNS = {
     "shuffled": "tuned, shuffled premises",
     "hypothesis_only": "hypothesis-only",
 }
-UNCONSTRAINED = "Unconstrained: the model may say anything. An answer without exactly one label is invalid, so wrong."
+UNCONSTRAINED = "Unconstrained: an answer without exactly one label is invalid and counts as wrong."
 
 
 def outcome_table(evaluation: Evaluation, trained: Mapping) -> Table:
     """Accuracy on all pairs and on every part that the source names; unconstrained answers; time and memory.
 
     Args:
-        evaluation: one set that a run was evaluated on.
-        trained: the `resources` of the run's own record; may be empty.
+        evaluation: of the run on one set.
+        trained: the `resources` in the record of the run; may be empty.
     """
     models = evaluation.models
     right = {model: evaluation.right(model) for model in models}
@@ -35,16 +35,16 @@ def outcome_table(evaluation: Evaluation, trained: Mapping) -> Table:
             rows.append(_row("hard", inside, right))
         else:
             rows.append(_row(f"{family.split()[0].lower()}: {name}", inside, right))
-    free = [evaluation.summary.get(model, {}).get("unconstrained_generation") for model in models]
-    if any(free):
-        asked = next(answers["n"] for answers in free if answers)
+    unconstrained = [evaluation.unconstrained(model) for model in models]
+    if any(unconstrained):
+        n = next(answers["n"] for answers in unconstrained if answers)
         for name, key in (("unconstrained", "accuracy"), ("invalid answers", "invalid_share")):
-            rows.append([name, f"{asked:,}", *(f"{answers[key]:.1%}" if answers else NONE for answers in free)])
+            rows.append([name, f"{n:,}", *(f"{answers[key]:.1%}" if answers else NONE for answers in unconstrained)])
     seconds = [evaluation.summary.get(model, {}).get("seconds") for model in models]
     rows.append(["time to score", "", *(NONE if s is None else duration(s) for s in seconds)])
     costs = (("Training", trained), ("Evaluation", evaluation.summary.get("resources", {})))
     note = ". ".join(f"{what}: {_cost(resources)}" for what, resources in costs if resources)
-    if any(free):
+    if any(unconstrained):
         note = f"{UNCONSTRAINED} {note}".strip()
     return Table(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
 

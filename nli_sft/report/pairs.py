@@ -1,4 +1,4 @@
-"""The table of all pairs, to search and filter, as DataTables in the page itself (itables, offline)."""
+"""The searchable table of all pairs: DataTables, embedded in the page (itables, offline)."""
 
 import itables
 import pandas as pd
@@ -6,35 +6,35 @@ from itables.javascript import generate_init_offline_itables_html
 
 from .content import BUCKET_NAMES, Evaluation
 
-# A page with more is slow to open.
-MOST_ROWS = 20_000
+# With more rows the page is slow to open.
+MAX_ROWS = 20_000
 SEED = 0
 
-# What DataTables' ColumnControl puts below a column's heading, in a row of its own: beside it, columns grow too wide.
+# The buttons of DataTables' ColumnControl get a row below the heading; beside it, columns would be too wide.
 CHOOSE = [{"target": 1, "content": ["order", ["searchList"]]}]
 TYPE = [{"target": 1, "content": ["order", ["search"]]}]
 CHOICES = ("gold", "before", "after", "change", "split")
 
 
 def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
-    """(HTML, a sentence on what it holds). Every text is escaped by itables.
+    """(HTML, a note on its content). itables escapes every text.
 
-    Up to `MOST_ROWS` pairs are shown, the first split's before those of others; of what is too large a part is drawn
-    in which every split, gold label and bucket keeps its share.
+    At most `MAX_ROWS` pairs are shown, those of the first split before others. Larger sets are sampled, stratified by
+    split, gold label and bucket.
     """
     own, *others = (_rows(evaluation) for evaluation in evaluations)
     total = len(own) + sum(map(len, others))
-    own = _stratified(own, MOST_ROWS)
+    own = _stratified(own, MAX_ROWS)
     if others:
-        rows = pd.concat([own, _stratified(pd.concat(others, ignore_index=True), MOST_ROWS - len(own))])
+        rows = pd.concat([own, _stratified(pd.concat(others, ignore_index=True), MAX_ROWS - len(own))])
     else:
         rows = own.drop(columns="split")
     if len(rows) == total:
         note = f"All {total:,} pairs."
     else:
         note = (
-            f"{len(rows):,} of {total:,} pairs, of which {len(own):,} are from {evaluations[0].name}: a part in which "
-            f"gold labels and kinds of change keep their shares. The predictions.parquet files hold all."
+            f"{len(rows):,} of {total:,} pairs, of which {len(own):,} are from {evaluations[0].name}; the sample is "
+            f"stratified by gold label and change. The predictions.parquet files hold all pairs."
         )
     columns = list(rows.columns)
     choices = [columns.index(name) for name in CHOICES if name in columns]
@@ -59,7 +59,7 @@ def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
         ordering={"indicators": False, "handler": False},
         autoWidth=False,
     )
-    # The loader says something to those without JavaScript that is meant for notebooks: it stays hidden.
+    # Without JavaScript, the loader shows a text that is meant for notebooks: hide it.
     return f"<div hidden>{generate_init_offline_itables_html(itables.options.dt_bundle)}</div>{html}", note
 
 

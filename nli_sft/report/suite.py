@@ -1,4 +1,4 @@
-"""What a suite shows of a run: all its sets in one table, missing ones included, and the checks that go with it."""
+"""The tables on a suite: accuracy on every set, missing sets, and the further checks."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,44 +9,45 @@ from .tables import NONE, Table
 
 SCORED = ("base", "tuned", "hypothesis_only")
 CHECKS = {
-    "label_orders": "Other orders of the labels",
+    "label_orders": "Other label orders",
     "prompts": "Other prompts",
 }
 
 
 def suite_tables(suite: Mapping, evaluations: Sequence[Evaluation]) -> list[Table]:
-    """The tables on one suite: accuracies, then what was asked beyond them, as far as it was.
+    """The tables on one suite: accuracies, then those checks that were run.
 
     Args:
-        suite: what `suites.write_suite` wrote.
-        evaluations: those of the run.
+        suite: as `suites.write_suite` wrote it.
+        evaluations: of the run.
     """
     by_key = {evaluation.key: evaluation for evaluation in evaluations}
-    judged = {name: by_key[key] for name, key in suite["evaluated"].items() if key in by_key}
-    found = [_accuracies(suite, judged), _missing(suite), _annotators(judged), _edits(judged), _calibration(judged)]
-    for evaluation in judged.values():
-        found += [_check(evaluation, check) for check in CHECKS]
-    return [sheet for sheet in found if sheet is not None]
+    evaluated = {name: by_key[key] for name, key in suite["evaluated"].items() if key in by_key}
+    tables = [_accuracies(suite, evaluated), _missing(suite)]
+    tables += [_annotators(evaluated), _edits(evaluated), _calibration(evaluated)]
+    for evaluation in evaluated.values():
+        tables += [_check(evaluation, check) for check in CHECKS]
+    return [table for table in tables if table is not None]
 
 
-def _accuracies(suite: Mapping, judged: Mapping[str, Evaluation]) -> Table:
+def _accuracies(suite: Mapping, evaluated: Mapping[str, Evaluation]) -> Table:
     columns = ["set", "pairs", "before", "after", "95% interval", "change", "majority", "hypothesis-only"]
     rows = []
     for name in suite["order"]:
-        if name in judged:
-            rows += _set_rows(name, judged[name])
+        if name in evaluated:
+            rows += _set_rows(name, evaluated[name])
         else:
             rows.append([name, "missing", *[NONE] * (len(columns) - 2)])
     note = (
-        "Rows with a dot are parts of the set above. Majority: always the most frequent label. Intervals of the "
-        "accuracy after tuning are Wilson's; the report has those of the changes."
+        "Rows with a dot are parts of the set above. Majority: always the most frequent label. The interval (Wilson) "
+        "is that of the accuracy after tuning; the report has intervals of the changes."
     )
     if all(row[-1] == NONE for row in rows):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     else:
         note += " Hypothesis-only: the same base tuned without the premises."
-    some = next(iter(judged.values())).summary
-    speeds = [f"{MODEL_NAMES[m]} {some[m]['pairs_per_second']:,.0f}" for m in SCORED if m in some]
+    summary = next(iter(evaluated.values())).summary
+    speeds = [f"{MODEL_NAMES[m]} {summary[m]['pairs_per_second']:,.0f}" for m in SCORED if m in summary]
     note += f" Pairs per second, in one pass over all sets: {', '.join(speeds)}."
     return Table(f"Suite {suite['suite']}", columns, rows, note)
 
@@ -89,75 +90,75 @@ def _missing(suite: Mapping) -> Table | None:
     return Table("Missing from the suite", ["set", "reason"], rows) if rows else None
 
 
-def _told(judged: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Mapping]]:
-    """(set, model, figures) of every model that has figures of that kind, set by set."""
+def _figures(evaluated: Mapping[str, Evaluation], key: str) -> list[tuple[str, str, Mapping]]:
+    """(set, model, figures under `key`), set by set, for every model that has them."""
     return [
         (name, model, evaluation.summary[model][key])
-        for name, evaluation in judged.items()
+        for name, evaluation in evaluated.items()
         for model in evaluation.models
         if key in evaluation.summary.get(model, {})
     ]
 
 
-def _annotators(judged: Mapping[str, Evaluation]) -> Table | None:
+def _annotators(evaluated: Mapping[str, Evaluation]) -> Table | None:
     columns = ["set and model", "pairs", "annotators per pair", "JS divergence", "JS distance", "KL divergence"]
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
-            f"{told['n']:,}",
-            f"{told['annotators_per_pair']:.0f}",
-            *(f"{told[key]:.3f}" for key in ("js_divergence", "js_distance", "kl_divergence")),
-            NONE if told["entropy_correlation"] is None else f"{told['entropy_correlation']:.3f}",
+            f"{figures['n']:,}",
+            f"{figures['annotators_per_pair']:.0f}",
+            *(f"{figures[key]:.3f}" for key in ("js_divergence", "js_distance", "kl_divergence")),
+            NONE if figures["entropy_correlation"] is None else f"{figures['entropy_correlation']:.3f}",
         ]
-        for name, model, told in _told(judged, "annotators")
+        for name, model, figures in _figures(evaluated, "annotators")
     ]
     note = "Divergences in nats, 0 at best. Entropy correlation: Spearman's, over pairs; 1 at best."
     title = "Compared with all annotators"
     return Table(title, [*columns, "entropy correlation"], rows, note) if rows else None
 
 
-def _edits(judged: Mapping[str, Evaluation]) -> Table | None:
+def _edits(evaluated: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
-            f"{told['n']:,}",
-            *(f"{told[k]:.1%}" for k in ("original_right", "edit_right", "both_right")),
+            f"{figures['n']:,}",
+            *(f"{figures[k]:.1%}" for k in ("original_right", "edit_right", "both_right")),
         ]
-        for name, model, told in _told(judged, "edits")
+        for name, model, figures in _figures(evaluated, "edits")
     ]
     columns = ["set and model", "edits", "original right", "edit right", "both right"]
     return Table("Pairs and their minimal edits", columns, rows) if rows else None
 
 
-def _calibration(judged: Mapping[str, Evaluation]) -> Table | None:
+def _calibration(evaluated: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
             f"{name}, {MODEL_NAMES[model]}",
-            temperature_text(told),
+            temperature_text(figures),
             *(
-                f"{judged[name].metrics[model][key]:.3f} → {f'{told[key]:.3f}' if key in told else NONE}"
+                f"{evaluated[name].metrics[model][key]:.3f} → {f'{figures[key]:.3f}' if key in figures else NONE}"
                 for key in ("ece", "nll", "brier")
             ),
         ]
-        for name, model, told in _told(judged, "calibrated")
+        for name, model, figures in _figures(evaluated, "calibrated")
     ]
     note = "Before → after dividing log-probabilities by a temperature fitted on validation pairs of the run's source."
     if any(row[1].startswith("none") for row in rows):
-        note += " None: the search ended at its bound, so no temperature calibrates the model."
+        note += " None: no temperature calibrates the model; the search ended at its bound."
     columns = ["set and model", "temperature", "ECE", "log loss, nats", "Brier score"]
     return Table("Calibration", columns, rows, note) if rows else None
 
 
 def _check(evaluation: Evaluation, check: str) -> Table | None:
-    told = {m: evaluation.summary[m][check] for m in ("base", "tuned") if check in evaluation.summary.get(m, {})}
-    if not told:
+    figures = {m: evaluation.summary[m][check] for m in ("base", "tuned") if check in evaluation.summary.get(m, {})}
+    if not figures:
         return None
-    columns = ["prompt", *(MODEL_NAMES[model] for model in told)]
-    some = next(iter(told.values()))
-    rows = [[way, *(f"{t['accuracy'][way]:.1%}" for t in told.values())] for way in some["accuracy"]]
-    rows.append(["mean", *(f"{t['mean']:.1%}" for t in told.values())])
-    rows.append(["range, points", *(f"{100 * t['spread']:.1f}" for t in told.values())])
-    rows.append(["pairs with different answers", *(f"{t['flips']:.1%}" for t in told.values())])
-    refused = "".join(f" {way} is left out: {why}." for way, why in some["refused"].items())
-    note = f"Accuracy on {some['n']:,} pairs of {evaluation.name}.{refused}"
+    columns = ["prompt", *(MODEL_NAMES[model] for model in figures)]
+    first = next(iter(figures.values()))
+    rows = [[variant, *(f"{f['accuracy'][variant]:.1%}" for f in figures.values())] for variant in first["accuracy"]]
+    rows.append(["mean", *(f"{f['mean']:.1%}" for f in figures.values())])
+    rows.append(["range, points", *(f"{100 * f['spread']:.1f}" for f in figures.values())])
+    rows.append(["pairs with different answers", *(f"{f['flips']:.1%}" for f in figures.values())])
+    refused = "".join(f" {variant} is left out: {why}." for variant, why in first["refused"].items())
+    note = f"Accuracy on {first['n']:,} pairs of {evaluation.name}.{refused}"
     return Table(f"{CHECKS[check]}: {evaluation.name}", columns, rows, note)

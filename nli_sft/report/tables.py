@@ -1,4 +1,4 @@
-"""Tables of texts, for a terminal, for Markdown and for a page."""
+"""Tables of text for a terminal, Markdown and HTML."""
 
 import re
 import textwrap
@@ -11,13 +11,13 @@ from rich.text import Text
 
 NONE = "–"
 
-# Characters of a line of a heading on a terminal.
+# Headings wrap at this width in a terminal.
 HEADING = 12
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first column names the row."""
+    """A table of text; the first column names the row."""
 
     title: str
     columns: list[str]
@@ -25,29 +25,30 @@ class Table:
     note: str = ""
 
     def is_figure(self, index: int) -> bool:
-        """Whether a column holds figures, rather than the names of rows or texts."""
+        """Whether a column holds figures, which are short, not text or row names."""
         return index > 0 and all(_width(row[index]) <= 16 for row in self.rows)
 
-    def parts(self, width: int) -> list["Table"]:
-        """The same rows in as many tables, one below the other, as it takes for each to fit into a line of `width`."""
+    def split(self, width: int) -> list["Table"]:
+        """Split the columns over as many tables as needed for each to fit into lines of `width`."""
         names = max(_width(cell) for cell in [self.columns[0], *(row[0] for row in self.rows)]) + 4
-        parts, left = [[]], width - names
+        groups: list[list[int]] = [[]]
+        left = width - names
         for index, column in enumerate(self.columns[1:], start=1):
-            figures = max(_width(row[index]) for row in self.rows) if self.is_figure(index) else 24
-            needed = max(figures, _width(textwrap.fill(column, HEADING))) + 3  # what rich puts around it
-            if needed > left and parts[-1]:
-                parts.append([])
+            cells = max(_width(row[index]) for row in self.rows) if self.is_figure(index) else 24
+            needed = max(cells, _width(textwrap.fill(column, HEADING))) + 3  # rich's padding
+            if needed > left and groups[-1]:
+                groups.append([])
                 left = width - names
-            parts[-1].append(index)
+            groups[-1].append(index)
             left -= needed
         return [
             Table(
-                self.title if not number else f"{self.title}, continued",
-                [self.columns[index] for index in (0, *part)],
-                [[row[index] for index in (0, *part)] for row in self.rows],
-                self.note if part is parts[-1] else "",
+                f"{self.title}, continued" if number else self.title,
+                [self.columns[index] for index in (0, *group)],
+                [[row[index] for index in (0, *group)] for row in self.rows],
+                self.note if group is groups[-1] else "",
             )
-            for number, part in enumerate(parts)
+            for number, group in enumerate(groups)
         ]
 
     def rich(self) -> RichTable:
@@ -60,7 +61,7 @@ class Table:
             caption_justify="left",
         )
         for index, column in enumerate(self.columns):
-            # On a narrow terminal names and long texts are folded, and figures are not.
+            # In a narrow terminal, names and long texts wrap, figures do not.
             is_figure = self.is_figure(index)
             heading = Text(textwrap.fill(column, HEADING) if index else column)
             table.add_column(heading, justify="right" if is_figure else "left", overflow="fold", no_wrap=is_figure)
@@ -69,8 +70,8 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """The sheet as a Markdown table."""
-        heading, *rows = (" | ".join(escape_markdown(cell) for cell in row) for row in (self.columns, *self.rows))
+        """The table in Markdown, below its title."""
+        heading, *rows = (" | ".join(map(escape_markdown, row)) for row in (self.columns, *self.rows))
         lines = [f"| {heading} |", "|" + " --- |" + " ---: |" * (len(self.columns) - 1), *(f"| {r} |" for r in rows)]
         return "\n".join([f"### {escape_markdown(self.title)}", "", *lines, "", escape_markdown(self.note)])
 
@@ -79,8 +80,8 @@ def _width(text: str) -> int:
     return max(map(len, text.split("\n")))
 
 
-def escape_markdown(value: object) -> object:
-    """Text that comes through Markdown, and the HTML that Markdown lets through, as it is; on one line."""
+def escape_markdown(value: object) -> str:
+    """Escape Markdown, and the HTML that Markdown allows, and put the text on one line. `Markup` is left as it is."""
     if isinstance(value, Markup):
         return value
     return re.sub(r"([\\`*_\[\]<>|#~&$!])", r"\\\1", " ".join(str(value).split()))

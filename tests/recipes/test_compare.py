@@ -24,7 +24,7 @@ SCRIPT = ROOT / "recipes" / "compare.py"
 
 @pytest.fixture
 def compare(own_wandb, monkeypatch, capsys):  # noqa: F811
-    """Run the script in this process; returns what it printed and the error that it ended with."""
+    """Run the script in this process; returns its output and its exit code or error message."""
 
     def run(*arguments, columns=250):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -41,7 +41,7 @@ def compare(own_wandb, monkeypatch, capsys):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    """Two methods by three seeds, and things that are no runs."""
+    """Two methods with three seeds each, and paths that are not runs."""
     folder = tmp_path_factory.mktemp("study") / "outputs"
     for seed, wobble in ((1, 0.0), (2, 0.01), (3, -0.01)):
         write_past_run(folder / f"full-seed{seed}", 0.80 + wobble, seed=seed)
@@ -57,7 +57,7 @@ def compared(outputs):
     files = {kind: out / "written" / f"compare.{kind}" for kind in ("html", "json")}
     files["figures"] = out / "written" / "figures"
     flags = [part for kind, path in files.items() for part in (f"--{kind}", path)]
-    # As a user does: without accelerate, outputs/* expanded by the shell.
+    # As a user starts it: without accelerate, with outputs/* expanded by the shell.
     result = subprocess.run(
         [sys.executable, SCRIPT, *sorted(outputs.iterdir()), *flags],
         capture_output=True,
@@ -72,7 +72,7 @@ def test_the_terminal_shows_base_first_then_runs_by_validation_accuracy(compared
     _, output = compared
     names = re.findall(r"^ *((?:base|full|lora)[\w -]*?) +\d+\.\d%", output, flags=re.MULTILINE)
     assert names[:7] == ["base tiny", *(f"{m}-seed{s}" for m in ("full", "lora") for s in (2, 1, 3))]
-    assert "interrupted is left out: it holds no finished run" in output
+    assert "interrupted: it holds no finished run" in output
     assert "full (3 seeds) is better than lora (3 seeds): 80.0% against 60.0% on validation" in output
     assert "lora_r" in output
     assert "output_dir" not in output
@@ -88,13 +88,13 @@ def test_every_file_holds_the_same_runs(compared):
     assert page.count("data:image/svg+xml;base64,") == 3
 
 
-def test_the_figures_are_small_svg_that_stand_on_their_own(compared):
+def test_the_figures_are_small_svg_files(compared):
     files, output = compared
     figures = {path.name: path.read_text() for path in files["figures"].iterdir()}
     assert set(figures) == {"snli-test.svg", "cost.svg", "epochs.svg"}
     assert all(name in output for name in figures)
     for svg in figures.values():
-        assert ElementTree.fromstring(svg).get("style") == "background: white", "text would be lost on a dark page"
+        assert ElementTree.fromstring(svg).get("style") == "background: white", "text must be readable on a dark page"
         assert len(svg) < 60_000
         assert "dc:date" not in svg, "another file each time"
     assert "full (3 seeds)" in figures["snli-test.svg"]
@@ -106,19 +106,19 @@ def test_the_page_opens_in_a_browser(compared, tmp_path):
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--log-level=0", "--dump-dom", files["html"].as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "Runs side by side</h1>" in result.stdout
+    assert "Comparison of runs</h1>" in result.stdout
     assert result.stdout.count("<tr>") > 15
     assert "CONSOLE" not in result.stderr, "errors of the page"
 
 
-def test_runs_with_another_prompt_are_ranked_apart_by_name_of_the_key(compare, outputs, tmp_path):
+def test_runs_with_another_prompt_are_ranked_separately(compare, outputs, tmp_path):
     other = write_past_run(tmp_path / "no-premise", 0.9, prompt="hypothesis_only")
     output, error = compare(outputs / "full-seed1", outputs / "lora-seed1", other)
     assert error is None
-    assert "Not ranked with full-seed1: no-premise. What differs is prompt_fingerprint (" in output
+    assert "Not ranked with full-seed1: no-premise. They differ in prompt_fingerprint (" in output
 
 
-def test_folders_and_wandb_are_mixed(compare, outputs, tmp_path, monkeypatch):
+def test_folders_and_wandb_can_be_mixed(compare, outputs, tmp_path, monkeypatch):
     online = write_past_run(tmp_path / "online", 0.75, seed=7)
     with wandb_server.serving([as_wandb_run(online, 1), as_wandb_run(outputs / "lora-seed1", 2)]) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -130,42 +130,42 @@ def test_folders_and_wandb_are_mixed(compare, outputs, tmp_path, monkeypatch):
     (ranking,) = json.loads(file.read_text())["rankings"]
     sources = [(run["name"], run["source"]) for run in ranking["runs"]]
     assert sources == [("full-seed1", str(outputs / "full-seed1")), ("online", "team/snli/id1")]
-    assert ranking["tests"][-1]["pairs"] == 600, "the two were tested on the pairs that both judged"
+    assert ranking["tests"][-1]["pairs"] == 600, "tested on their shared pairs"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "error: runs is missing"),
-        (["nowhere/at/all"], "error: nowhere/at/all is not there"),
+        (["nowhere/at/all"], "error: nowhere/at/all does not exist"),
         ([".", "--filters", "{"], "error: filters is not JSON"),
         (["."], "error: no runs to compare"),
         ([".", "--htm", "x"], "error: unknown key 'htm'; did you mean 'html'?"),
     ],
 )
-def test_bad_input_ends_in_one_sentence(compare, arguments, message):
+def test_bad_input_ends_with_an_error_message(compare, arguments, message):
     _, error = compare(*arguments)
     assert error.startswith(message)
 
 
-def test_a_table_far_wider_than_the_terminal_is_left_to_the_page(compare, outputs):
+def test_a_table_far_wider_than_the_terminal_is_not_printed(compare, outputs):
     def shown(width):
         folders = [outputs / f"{method}-seed{seed}" for method in ("full", "lora") for seed in (1, 2, 3)]
         output, _ = compare(*folders, columns=width)
         return " ".join(output.split())
 
-    assert "Differences on snli-test: too wide to be shown here; --html writes it." in shown(40)
+    assert "Differences on snli-test: too wide for this terminal; write it with --html." in shown(40)
     assert "too wide" not in shown(120)
 
 
-def test_help_begins_with_what_the_script_does():
+def test_help_begins_with_a_summary():
     shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True).stdout
-    assert shown.index("usage: compare.py [--config") < shown.index("Lay runs side by side") < shown.index("--figures")
-    assert "python recipes/compare.py outputs/* --html compare.html" in shown, "as it stands in the script"
+    assert shown.index("usage: compare.py [--config") < shown.index("Compare runs: ") < shown.index("--figures")
+    assert "python recipes/compare.py outputs/* --html compare.html" in shown, "with its line breaks"
 
 
-def test_the_sweep_asks_for_what_the_scripts_know(tmp_path):
-    """The agent starts the command with --key=value for ${args}; the metric is one that a training tells."""
+def test_the_sweep_uses_keys_and_a_metric_that_exist(tmp_path):
+    """W&B's agent replaces ${args} by --key=value; the metric must be one that a training logs."""
     sweep = yaml.safe_load((ROOT / "recipes" / "sweep.yaml").read_text())
     grid = [f"--{key}={spec['values'][0]}" for key, spec in sweep["parameters"].items()]
     (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

@@ -18,17 +18,17 @@ from nli_sft import UserError
 from nli_sft.evaluation.comparison import compare
 from nli_sft.report.compare import (
     RunRecord,
-    between_replicates,
+    compare_replicates,
     differing_keys,
+    explain_separation,
+    explain_unequal_pairs,
     fetch_runs,
-    judged_apart,
     load_runs,
     paired_tests,
     rank,
     run_cost,
-    why_apart,
 )
-from nli_sft.report.compare_page import as_dict, build_views, page
+from nli_sft.report.compare_page import as_dict, build_views, render_page
 from nli_sft.report.tables import Table
 from nli_sft.runs import read_run, run_config
 
@@ -64,7 +64,7 @@ def test_a_record_is_read_from_its_folder(tmp_path):
     assert run.validation.low == pytest.approx(0.658, abs=2e-3)  # Wilson, 350 of 500
     assert run.base_validation.value == 0.33
     assert run.curve == [(0, 0, 0.33), (10, 0.5, pytest.approx(0.515)), (20, 1.0, 0.7)]
-    assert run.judged["snli-test"].accuracy().value == pytest.approx(0.7, abs=0.05)
+    assert run.evaluations["snli-test"].accuracy().value == pytest.approx(0.7, abs=0.05)
     config = run.config
     assert config["label_words"] == ["entailment", "neutral", "contradiction"]
     assert {
@@ -101,7 +101,7 @@ def test_cost_is_what_was_measured(tmp_path):
     assert run_cost({"seconds": 9.0, "train": {"train_runtime": 7.0}}) == {"seconds": 9.0, "training_seconds": 7.0}
 
 
-def test_runs_stand_by_validation_accuracy_and_only_what_differs_is_told(six):
+def test_runs_are_ranked_by_validation_accuracy_with_the_keys_that_differ(six):
     (ranking,) = rank(six)
     assert [run.name for run in ranking.runs] == [f"{m}-seed{s}" for m in ("full", "lora") for s in (2, 1, 3)]
     assert ranking.differing == ["seed", "train_fingerprint", "use_peft", "lora_r"], "no output_dir, nothing equal"
@@ -116,24 +116,24 @@ def test_seeds_are_replicates_with_mean_and_interval(six):
     expected = expit(logit(0.8) + np.array([-half, half]) / (0.8 * 0.2))
     assert full.validation.value == pytest.approx(0.8)
     assert (full.validation.low, full.validation.high) == pytest.approx(tuple(expected))
-    values = [run.judged["snli-test"].accuracy().value for run in full.runs]
+    values = [run.evaluations["snli-test"].accuracy().value for run in full.runs]
     assert full.accuracy("snli-test").value == pytest.approx(np.mean(values))
-    (claim,) = between_replicates(rank(six)[0])
+    (claim,) = compare_replicates(rank(six)[0])
     assert claim.startswith("full (3 seeds) is better than lora (3 seeds): 80.0% against 60.0% on validation, +20.0")
 
 
 def test_replicates_that_overlap_make_no_claim(tmp_path):
     runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.70), (2, 0.60), (3, 0.65))]
     runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.69), (2, 0.62), (3, 0.66))]
-    (claim,) = between_replicates(rank(load_runs(runs))[0])
-    assert claim.startswith("No difference between b (3 seeds) and a (3 seeds) can be claimed")
+    (claim,) = compare_replicates(rank(load_runs(runs))[0])
+    assert claim.startswith("b (3 seeds) and a (3 seeds) do not differ significantly: ")
     assert "better" not in claim
 
 
 def test_two_seeds_a_side_are_too_few_for_a_claim(tmp_path):
     runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.900), (2, 0.901))]
     runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.5), (2, 0.501), (3, 0.502))]
-    (claim,) = between_replicates(rank(load_runs(runs))[0])
+    (claim,) = compare_replicates(rank(load_runs(runs))[0])
     assert claim.startswith("Too few seeds to compare a (2 seeds) with b (3 seeds)")
 
 
@@ -154,7 +154,7 @@ def test_of_six_equal_methods_a_winner_is_claimed_in_5_percent_at_most():
             )
             for method, seeds in enumerate(values)
         ]
-        claimed += any("is better than" in claim for claim in between_replicates(SimpleNamespace(replicates=groups)))
+        claimed += any("is better than" in claim for claim in compare_replicates(SimpleNamespace(replicates=groups)))
     assert claimed / 1_000 <= 0.05
 
 
@@ -179,53 +179,51 @@ def test_the_same_seed_twice_is_no_replicate(tmp_path):
         ({"prompt": "hypothesis_only"}, "prompt_fingerprint ("),
     ],
 )
-def test_runs_judged_on_something_else_are_ranked_apart_and_the_key_is_named(tmp_path, other, key):
+def test_runs_with_other_data_or_prompts_are_ranked_separately_by_name_of_the_key(tmp_path, other, key):
     runs = [write_past_run(tmp_path / name, 0.7) for name in ("a", "b")]
     runs.append(write_past_run(tmp_path / "c", 0.9, **other))
     first, second = rank(load_runs(runs))
     assert [run.name for run in second.runs] == ["c"]
-    sentence = why_apart(first, second)
-    assert sentence.startswith("Not ranked with a: c. What differs is ")
+    sentence = explain_separation(first, second)
+    assert sentence.startswith("Not ranked with a: c. They differ in ")
     assert key in sentence
 
 
-def test_any_two_are_tested_on_the_pairs_that_both_judged(tmp_path):
+def test_every_two_are_tested_on_their_shared_pairs(tmp_path):
     a = write_past_run(tmp_path / "a", 0.80)
     b = write_past_run(tmp_path / "b", 0.60, seed=2, pairs=300, test_data="t2")
     (ranking,) = rank(load_runs([a, b]))
     tests = {(test.first, test.second): test for test in paired_tests(ranking)}
     assert set(tests) == {("base tiny", "a"), ("base tiny", "b"), ("b", "a")}
     test = tests["b", "a"]
-    one, other = (run.judged["snli-test"].table for run in ranking.runs)
+    one, other = (run.evaluations["snli-test"].table for run in ranking.runs)
     one = one.iloc[:300]
     assert test.comparison == compare(one["label"], other["tuned_prediction"], one["tuned_prediction"], one["premise"])
     assert test.comparison.pairs == 300
     assert test.better == "a"
     assert str(test).startswith("a is better than b: ")
     assert "on the 300 shared snli-test pairs" in str(test)
-    # The accuracies in the table are not of the same pairs, and that is said.
-    (sentence,) = judged_apart(ranking)
-    assert sentence.startswith(
-        "Accuracies on snli-test are not of the same pairs: data_fingerprint differs between a; b"
-    )
+    # The accuracies in the table are from different pairs, which a sentence says.
+    (sentence,) = explain_unequal_pairs(ranking)
+    assert sentence.startswith("Accuracies on snli-test are not from the same pairs (data_fingerprint): a; b.")
 
 
-def test_runs_of_which_only_figures_were_kept_are_told_and_not_tested(tmp_path, caplog):
+def test_runs_without_predictions_are_left_out_of_the_tests_with_a_warning(tmp_path, caplog):
     runs = [write_past_run(tmp_path / name, accuracy) for name, accuracy in (("a", 0.8), ("b", 0.7), ("c", 0.6))]
     (tmp_path / "c" / "eval" / "snli-test" / "predictions.parquet").unlink()
     (ranking,) = rank(load_runs(runs))
     tested = {frozenset((test.first, test.second)) for test in paired_tests(ranking)}
     assert {"a", "b"} in tested
     assert not any("c" in pair for pair in tested)
-    assert "not tested pair by pair: c" in caplog.text
+    assert "Not in the paired tests, for lack of predictions.parquet: c" in caplog.text
 
 
-def test_better_is_only_said_when_the_interval_allows(tmp_path):
+def test_better_needs_an_interval_without_zero(tmp_path):
     runs = [write_past_run(tmp_path / name, a, seed=s) for name, a, s in (("a", 0.70, 1), ("b", 0.69, 2))]
     test = paired_tests(rank(load_runs(runs))[0])[-1]
     assert test.comparison.interval[0] < 0 < test.comparison.interval[1]
     assert test.better is None
-    assert str(test).startswith("No difference between a and b can be claimed: ")
+    assert str(test).startswith("a and b do not differ significantly: ")
     assert "better" not in str(test)
 
 
@@ -250,11 +248,11 @@ def test_two_way_sets_are_compared_in_their_own_labels(tmp_path):
     names = {"neutral": "non-entailment", "contradiction": "non-entailment"}
     table["label"] = table["label"].replace(names)
     table.to_parquet(path)
-    judged = RunRecord(folder).judged["snli-test"].table
-    assert set(judged["tuned_prediction"]) == {"entailment", "non-entailment"}
+    table = RunRecord(folder).evaluations["snli-test"].table
+    assert set(table["tuned_prediction"]) == {"entailment", "non-entailment"}
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_of_one_name_get_unique_names(tmp_path):
     runs = load_runs([write_past_run(tmp_path / study / "lora", 0.7) for study in ("monday", "tuesday")])
     assert sorted(run.name for run in runs) == ["monday/lora", "tuesday/lora"]
 
@@ -268,22 +266,22 @@ def test_keys_of_nested_values_are_compared_whole(tmp_path):
     assert differing_keys(load_runs(runs)) == ["lora_target_modules"]
 
 
-def test_every_form_says_the_same(six, tmp_path):
+def test_json_tables_and_page_agree(six, tmp_path):
     odd = write_past_run(tmp_path / "other <prompt> | x", 0.9, prompt="hypothesis_only", evaluations=())
-    sides = build_views(rank([*six, *load_runs([odd])]))
-    figures = json.loads(json.dumps(as_dict(sides), allow_nan=False))
+    views = build_views(rank([*six, *load_runs([odd])]))
+    figures = json.loads(json.dumps(as_dict(views), allow_nan=False))
     first, second = figures["rankings"]
     assert second["not_ranked_with_the_first"].startswith("Not ranked with full-seed2: other <prompt> | x.")
-    assert [run["name"] for run in first["runs"]] == [run.name for run in sides[0].ranking.runs]
+    assert [run["name"] for run in first["runs"]] == [run.name for run in views[0].ranking.runs]
     assert first["runs"][0]["evaluations"]["snli-test"]["hypothesis_only"]["value"] == 0.6
     assert len(first["tests"]) == 21
     assert {test["better"] for test in first["tests"]} > {None, "full-seed1"}
 
-    accuracies = sides[0].sheets[0]
+    accuracies = views[0].tables[0]
     assert [row[0] for row in accuracies.rows][:2] == ["base tiny", "full-seed2"]
     assert accuracies.rows[1][1] == "81.0%\n(77.3–84.2)"
     assert len({len(row) for row in [accuracies.columns, *accuracies.rows]}) == 1
-    html = page(sides)
+    html = render_page(views)
     assert html.count("<caption>") == html.count('<div class="scroll"><table>') > 0
     assert "other &lt;prompt&gt; | x" in html
     assert html.count("data:image/svg+xml;base64,") == 5
@@ -291,31 +289,30 @@ def test_every_form_says_the_same(six, tmp_path):
     assert "https://" not in html
 
 
-def test_replicates_look_alike_and_the_legend_has_them_once(six):
+def test_replicates_share_a_style_and_one_legend_entry(six):
     plots = {plot.name: plot.svg for plot in build_views(rank(six))[0].plots}
     for name in ("cost", "epochs"):
         assert plots[name].count(">full (3 seeds)<") == plots[name].count(">lora (3 seeds)<") == 1
         assert ">full-seed2<" not in plots[name]
 
 
-def test_the_best_run_is_told_against_another_method_not_its_own_seeds(six):
-    told = build_views(rank(six))[0].claims
-    assert any(claim.startswith("full-seed2 is better than lora-seed2: ") for claim in told)
-    assert not any("full-seed1" in claim for claim in told)
+def test_the_best_run_is_compared_with_another_method_not_with_its_own_seeds(six):
+    claims = build_views(rank(six))[0].claims
+    assert any(claim.startswith("full-seed2 is better than lora-seed2: ") for claim in claims)
+    assert not any("full-seed1" in claim for claim in claims)
 
 
 def test_no_claims_are_made_for_methods_that_do_not_differ(tmp_path):
-    """A whole page about runs that are alike says better, worse, raised or lowered of none of them."""
     runs = load_runs([write_past_run(tmp_path / f"r{s}", 0.7, seed=s, lora_r=s) for s in (1, 2)])
-    side = build_views(rank(runs))[0]
-    assert all("better" not in claim for claim in side.claims if "base" not in claim)
-    cells = [cell for row in side.sheets[-1].rows for cell in row[1:]]
+    view = build_views(rank(runs))[0]
+    assert all("better" not in claim for claim in view.claims if "base" not in claim)
+    cells = [cell for row in view.tables[-1].rows for cell in row[1:]]
     assert any(cell.startswith("(") for cell in cells)
 
 
 def test_ties_in_the_matrix_are_antisymmetric(six):
-    side = build_views(rank(six))[0]
-    matrix = side.sheets[-1]
+    view = build_views(rank(six))[0]
+    matrix = view.tables[-1]
     cells = {
         (row[0], column): cell for row in matrix.rows for column, cell in zip(matrix.columns[1:], row[1:], strict=True)
     }
@@ -346,7 +343,7 @@ def test_runs_of_several_sizes_make_a_learning_curve_for_each_method(tmp_path):
     assert "lora: 500 " in by_pairs.description
     full, lora = by_pairs.description.split("; ")
     assert "1,500 " in lora
-    assert "1,500 " not in full, "one of the two seeds was not judged"
+    assert "1,500 " not in full, "one of the two seeds was not evaluated"
     again = next(plot for plot in build_views([ranking])[0].plots if plot.name == "snli-test-by-pairs")
     assert again.svg == by_pairs.svg
 
@@ -359,7 +356,7 @@ def test_one_size_is_no_learning_curve(six):
 
 @pytest.fixture
 def wandb_project(own_wandb, tmp_path, monkeypatch):  # noqa: F811
-    """A W&B with four runs: two finished, one that went on in a second part, one that was killed."""
+    """A W&B server with four runs: one finished, one finished in two parts, one killed."""
     finished = [write_past_run(tmp_path / name, a) for name, a in (("one", 0.7), ("two", 0.8))]
     part = write_past_run(tmp_path / "two-evaluated", 0.8, evaluations=("snli-test", "hans-all"))
     (tmp_path / "killed").mkdir()
@@ -378,8 +375,8 @@ def test_runs_of_a_project_are_the_same_records(wandb_project, tmp_path):
     assert [(run.name, run.source) for run in runs] == [("one", "team/snli/id0"), ("two-evaluated", "team/snli/id3")]
     local = RunRecord(tmp_path / "one")
     assert (runs[0].config, runs[0].curve, runs[0].cost) == (local.config, local.curve, local.cost)
-    pd.testing.assert_frame_equal(runs[0].judged["snli-test"].table, local.judged["snli-test"].table)
-    assert list(runs[1].judged) == ["hans-all", "snli-test"], "the last part of a run stands for it"
+    pd.testing.assert_frame_equal(runs[0].evaluations["snli-test"].table, local.evaluations["snli-test"].table)
+    assert list(runs[1].evaluations) == ["hans-all", "snli-test"], "the last part of a run is read"
     operations = [operation for operation, _ in wandb_project.asked]
     assert operations.count("Runs") == 2, "both pages"
     assert set(operations) == {"Viewer", "GetDefaultEntity", "Runs", "RunFiles"}
@@ -393,21 +390,21 @@ def test_filters_are_passed_on(wandb_project, tmp_path):
 
 
 def test_a_project_that_is_not_there(wandb_project, tmp_path):
-    with pytest.raises(UserError, match="team/nothing: cannot be read from W&B"):
+    with pytest.raises(UserError, match="team/nothing cannot be read from W&B"):
         fetch_runs("team/nothing", tmp_path / "fetched")
 
 
-def test_no_login_is_a_sentence(own_wandb, monkeypatch, tmp_path):  # noqa: F811
+def test_a_missing_login_is_a_clear_error(own_wandb, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.delenv("WANDB_MODE")
     wandb.teardown()
     with pytest.raises(UserError, match="cannot be read from W&B .*wandb login"):
         fetch_runs("team/snli", tmp_path / "fetched")
 
 
-def test_a_wide_table_comes_in_parts_that_a_narrow_terminal_holds():
+def test_a_wide_table_is_split_for_a_narrow_terminal():
     columns = ["run", *(f"evaluation-{number}, tuned" for number in range(9))]
     rows = [[name, *(f"{number}1.0%\n(10.0–12.0)" for number in range(9))] for name in ("base tiny", "lora-seed1")]
-    parts = Table("Accuracy", columns, rows, "A note.").parts(80)
+    parts = Table("Accuracy", columns, rows, "A note.").split(80)
     assert [column for part in parts for column in part.columns[1:]] == columns[1:]
     assert [part.note for part in parts] == [*[""] * (len(parts) - 1), "A note."]
     for part in parts:
@@ -417,7 +414,7 @@ def test_a_wide_table_comes_in_parts_that_a_narrow_terminal_holds():
         assert all(row[0] in shown and all(text.split("\n")[0] in shown for text in row) for row in part.rows)
         assert shown.count("(10.0–12.0)") == 2 * (len(part.columns) - 1)
         assert "…" not in shown
-    assert len(Table("Accuracy", columns, rows).parts(200)) == 1
+    assert len(Table("Accuracy", columns, rows).split(200)) == 1
 
 
 def test_a_mixture_differs_by_its_sources(tmp_path):

@@ -21,7 +21,7 @@ def rows_of(evaluation, trained=RESOURCES):
     return {row[0]: row[1:] for row in outcome_table(evaluation, trained).rows}
 
 
-def test_every_part_that_the_source_names_has_its_own_accuracy(evaluation):
+def test_every_part_of_the_source_has_its_own_accuracy(evaluation):
     n = len(evaluation.table)
     evaluation.table["hard"] = [index < 6 for index in range(n)]
     evaluation.table["rule"] = ["colour" if index % 2 else "count" for index in range(n)]
@@ -32,23 +32,23 @@ def test_every_part_that_the_source_names_has_its_own_accuracy(evaluation):
         assert rows[name] == [str(len(part)), rows[name][1], f"{part.mean():.1%}"], name
 
 
-def test_cost_is_told_where_it_is_known(evaluation):
+def test_cost_is_shown_if_it_was_measured(evaluation):
     assert outcome_table(evaluation, RESOURCES).note == "Training: 90 s, 2.00 GiB of RAM"
     assert outcome_table(evaluation, {}).note == ""
 
 
-def test_the_table_fits_a_narrow_terminal_without_losing_anything(evaluation):
+def test_the_table_fits_a_narrow_terminal(evaluation):
     for model in ("shuffled", "hypothesis_only"):
         evaluation.models.append(model)
         evaluation.metrics[model] = evaluation.metrics["tuned"]
         evaluation.table[f"{model}_prediction"] = evaluation.table["tuned_prediction"]
     evaluation.table["subset"] = "lexical"
     console = Console(width=80, record=True, file=io.StringIO())
-    sheet = outcome_table(evaluation, RESOURCES)
-    console.print(sheet.rich())
+    table = outcome_table(evaluation, RESOURCES)
+    console.print(table.rich())
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    for row in sheet.rows:
+    for row in table.rows:
         assert all(cell in text for cell in row)
     for word in ("premises", "shuffled", "hypothesis-", "lexical"):
         assert word in text
@@ -61,7 +61,7 @@ def test_unconstrained_generation_is_explained(evaluation):
     assert rows["unconstrained"][:3] == ["6", "50.0%", "50.0%"]
     assert rows["invalid answers"][:3] == ["6", "25.0%", "25.0%"]
     note = outcome_table(evaluation, RESOURCES).note
-    assert note.startswith("Unconstrained: the model may say anything. An answer without exactly one label is invalid")
+    assert note.startswith("Unconstrained: an answer without exactly one label is invalid")
     assert note.endswith("Training: 90 s, 2.00 GiB of RAM")
 
 
@@ -76,12 +76,12 @@ def test_a_suite_keeps_the_names_of_its_sets_on_a_narrow_terminal(evaluation):
         "evaluated": {"snli": evaluation.key},
         "missing": {"gone": "?"},
     }
-    sheet = suite_tables(suite, [evaluation])[0]
+    table = suite_tables(suite, [evaluation])[0]
     console = Console(width=80, record=True, file=io.StringIO())
-    for one in sheet.parts(80):
+    for one in table.split(80):
         console.print(one.rich())
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    for row in sheet.rows:
-        assert text.count(f" {row[0]} ") >= len(sheet.parts(80)), row[0]
+    for row in table.rows:
+        assert text.count(f" {row[0]} ") >= len(table.split(80)), row[0]
         assert all(cell in text for cell in row)

@@ -13,8 +13,7 @@ from nli_sft import UserError
 from nli_sft.data.prompts import PROMPTS
 from nli_sft.evaluation.metrics import compute
 from nli_sft.labels import LABELS, TWO_WAY_LABELS
-from nli_sft.report import pairs as report_table
-from nli_sft.report import write_report
+from nli_sft.report import pairs, write_report
 from nli_sft.report.content import Evaluation, Report, Training, duration
 from nli_sft.runs import read_run, write_json, write_run
 
@@ -60,14 +59,12 @@ def predictions(golds, answers, premises=None, **columns):
         "label": golds,
         **columns,
     }
-    for model, told in answers.items():
-        table[f"{model}_prediction"] = [answer for answer, _ in told]
+    for model, predicted in answers.items():
+        table[f"{model}_prediction"] = [answer for answer, _ in predicted]
         for label in LABELS:
-            p = np.array([p if label == answer else (1 - p) / 2 for answer, p in told])
+            p = np.array([p if label == answer else (1 - p) / 2 for answer, p in predicted])
             table[f"{model}_p_{label}"] = p.astype(np.float32)
-            table[f"{model}_unconstrained_{label}"] = np.log(p * 0.5).astype(
-                np.float32
-            )  # half the mass is on the labels
+            table[f"{model}_unconstrained_{label}"] = np.log(p * 0.5).astype(np.float32)  # a label mass of one half
     return pd.DataFrame(table)
 
 
@@ -136,16 +133,16 @@ def make_run(folder, own, *, record=None, **others):
     return folder
 
 
-# Nine pairs on three premises: three fixed, two broken, two right both times, two wrong both times.
+# Nine pairs on three premises: three fixed, two regressed, two right both times, two wrong both times.
 GOLDS = ["entailment", "neutral", "contradiction"] * 3
 BASE = [(label, 0.6) for label in ["neutral"] * 3 + ["entailment", "entailment", "contradiction"] + ["neutral"] * 3]
 TUNED = [
     ("entailment", 0.9),  # fixed
     ("neutral", 0.8),  # both right
     ("contradiction", 0.7),  # fixed
-    ("neutral", 0.6),  # broken
+    ("neutral", 0.6),  # regressed
     ("neutral", 0.8),  # fixed
-    ("entailment", 0.5),  # broken
+    ("entailment", 0.5),  # regressed
     ("contradiction", 0.95),  # both wrong
     ("neutral", 0.9),  # both right
     ("entailment", 0.97),  # both wrong
@@ -191,12 +188,12 @@ def text_of(html):
     return " ".join(" ".join(Page(html).text).split())
 
 
-def test_the_figures_can_be_counted_by_hand(nine):
+def test_the_figures_match_a_count_by_hand(nine):
     text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     evaluation = Report(nine).own
     c = evaluation.comparison
     assert (c.fixed, c.regressed, c.both_right, c.both_wrong) == (3, 2, 2, 2)
-    assert c.p_value == 1  # of five changed pairs three were fixed
+    assert c.p_value == 1  # three of five changed pairs were fixed
     assert evaluation.metrics["base"]["confusion"] == [[1, 2, 0], [1, 2, 0], [0, 2, 1]]
     assert evaluation.metrics["tuned"]["label_mass"] == pytest.approx(0.5)
     assert "44.44% 55.56%" in text.replace("Accuracy ", "")
@@ -207,11 +204,11 @@ def test_the_figures_can_be_counted_by_hand(nine):
     assert "Unconstrained, the base model gave no valid label in 120 of 200 answers" in text
 
 
-def test_pairs_are_told_the_surest_first(nine):
-    fixed, not_corrected, broken = Report(nine).own.pair_lists()
+def test_pairs_are_listed_with_the_most_confident_first(nine):
+    fixed, not_corrected, regressed = Report(nine).own.pair_lists()
     assert [pair.uid for pair in fixed.pairs] == ["pair-0", "pair-4", "pair-2"]
     assert [pair.uid for pair in not_corrected.pairs] == ["pair-8", "pair-6"]
-    assert [pair.uid for pair in broken.pairs] == ["pair-3", "pair-5"]
+    assert [pair.uid for pair in regressed.pairs] == ["pair-3", "pair-5"]
     assert fixed.pairs[0].p_after == pytest.approx((0.9, 0.05, 0.05))
     assert fixed.pairs[0].p_before == pytest.approx((0.2, 0.6, 0.2))
     assert (fixed.pairs[0].gold, fixed.pairs[0].before, fixed.pairs[0].after) == (
@@ -221,13 +218,13 @@ def test_pairs_are_told_the_surest_first(nine):
     )
 
 
-def test_only_the_surest_are_told_and_the_rest_counted(tmp_path):
+def test_a_list_is_capped_and_the_total_is_given(tmp_path):
     fixed = Report(make_run(tmp_path / "run", many_predictions())).own.pair_lists()[0]
     assert len(fixed.pairs) == 6
     assert fixed.total > 100
 
 
-def test_one_file_that_fetches_nothing(nine):
+def test_the_page_loads_no_other_file(nine):
     html = write_report(Report(nine)).read_text(encoding="utf-8")
     assert html.count("<caption>") == html.count('<div class="scroll"><table') > 0
     assert '"Predictions before and after tuning"' in html, "the caption that DataTables sets"
@@ -237,7 +234,7 @@ def test_one_file_that_fetches_nothing(nine):
     assert all(len(image["alt"]) > 40 for image in page.images)
 
 
-def test_markdown_shows_the_files_of_the_figures(nine):
+def test_markdown_links_to_the_figures(nine):
     write_report(Report(nine))
     markdown = (nine / "report.md").read_text(encoding="utf-8")
     shown = re.findall(r"^!\[.+\]\((figures/[^)]+)\)$", markdown, re.MULTILINE)
@@ -247,7 +244,7 @@ def test_markdown_shows_the_files_of_the_figures(nine):
     assert all((nine / path).is_file() for path in shown)
 
 
-def test_text_from_data_is_text(tmp_path):
+def test_text_from_data_is_escaped(tmp_path):
     table = predictions(GOLDS, {"base": BASE, "tuned": TUNED}, premises=[HOSTILE] * 9, subset=[HOSTILE] * 9)
     run = make_run(tmp_path / "run", table, record={"model": HOSTILE})
     clean = make_run(tmp_path / "clean", predictions(GOLDS, {"base": BASE, "tuned": TUNED}))
@@ -264,16 +261,16 @@ def test_text_from_data_is_text(tmp_path):
     assert len(re.findall(r"(?<!\\)\|", rows[0])) == 6  # five cells
 
 
-def test_the_old_counts_and_the_true_ones_are_both_told(nine):
+def test_both_parameter_counts_are_shown(nine):
     text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     assert "Trainable parameters 41,943,040 (1.49% of all)" in text
     assert "41,943,040 of 1,563,335,680 (2.68%)" in text
     assert "QLoRA r=64" in text
 
 
-def test_resources_and_provenance_are_told(nine):
+def test_resources_and_provenance_are_shown(nine):
     text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
-    for told in (
+    for row in (
         "Training run: wall time in all 2,522 s (42 min)",
         "2,000 s (33 min), 4 pairs/s",
         "peak RAM 3.00 GiB",
@@ -293,7 +290,7 @@ def test_resources_and_provenance_are_told(nine):
         "python recipes/sft.py --config",
         "load_in_4bit: true",
     ):
-        assert told in text, told
+        assert row in text, row
 
 
 def test_epochs_have_the_mean_training_loss_and_their_own_validation():
@@ -311,14 +308,14 @@ def test_an_epoch_that_ends_a_little_early_is_still_that_epoch():
     assert len(Training({"history": history}).epochs()) == 1
 
 
-def test_without_controls_it_says_how_to_run_them(nine):
+def test_without_controls_the_report_says_how_to_run_them(nine):
     text = text_of(write_report(Report(nine)).read_text(encoding="utf-8"))
     assert "it is not known how much" in text
     assert "--prompt hypothesis_only" in text
     assert "hypothesis-only baseline – not run" in text
 
 
-def test_a_run_without_premises_is_told_to_be_a_control(nine):
+def test_a_run_without_premises_is_called_a_baseline(nine):
     recipe, _, record = read_run(nine)
     write_run(nine, recipe=recipe, prompt=PROMPTS["hypothesis_only"], record=record)
     write_report(Report(nine))
@@ -328,7 +325,7 @@ def test_a_run_without_premises_is_told_to_be_a_control(nine):
         assert "it is not known how much" not in text
 
 
-def test_joint_probability_may_answer_otherwise(tmp_path):
+def test_accuracy_by_unconstrained_probability_may_differ(tmp_path):
     table = predictions(GOLDS, {"base": BASE, "tuned": TUNED})
     table["tuned_unconstrained_entailment"] = 0.0  # as likely as can be, for every pair
     rows = {name: values for name, *values in Report(make_run(tmp_path / "run", table)).own.figures()}
@@ -336,7 +333,7 @@ def test_joint_probability_may_answer_otherwise(tmp_path):
     assert rows["Accuracy"] == ["44.44%", "55.56%"]
 
 
-def test_resources_of_one_evaluation_are_told_once(tmp_path):
+def test_resources_of_one_evaluation_are_listed_once(tmp_path):
     run = make_run(tmp_path / "run", many_predictions(90), other=many_predictions(90))
     for path in run.glob("eval/*/metrics.json"):
         write_json(path, json.loads(path.read_text()) | {"resources": RESOURCES})
@@ -346,7 +343,7 @@ def test_resources_of_one_evaluation_are_told_once(tmp_path):
     assert len(set(names)) == len(names)
 
 
-def test_controls_are_judged(tmp_path):
+def test_controls_are_interpreted(tmp_path):
     reads = make_run(tmp_path / "reads", many_predictions(shuffled=0.3, hypothesis_only=0.4))
     text = text_of(write_report(Report(reads)).read_text(encoding="utf-8"))
     assert ": it uses the premise." in text
@@ -357,7 +354,7 @@ def test_controls_are_judged(tmp_path):
         for column in [c for c in table if c.startswith("tuned_")]:
             table[column.replace("tuned", control)] = table[column]
     sentences = " ".join(Report(make_run(tmp_path / "does not", table)).own.controls())
-    assert "no sign that it uses the premise" in sentences
+    assert "nothing shows that it uses the premise" in sentences
     assert "could come from the hypotheses alone" in sentences
 
 
@@ -380,19 +377,19 @@ def test_a_two_way_set_is_mapped_and_says_so(tmp_path):
     assert "Tuning raised accuracy from 50.0% to 100.0% on 60 hans pairs" in text
 
 
-def test_a_large_set_gives_a_part_that_keeps_its_shares(tmp_path, monkeypatch):
+def test_a_large_set_is_sampled_with_its_shares(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", many_predictions(90), other=many_predictions(600), more=many_predictions(300))
-    monkeypatch.setattr(report_table, "MOST_ROWS", 210)
-    _, note = report_table.pairs_table(Report(run).evaluations)
+    monkeypatch.setattr(pairs, "MAX_ROWS", 210)
+    _, note = pairs.pairs_table(Report(run).evaluations)
     assert note.startswith("210 of 990 pairs, of which 90 are from pairs test")
-    rows = report_table._rows(Evaluation(run / "eval" / "other-all"))
-    part = report_table._stratified(rows, 120)
+    rows = pairs._rows(Evaluation(run / "eval" / "other-all"))
+    part = pairs._stratified(rows, 120)
     assert len(part) == 120
     assert len(set(part["uid"])) == 120
     for column in ("gold", "change"):
         whole = rows[column].value_counts(normalize=True)
         assert part[column].value_counts(normalize=True)[whole.index].to_numpy() == pytest.approx(whole, abs=0.03)
-    assert report_table.pairs_table(Report(run).evaluations[:1])[1] == "All 90 pairs."
+    assert pairs.pairs_table(Report(run).evaluations[:1])[1] == "All 90 pairs."
 
 
 def test_a_run_that_kept_little_still_has_a_report(tmp_path):
@@ -406,7 +403,7 @@ def test_a_run_that_kept_little_still_has_a_report(tmp_path):
     assert "nan" not in (run / "report.md").read_text(encoding="utf-8").lower().split()
 
 
-def test_the_same_run_makes_the_same_files(nine):
+def test_files_are_reproducible(nine):
     def files():
         return {p.name: p.read_bytes() for p in [*nine.glob("report.*"), *nine.glob("figures/*")]}
 
@@ -449,7 +446,7 @@ def test_a_browser_builds_the_table(tmp_path):
     assert "Showing 1 to 10 of 240 entries" in dom
 
 
-def test_power_and_calibration_are_told(tmp_path):
+def test_power_and_calibration_are_shown(tmp_path):
     run = make_run(tmp_path / "run", many_predictions(n=3_000))
     path = run / "eval" / "pairs-test" / "metrics.json"
     summary = json.loads(path.read_text())
@@ -466,9 +463,9 @@ def test_power_and_calibration_are_told(tmp_path):
     assert "Calibration error at that temperature – 0.012" in text
     evaluation = Report(run).own
     c = evaluation.comparison
-    told = re.search(r"Power: ([\d,]+) of 3,000 pairs turned .*? a true difference of (\d\.\d) points", text)
-    assert int(told[1].replace(",", "")) == c.fixed + c.regressed
-    assert 1 < float(told[2]) < 6
+    power = re.search(r"Power: ([\d,]+) of 3,000 pairs turned .*? a true difference of (\d\.\d) points", text)
+    assert int(power[1].replace(",", "")) == c.fixed + c.regressed
+    assert 1 < float(power[2]) < 6
     coverage, accuracy = evaluation.abstention("tuned")
     assert coverage[-1] == 1
     assert accuracy[-1] == pytest.approx(evaluation.metrics["tuned"]["accuracy"])
@@ -482,13 +479,13 @@ def test_a_report_says_nothing_twice(tmp_path):
     own = Report(folder).own
     page = " ".join(" ".join(Page((folder / "report.html").read_text()).text).split())
     notes = " ".join((folder / "report.md").read_text().replace("\\", "").split())
-    told = [own.headline, *own.controls(), *own.explanation, own.unconstrained_generation(), own.power]
-    assert len(told) >= 6
-    for sentence in told:
+    sentences = [own.headline, *own.controls(), *own.explanation, own.unconstrained_generation(), own.power]
+    assert len(sentences) >= 6
+    for sentence in sentences:
         assert page.count(sentence) == notes.count(sentence) == 1, sentence
 
 
-def test_a_suite_is_told_once_with_what_is_missing_by_reason(tmp_path):
+def test_a_suite_has_one_table_with_missing_sets_by_reason(tmp_path):
     own = many_predictions()
     folder = make_run(tmp_path / "run", own, hans=many_predictions(n=120), beside=many_predictions(n=60))
     suite = {
@@ -502,8 +499,8 @@ def test_a_suite_is_told_once_with_what_is_missing_by_reason(tmp_path):
     notes = (folder / "report.md").read_text().replace("\\", "")
     assert "| anli_r1, anli_r2 | out of reach |" in notes
     (row,) = re.findall(r"^\| pairs \| 240 \| .*$", notes, flags=re.MULTILINE)
-    assert row.endswith("| 33.3% |"), "what a constant answer gives stands beside"
-    assert "hypothesis-only |" not in notes, "no run has that baseline"
+    assert row.endswith("| 33.3% |"), "accuracy of the majority baseline"
+    assert "hypothesis-only |" not in notes, "no column for a baseline that was not run"
     overview = notes[: notes.index("## Suites")]
     assert "| beside | 60 |" in overview
     assert "| hans | 120 |" not in overview
