@@ -22,7 +22,7 @@ from nli_sft.labels import LABELS
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-PAGES = [*DOCS, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md"))]
+PAGES = [*DOCS, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "recipes/README.md"))]
 PAGES += [ROOT / "recipes" / "lm_eval_task" / "README.md"]
 
 # A command that cannot run here is marked with what it needs.
