@@ -1,8 +1,7 @@
-"""Pairs from the Hub or from files, checked row by row.
+"""Load premise-hypothesis pairs from the Hub or from files, and check every row.
 
-A source is named as users name data: a Hub id (`stanfordnlp/snli`), a folder with one file a split, a single file, the
-URL of one, or `demo`, which is built in and needs no network. Whatever it is, `load_pairs` gives the same four
-columns, and says which file and row is wrong when one is.
+A source is a Hub id (`stanfordnlp/snli`), a folder with one file per split, a single file, the URL of a file, or
+`demo`, which is built in. `load_pairs` returns the same four columns for all of them. Its errors name file and row.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -47,11 +46,11 @@ from .files import FORMATS, is_data_file, label_names, read_columns, read_rows
 
 logger = logging.getLogger(__name__)
 
-# Of what is drawn for validation, whatever the seed of a run: runs that differ in their seeds are judged on the same.
+# Seed of validation samples. It does not depend on the run, so that runs with different seeds are comparable.
 VALIDATION_SEED = 42
 
-# The names under which the usual NLI sets keep our columns (SNLI, MNLI, ANLI, SICK, HANS, Breaking NLI, ChaosNLI, and
-# the benchmarks made of them); the first one that a set has is taken. A dot stands before a column inside another.
+# Column names in common NLI sets (SNLI, MNLI, ANLI, SICK, HANS, Breaking NLI, ChaosNLI and their derivatives). The
+# first one found is used. A dot separates a column from the one that contains it.
 COLUMN_NAMES = {
     "premise": ("premise", "sentence1", "context", "sentence_A", "example.premise"),
     "hypothesis": ("hypothesis", "sentence2", "sentence_B", "example.hypothesis"),
@@ -59,7 +58,7 @@ COLUMN_NAMES = {
     "uid": ("uid", "pairID", "pair_ID", "id"),
 }
 ROLES = ("premise", "hypothesis", "label")
-# Columns that name a slice of pairs are kept where a source has them, under any of these names.
+# Columns that define slices. They are kept if a source has them under any of these names.
 SLICE_NAMES = {
     "hard": ("hard",),
     "subset": ("subset", "heuristic", "category"),
@@ -68,22 +67,23 @@ SLICE_NAMES = {
     "rule": ("rule",),
     "edit_of": ("edit_of",),
 }
-# What single annotators said: how many gave each label, in the order of LABELS, or the labels that they gave.
+# Annotators' labels: the number of annotators per label, in the order of LABELS.
 COUNT_NAMES = ("label_counts", "label_count")
-# The name of a gold label, where the label itself is an id.
+# The name of the gold label, if the label itself is an id.
 LABEL_TEXT_NAMES = ("label_text", "label_name", "gold_label", "label")
+# The labels that annotators gave.
 ANNOTATOR_NAMES = ("annotator_labels", "label0", "label1", "label2", "label3", "label4", "label5")
 
-# All that a pair may carry beside uid, premise, hypothesis and label.
-EXTRA_COLUMNS = {
+# Optional columns beside uid, premise, hypothesis and label.
+EXTRA_COLUMNS: dict[str, Any] = {
     "hard": Value("bool"),
     **dict.fromkeys(("subset", "subcase", "genre", "rule"), Value("string")),
-    "edit_of": Value("string"),  # uid of the pair of which this one is a minimal edit
-    "label_counts": List(Value("int32")),  # (3,), annotators by label
-    "agreement": Value("string"),  # how many of them gave the gold label
+    "edit_of": Value("string"),  # uid of the pair that this one minimally edits
+    "label_counts": List(Value("int32")),  # (3,), annotators per label
+    "agreement": Value("string"),  # share of them that gave the gold label, binned
 }
 
-# What shows, and the Unicode categories of what does not.
+# A visible text has a word character, or one outside these Unicode categories.
 WORD = re.compile(r"\w")
 BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
@@ -91,11 +91,10 @@ URL = re.compile(r"(https?|zip)://")
 HUB_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/(?:resolve|blob|raw)/([^/]+)/([^?]+)")
 
 
-# Of the sets that annotators gave no label in places, SNLI and MNLI lack 2 % at most. More for each labelled pair than
-# this is worth a warning.
+# Warn if there are more unlabelled rows per labelled pair than this. SNLI and MNLI have 0.02 at most.
 MANY_UNLABELLED = 0.1
 
-# Single files that hold several splits name them in a column.
+# Columns that name the split of a row, in files that hold several splits.
 SPLIT_COLUMNS = ("SemEval_set",)
 
 SPLIT_NAMES = {
@@ -106,7 +105,7 @@ SPLIT_NAMES = {
 
 
 class SourceMissing(UserError):
-    """A source or split that is not there, on disk or on the Hub, or that has no label."""
+    """A source or split that does not exist, on disk or on the Hub, or that has no labels."""
 
 
 def load_pairs(
@@ -122,26 +121,23 @@ def load_pairs(
     """Load the labelled pairs of one split.
 
     Args:
-        source: Hub id, folder, file, URL of a file (see `fetch`), or `demo`. A folder has one file a split (or
-            shards of one), the split's name being a word of the file's name, as in `snli_1.0_dev.jsonl`.
-        split: `train`, `validation` (also `dev`), `test`, or another split that the source names. `None` takes the
-            whole of a single file.
-        config, revision: Hub configuration and commit, as in `datasets.load_dataset`.
-        columns: where a set has unusual column names, `{"premise": its name, ...}` for any of premise, hypothesis,
-            label and uid.
-        label_spellings: how the set writes its labels, in the order of `labels.LABELS`; needed only where they are
+        source: Hub id, folder, file, URL of a file (see `fetch`), or `demo`. A folder has one file per split (or
+            its shards), whose name contains that of the split, as in `snli_1.0_dev.jsonl`.
+        split: `train`, `validation` (also `dev`), `test`, or another split of the source. `None` takes a single file
+            whole.
+        config, revision: Hub configuration and revision, as in `datasets.load_dataset`.
+        columns: unusual column names, as `{"premise": name, ...}` for any of premise, hypothesis, label and uid.
+        label_spellings: how the set spells its labels, in the order of `labels.LABELS`. Needed only if they are
             neither names, first letters nor SNLI's ids.
-        dropped: a counter whose `unlabelled` is raised by the number of pairs left out because annotators did not
-            agree on a label.
+        dropped: a counter whose `unlabelled` is raised by the number of pairs without a gold label.
 
     Returns:
-        `Dataset[uid, premise, hypothesis, label]` in the order of the source, `label` a `ClassLabel` over `LABELS`
-        (over `TWO_WAY_LABELS` for a set such as HANS), with the columns of `EXTRA_COLUMNS` that the source has.
+        `Dataset[uid, premise, hypothesis, label]` in the order of the source, with the columns of `EXTRA_COLUMNS`
+        that the source has. `label` is a `ClassLabel` over `LABELS`, or over `TWO_WAY_LABELS` for sets such as HANS.
 
     Raises:
-        SourceMissing: naming what was looked for, where the source or its split is not there, or has no label.
-        UserError: naming file (or Hub id), row and column, for a row that cannot be used; or the columns that were
-            looked for.
+        SourceMissing: if the source or its split does not exist, or has no labels.
+        UserError: for a missing column, or an invalid row, with file (or Hub id), row and column.
     """
     check_spellings(label_spellings)
     path = fetch(source)
@@ -177,12 +173,12 @@ def load_pairs(
         pairs, unlabelled = read(ids.spellings)
     if not pairs["uid"]:
         raise SourceMissing(
-            f"{source}, split {split}: no labelled pair in it ({unlabelled:,} rows have no label); "
-            f"labels are read from the column {found['label']}"
+            f"{source}, split {split}: no row has a label ({unlabelled:,} without one); labels are read from the "
+            f"column {found['label']}: if that is wrong, set label_column"
         )
     if unlabelled:
         level = logging.WARNING if unlabelled > len(pairs["uid"]) * MANY_UNLABELLED else logging.INFO
-        logger.log(level, "%s %s: %s rows have no gold label and are left out", source, split or "", f"{unlabelled:,}")
+        logger.log(level, "%s %s: %s rows without a gold label are left out", source, split or "", f"{unlabelled:,}")
     if dropped is not None:
         dropped["unlabelled"] += unlabelled
     return pairs_dataset(pairs)
@@ -190,17 +186,17 @@ def load_pairs(
 
 @cache
 def fetch(source: str) -> Path:
-    """The path that a source names, on disk or not; the file of a URL is downloaded first, and kept.
+    """The path of a source, which need not exist. The file of a URL is downloaded and cached.
 
-    What was downloaded once is not asked for again, so that it is there without a network too: give URLs whose file
-    does not change, such as one that holds a commit.
+    A cached file is never refreshed, so that it works offline. Use URLs whose file does not change, such as those with
+    a commit.
 
     Args:
-        source: any source. A URL begins with `https://`; one of a file in a repository of the Hub goes the way of
-            other Hub files. For a file in a zip archive it is fsspec's `zip://folder/file.txt::https://host/archive.zip`.
+        source: any source. URLs begin with `https://`; those of Hub files use the Hub's cache. A file in a zip archive
+            is written as for fsspec: `zip://folder/file.txt::https://host/archive.zip`.
 
     Raises:
-        SourceMissing: where a URL cannot be had.
+        SourceMissing: if a URL cannot be downloaded.
     """
     if is_demo(source):
         return PAIRS
@@ -213,37 +209,37 @@ def fetch(source: str) -> Path:
             return Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision))
         downloads = DownloadManager(download_config=DownloadConfig(use_etag=False))
         if inside:
-            file = Path(downloads.download_and_extract(url)) / inside.removeprefix("zip://")
+            file = Path(str(downloads.download_and_extract(url))) / inside.removeprefix("zip://")
             if not file.is_file():
-                raise FileNotFoundError("no zip archive with that file in it")
+                raise FileNotFoundError("the archive has no such file")
             return file
-        downloaded = Path(downloads.download(url))
-    except Exception as error:  # of HTTP clients, of the Hub's, of the file system
+        downloaded = Path(str(downloads.download(url)))
+    except Exception as error:  # from HTTP clients, the Hub's client or the file system
         reason = str(error).partition("\n")[0].replace(url, "it")
         reason = type(error).__name__ if reason == "it" else f"{type(error).__name__}: {reason}"
         raise SourceMissing(f"{source} cannot be downloaded ({reason})") from error
-    # The cache names files by the hash of their URL; formats and splits are told by their own names.
+    # The cache names files by a hash, but formats and splits are recognized by the original name.
     named = Path(f"{downloaded}.named") / PurePosixPath(urlsplit(url).path).name
     named.parent.mkdir(exist_ok=True)
-    with suppress(FileExistsError):  # another process was here first, or an earlier run
+    with suppress(FileExistsError):  # by another process or an earlier run
         named.symlink_to(downloaded)
     return named
 
 
 def pairs_dataset(pairs: dict[str, list]) -> Dataset:
-    """A `Dataset` with our column types from lists of uid, premise, hypothesis, label name, and any extra columns."""
+    """Build a `Dataset` from lists of uid, premise, hypothesis, label name and any of `EXTRA_COLUMNS`."""
     two_way = any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
-    features = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
+    features: dict[str, Any] = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
     features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else LABELS))
     features |= {name: feature for name, feature in EXTRA_COLUMNS.items() if name in pairs}
     ids = {label: id for id, label in enumerate(features["label"].names)}
     columns = {name: pairs[name] for name in features} | {"label": [ids[label] for label in pairs["label"]]}
-    # `Dataset.from_dict` would encode every text by itself.
+    # Faster than `Dataset.from_dict`, which encodes every text separately.
     return Dataset(pa.table(columns, schema=Features(features).arrow_schema))
 
 
 def has_split(source: str, split: str, config: str | None = None, revision: str | None = None) -> bool:
-    """Whether `source` names a split of that kind. A single file is one split, unless a column names several."""
+    """Whether `source` has such a split. A single file has one split, unless a column names several."""
     path = fetch(source)
     if path.is_file():
         return any(name in SPLIT_COLUMNS for name in read_columns(path))
@@ -257,12 +253,12 @@ def load_train_and_validation(
 ) -> dict[str, Dataset]:
     """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
-    Where the source has no validation split, `args.validation_fraction` of the training premises is held out. Other
-    sources are mixed into the training pairs, and these are balanced, as the recipe says; validation stays as it is.
+    If the source has no validation split, `args.validation_fraction` of the training premises is held out. `train_mix`
+    and `balance` apply to the training pairs only.
 
     Args:
-        seed: of the training pairs that are drawn; those of validation are the same for every seed.
-        dropped: a counter of what was left out, by reason.
+        seed: seed of training samples. Validation samples do not depend on it.
+        dropped: a counter of pairs left out, by reason.
         mixture: filled with what each source contributes to the training pairs: {source: {"pairs": n, "labels":
             {label: n}, "dropped": {reason: n}}}.
     """
@@ -275,8 +271,8 @@ def load_train_and_validation(
     else:
         train, validation = hold_out(train, args.validation_fraction, VALIDATION_SEED)
         logger.warning(
-            "%s has no validation split: %s pairs are held out from training, by premise; validation_split names a "
-            "split that is called otherwise",
+            "%s has no validation split: %s pairs are held out from training, by premise; set validation_split if it "
+            "has another name",
             args.dataset_name,
             f"{len(validation):,}",
         )
@@ -305,13 +301,13 @@ def load_train_and_validation(
 
 
 def _check_labels(source: str, train: Dataset, validation: Dataset) -> None:
-    """Refuse to train on one label; warn of labels that neither training nor validation pairs have."""
+    """Refuse to train on a single label. Warn of labels missing from training or validation pairs."""
     names = train.features["label"].names
     there = {names[label] for label in set(train["label"][:])}
     if len(there) == 1:
         raise UserError(
-            f"{source}: all {len(train):,} training pairs have the label {there.pop()}, so there is nothing to learn; "
-            f"are label_column and label_spellings right?"
+            f"{source}: all {len(train):,} training pairs have the label {there.pop()}; check label_column and "
+            f"label_spellings"
         )
     for what, pairs in (("training", train), ("validation", validation)):
         missing = [name for index, name in enumerate(names) if index not in set(pairs["label"][:])]
@@ -324,8 +320,8 @@ def _with_source(pairs: Dataset, source: str) -> Dataset:
 
 
 def _with_column(pairs: Dataset, name: str, values: list[str]) -> Dataset:
-    """`pairs` with a column added or replaced; `Dataset.add_column` would show a bar, "Flattening the indices"."""
-    table = pairs.with_format("arrow")[:]
+    """Add or replace a column, without the progress bar of `Dataset.add_column`."""
+    table: Any = pairs.with_format("arrow")[:]
     features = Features({**pairs.features, name: Value("string")})
     columns = {column: table[column] for column in table.column_names} | {name: pa.array(values, pa.string())}
     return Dataset(pa.table(columns).cast(features.arrow_schema))
@@ -339,8 +335,9 @@ def describe_source(counts: Mapping[str, Any]) -> str:
 
 
 def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:
-    """The validation pairs of a recipe, all of them, without the training pairs where the source has both."""
-    options = reading_options(args) | {"dropped": dropped}
+    """All validation pairs of a recipe. Training pairs are read only if the source has no validation split."""
+    options = reading_options(args)
+    options["dropped"] = dropped
     try:
         return load_pairs(args.dataset_name, args.validation_split or "validation", **options)
     except SourceMissing:
@@ -348,8 +345,8 @@ def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Da
         return hold_out(train, args.validation_fraction, VALIDATION_SEED)[1]
 
 
-def reading_options(args: DataConfig) -> dict[str, object]:
-    """What `load_pairs` wants to know of a source beside its name and split."""
+def reading_options(args: DataConfig) -> dict[str, Any]:
+    """The keyword arguments of `load_pairs` for a source."""
     return {
         "config": args.dataset_config,
         "revision": args.dataset_revision,
@@ -361,20 +358,20 @@ def reading_options(args: DataConfig) -> dict[str, object]:
 def mix(
     pairs: Dataset, others: list[str], *, seed: int, held_out: set[str], dropped: Mapping[str, Counter]
 ) -> Dataset:
-    """Add pairs of other sources to train on.
+    """Add training pairs of other sources.
 
     Args:
         pairs: three-way pairs, with a column `source`.
-        others: `source=weight`: so many pairs of that source's training split (or file) for each of `pairs`, taken by
-            `subsample`.
+        others: entries `source=weight`. `weight` pairs of that source's training split (or file) are added per pair
+            of `pairs`, sampled by `subsample`.
         held_out: premises to leave out, those of validation.
-        dropped: a counter for each source, of its `unlabelled` rows and of `mixed_premise_in_validation`.
+        dropped: a counter per source, of `unlabelled` and `mixed_premise_in_validation`.
 
     Returns:
-        uid, premise, hypothesis, label and source of all; the uids of others with their source before them.
+        Columns uid, premise, hypothesis, label and source. Uids of other sources are prefixed with the source.
 
     Raises:
-        UserError: for an entry of another form, a two-way source, or one with too few pairs.
+        UserError: for a malformed entry, a two-way source, or a source with too few pairs.
     """
     columns = ["uid", "premise", "hypothesis", "label", "source"]
     parts = [pairs.select_columns(columns)]
@@ -388,15 +385,15 @@ def mix(
             raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {DEMO}=0.25")
         other = load_pairs(source, "train", dropped=dropped[source])
         if other.features["label"].num_classes != len(LABELS):
-            raise UserError(f"train_mix: {source} has two labels, and training needs {', '.join(LABELS)}")
+            raise UserError(f"train_mix: {source} has two labels; training needs {', '.join(LABELS)}")
         premises = other["premise"][:]
         fresh = other.select([index for index, premise in enumerate(premises) if premise not in held_out])
         if len(fresh) < len(other):
             dropped[source]["mixed_premise_in_validation"] += len(other) - len(fresh)
         if n > len(fresh):
             raise UserError(
-                f"train_mix: {entry} asks for {n:,} pairs, and {source} has {len(fresh):,}; with {len(pairs):,} pairs "
-                f"of the run's own it can have a weight of {math.floor(1000 * len(fresh) / len(pairs)) / 1000}"
+                f"train_mix: {entry} needs {n:,} pairs, but {source} has {len(fresh):,}; lower its weight to "
+                f"{math.floor(1000 * len(fresh) / len(pairs)) / 1000}"
             )
         fresh = _with_source(subsample(fresh, n, seed), source)
         parts.append(
@@ -406,16 +403,16 @@ def mix(
 
 
 def balance_labels(pairs: Dataset, seed: int) -> Dataset:
-    """As many pairs of each label as the rarest has, taken premise by premise in seeded order."""
+    """Keep as many pairs of each label as the rarest has, sampled by premise."""
     counts = np.bincount(pairs["label"][:], minlength=pairs.features["label"].num_classes)
     if counts.min() == 0:
         missing = pairs.features["label"].names[counts.argmin()]
-        raise UserError(f"balance: no training pair has the label {missing}, so balancing by label leaves none at all")
+        raise UserError(f"balance: no training pair has the label {missing}, so none would be left; remove balance")
     return _take(pairs, np.full_like(counts, counts.min()), seed)
 
 
 def balance_premises(pairs: Dataset, seed: int) -> Dataset:
-    """At most one pair of each label on each premise, so that no scene is told more often than others."""
+    """Keep at most one pair of each label per premise."""
     kept: dict[tuple[str, int], int] = {}
     premises, labels = pairs["premise"][:], pairs["label"][:]
     for index in np.random.default_rng(seed).permutation(len(pairs)).tolist():
@@ -424,10 +421,10 @@ def balance_premises(pairs: Dataset, seed: int) -> Dataset:
 
 
 def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
-    """Take `n` pairs, premise by premise in seeded order, with the label shares of the whole.
+    """Sample `n` pairs by premise, with the label proportions of the whole.
 
-    Pairs of one premise stay together (the last premises taken may lose some), because they are not independent: a
-    sample by pair would tell the same premises in training and, after a split, in validation.
+    Pairs of a premise stay together (the last premises may lose some) because they are not independent: sampling by
+    pair would put the same premises into training and validation.
     """
     if n >= len(pairs):
         return pairs
@@ -441,17 +438,17 @@ def subsample(pairs: Dataset, n: int, seed: int) -> Dataset:
 
 
 def _take(pairs: Dataset, quotas: np.ndarray, seed: int) -> Dataset:
-    """So many pairs of each label, premise by premise in seeded order."""
-    labels, quotas, chosen = pairs["label"][:], quotas.tolist(), []
+    """Take `quotas[label]` pairs of each label, premise by premise in seeded order."""
+    labels, left, chosen = pairs["label"][:], quotas.tolist(), []
     for index in _premise_order(pairs, seed):
-        if quotas[labels[index]]:
-            quotas[labels[index]] -= 1
+        if left[labels[index]]:
+            left[labels[index]] -= 1
             chosen.append(index)
-    return pairs.select(np.sort(chosen))  # of an array: datasets hashes a list number by number
+    return pairs.select(np.sort(chosen))  # an array, because datasets hashes a list slowly
 
 
 def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Split into (kept, held out) such that no premise is in both; for sources that bring no validation split."""
+    """Split into (kept, held out), with no premise in both."""
     order = _premise_order(pairs, seed)
     premises = pairs["premise"][:]
     cut = max(1, round(len(order) * fraction))
@@ -459,13 +456,13 @@ def hold_out(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datas
         cut += 1
     if cut >= len(order):
         raise UserError(
-            f"{len(pairs)} pairs on too few premises to hold some out for validation; give a validation split"
+            f"{len(pairs)} pairs have too few premises to hold some out for validation; set validation_split"
         )
     return pairs.select(np.sort(order[cut:])), pairs.select(np.sort(order[:cut]))
 
 
 def fingerprint(pairs: Dataset) -> str:
-    """16 hexadecimal digits that change when any uid, text, label or the order of the pairs does."""
+    """A hash (16 hexadecimal digits) of the uids, texts, labels and order of the pairs."""
     digest = hashlib.sha256()
     for batch in pairs.select_columns(["uid", "premise", "hypothesis", "label"]).iter(batch_size=10_000):
         digest.update(json.dumps(batch, ensure_ascii=False).encode())
@@ -473,7 +470,7 @@ def fingerprint(pairs: Dataset) -> str:
 
 
 def pair_hashes(pairs: Dataset) -> np.ndarray:
-    """(n,) unsigned 64-bit numbers, the same for pairs whose texts differ in case and white space at most."""
+    """(n,) uint64 hashes of the pairs, ignoring case and white space."""
     texts = zip(pairs["premise"][:], pairs["hypothesis"][:], strict=True)
     keys = ["\n".join(" ".join(text.casefold().split()) for text in pair) for pair in texts]
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
@@ -482,9 +479,11 @@ def pair_hashes(pairs: Dataset) -> np.ndarray:
 
 def _premise_order(pairs: Dataset, seed: int) -> list[int]:
     """Row numbers with the rows of a premise together and the premises in seeded order."""
-    premises = pairs.with_format("arrow")[:]["premise"].dictionary_encode().unify_dictionaries().combine_chunks()
+    table: pa.Table = pairs.with_format("arrow")[:]
+    premises: Any = table["premise"].dictionary_encode().unify_dictionaries().combine_chunks()
     place = np.empty(len(premises.dictionary), dtype=np.int64)  # of each premise among the sorted ones
-    place[pc.array_sort_indices(premises.dictionary)] = np.arange(len(place))
+    order = pc.array_sort_indices(premises.dictionary)  # pyright: ignore[reportAttributeAccessIssue] (generated)
+    place[order] = np.arange(len(place))
     shuffled = np.random.default_rng(seed).permutation(len(place))
     return np.argsort(shuffled[place[premises.indices.to_numpy()]], kind="stable").tolist()
 
@@ -494,18 +493,18 @@ def _looks_like_path(source: str) -> bool:
     return is_data_file(Path(source)) or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _names_of(split: str | None) -> tuple[str | None, ...]:
-    """The names under which sources have a split."""
+def _names_of(split: str) -> tuple[str, ...]:
+    """The names that sources use for a split."""
     return next((names for names in SPLIT_NAMES.values() if split in names), (split,))
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a path is one table, without splits: a file, or the folder of a `Dataset` that was saved to disk."""
+    """Whether a path is a single table without splits: a file, or a `Dataset` saved to disk."""
     return path.is_file() or (path / "state.json").is_file()
 
 
 def _is_table_folder(path: Path) -> bool:
-    """Whether a folder is for the datasets library to read: saved to disk by it, or as `hf download` leaves it."""
+    """Whether the datasets library reads a folder: saved to disk by it, or made by `hf download`."""
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return True
     card = path / "README.md"
@@ -517,7 +516,7 @@ def _is_table_folder(path: Path) -> bool:
 
 def _data_files(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if is_data_file(file))
-    # SNLI and MNLI come with every split twice, as JSON lines and as text.
+    # SNLI and MNLI have every split twice, as JSON lines and as text.
     stems = {file.name.partition(".jsonl")[0] for file in files if ".jsonl" in file.name}
     return [file for file in files if not (file.suffix == ".txt" and file.stem in stems)]
 
@@ -539,12 +538,12 @@ def _split_files(path: Path, split: str | None) -> list[Path]:
         return [path]
     files = _data_files(path)
     if split is None:
-        raise UserError(f"{path} is a folder: say which split to take")
+        raise UserError(f"{path} is a folder; name the split to read")
     chosen = [file for file in files if _is_split_file(file, split)]
     if not chosen:
         there = ", ".join(file.name for file in files) or f"no file of {FORMATS}"
         folders = [folder.name for folder in sorted(path.iterdir()) if any(map(is_data_file, folder.glob("*")))]
-        inside = f"; its folders {', '.join(folders)} have some: give one of them" if folders else ""
+        inside = f"; its folders {', '.join(folders)} have some: name one of them" if folders else ""
         raise SourceMissing(f"{path} has no file for split {split}; it has {there}{inside}")
     if len(chosen) > 1 and not all(re.search(r"-\d+-of-\d+\.", file.name) for file in chosen):
         raise UserError(
@@ -571,60 +570,56 @@ def _rows_of_split(
 def _open_table(
     source: str, path: Path, config: str | None, split: str | None, revision: str | None
 ) -> Dataset | None:
-    """The split of a Hub set or of a folder that the datasets library reads; `None` where a path holds plain files."""
+    """The split of a Hub set or of a folder that the datasets library reads. `None` for plain files."""
     if path.exists() and not (path.is_dir() and _is_table_folder(path)):
         return None
     if not path.exists() and _looks_like_path(source):
-        raise SourceMissing(
-            f"{source} is not there; dataset_name takes a Hub id, a folder or a file ({FORMATS}), also by its URL"
-        )
+        raise SourceMissing(f"{source} does not exist; give a Hub id, a folder, or a file ({FORMATS}) or its URL")
     there = _table_splits(source, path, config, revision)
     if is_whole(path) and split in (None, "train"):
-        return load_from_disk(str(path))
-    chosen = next((name for name in _names_of(split) if name in there), None)
+        return cast(Dataset, load_from_disk(str(path)))
+    chosen = next((name for name in (_names_of(split) if split is not None else ()) if name in there), None)
     if chosen is None:
         has = ", ".join(there) or "one table, without splits"
         raise SourceMissing(
-            f"{source} has no split {split}; it has {has} (train_split and validation_split name those of a training, "
-            f"split that of an evaluation)"
+            f"{source} has no split {split}; it has {has} (set train_split and validation_split for training, "
+            f"split for evaluation)"
         )
     if path.exists() and not _is_hub_folder(path):
-        return load_from_disk(str(path))[chosen]
+        return cast(DatasetDict, load_from_disk(str(path)))[chosen]
     try:
         return load_dataset(str(path) if path.exists() else source, config, split=chosen, revision=revision)
-    except Exception as error:  # of the Hub's client, of the file system, of the readers of each format
+    except Exception as error:  # from the Hub's client, the file system or a reader
         raise UserError(
             f"{source}, split {split}: cannot be loaded ({_one_line(error.__cause__ or error)})"
         ) from error
 
 
 def _table_splits(source: str, path: Path, config: str | None, revision: str | None) -> list[str]:
-    """The splits of a Hub set, or of a folder that the datasets library reads."""
+    """The splits of a Hub set or of a folder that the datasets library reads."""
     try:
         if path.exists() and not _is_hub_folder(path):
             saved = load_from_disk(str(path))
-            return list(saved) if isinstance(saved, DatasetDict) else []
+            return list(map(str, saved)) if isinstance(saved, DatasetDict) else []
         return get_dataset_split_names(str(path) if path.exists() else source, config, revision=revision)
-    except Exception as error:  # the Hub's client raises its own, requests' and the file system's errors here
+    except Exception as error:  # from the Hub's client, requests or the file system
         if "scripts are no longer supported" in str(error):
             raise SourceMissing(
                 f"{source} is a loading script, which the datasets library no longer runs; try dataset_revision: "
-                f"refs/convert/parquet, where the Hub keeps tables of some such sets, or give the files themselves"
+                f"refs/convert/parquet, where the Hub may have converted it, or use the files themselves"
             ) from error
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
-            raise UserError(f"{source}: choose a configuration with dataset_config ({_one_line(error)})") from error
+            raise UserError(f"{source}: set dataset_config ({_one_line(error)})") from error
         if path.exists():
-            raise UserError(
-                f"{source}: not a folder that the datasets library can read ({_one_line(error)})"
-            ) from error
+            raise UserError(f"{source}: the datasets library cannot read this folder ({_one_line(error)})") from error
         raise SourceMissing(
-            f"{source}: not on the Hub, or the Hub is out of reach, and no such path is here "
+            f"{source}: not found on disk, and not on the Hub or the Hub is unreachable "
             f"({type(error).__name__}: {_one_line(error)})"
         ) from error
 
 
 def _is_hub_folder(path: Path) -> bool:
-    """Whether a folder that the datasets library reads is a repository, rather than saved to disk."""
+    """Whether a folder that the datasets library reads is a Hub repository, not a data set saved to disk."""
     return not ((path / "state.json").is_file() or (path / "dataset_dict.json").is_file())
 
 
@@ -642,7 +637,8 @@ def _file_rows(
 
 
 def _table_rows(source: str, table: Dataset) -> Iterator[tuple[str, dict]]:
-    rows = (row for batch in table.with_format("arrow").iter(1000) for row in batch.to_pylist())
+    batches = cast("Iterator[pa.Table]", table.with_format("arrow").iter(1000))
+    rows = (row for batch in batches for row in batch.to_pylist())
     for number, row in enumerate(rows, start=1):
         yield f"{source} row {number}", row
 
@@ -650,9 +646,9 @@ def _table_rows(source: str, table: Dataset) -> Iterator[tuple[str, dict]]:
 def _name_labels(
     rows: Iterator[tuple[str, dict]], column: str, names: list[str] | None, spellings: list[str] | None
 ) -> Iterator[tuple[str, dict]]:
-    """Rows with the names of their label ids: sets number their labels in different orders.
+    """Replace label ids by their names: sets number their labels in different orders.
 
-    Spellings that are none of the names are those of the ids.
+    If no spelling is one of the names, the spellings are those of the ids, which stay.
     """
     if names is None or (spellings and not {*map(str.lower, names)} & {str(one).lower() for one in spellings}):
         yield from rows
@@ -665,24 +661,25 @@ def _name_labels(
 def find_columns(
     source: object, there: Sequence[str], named: Mapping[str, str] | None = None, roles: Sequence[str] = ROLES
 ) -> dict[str, str]:
-    """Where the columns are: {role: column}, for those of `roles` and the uid that a set has.
+    """Find the columns of `roles`, and of the uid if there is one: {role: column}.
 
     Args:
-        source: what a message calls the set.
-        there: its columns, a repeated name as often as it is there.
-        named: what the user calls the columns of roles.
-        roles: what must be there.
+        source: name of the set in error messages.
+        there: its columns, with repetitions.
+        named: columns named by the user, by role.
+        roles: required roles.
 
     Raises:
-        UserError: naming every column that is missing, with what was looked for and what is there; or a repeated one.
+        UserError: for missing, ambiguous or repeated columns.
     """
+    named = named or {}
     found, missing = {}, {}
     for role in (*roles, "uid"):
-        looked_for = (named[role],) if role in (named or {}) else COLUMN_NAMES[role]
+        looked_for = (named[role],) if role in named else COLUMN_NAMES[role]
         column = next(filter(None, (_match(name, there) for name in looked_for)), None)
         if column is not None:
             found[role] = column
-        elif role != "uid" or role in (named or {}):
+        elif role != "uid" or role in named:
             missing[role] = looked_for
     if missing:
         raise UserError(
@@ -697,14 +694,14 @@ def find_columns(
     for role, column in found.items():
         if column in roles_of:
             raise UserError(
-                f"{source}: the column {column} is named for {roles_of[column]} and {role}; give each its own with "
-                f"{roles_of[column]}_column and {role}_column"
+                f"{source}: {roles_of[column]}_column and {role}_column are both {column}; "
+                f"name a different column for each"
             )
         roles_of[column] = role
         alike = [name for name in there if name != column and _plain(name) == _plain(column)]
-        if alike and column not in ((named or {}).get(role), *COLUMN_NAMES[role]):
+        if alike and column not in (named.get(role), *COLUMN_NAMES[role]):
             raise UserError(
-                f"{source}: {column} and {alike[0]} could each be the {role}; rename one, or give {role}_column"
+                f"{source}: {column} and {alike[0]} could each be the {role}; rename one, or set {role}_column"
             )
         if there.count(column) > 1:
             raise UserError(
@@ -714,10 +711,9 @@ def find_columns(
 
 
 def _match(name: str, there: Sequence[str]) -> str | None:
-    """The column called `name`, as it is written there: capitals, spaces and underscores make no other name.
+    """The column called `name`, ignoring case, spaces and underscores.
 
-    Of a column inside another, `example.premise`, only the outer one is told by the heading; rows are checked for the
-    inner one.
+    Of a nested column such as `example.premise`, only the outer name is checked; the header does not list the inner.
     """
     if name in there:
         return name
@@ -732,7 +728,7 @@ def _plain(column: str) -> str:
 
 
 def _find_extras(there: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """For each optional column, the names under which it may be in a row, as they are written there."""
+    """For each optional column, its possible names in a row, spelled as in `there`."""
     usual = SLICE_NAMES | {"label_counts": COUNT_NAMES, "annotators": ANNOTATOR_NAMES, "label_text": LABEL_TEXT_NAMES}
     return {role: tuple(_match(name, there) or name for name in names) for role, names in usual.items()}
 
@@ -745,7 +741,7 @@ def _wanted(found: Mapping[str, str], extras: Mapping[str, Sequence[str]], there
 
 
 def column_value(row: dict, column: str | None) -> object:
-    """The value of a column, or of one inside another, `example.premise`; `None` where a row has none."""
+    """The value of a column, or of a nested one such as `example.premise`. `None` if the row has none."""
     if column in row:
         return row[column]
     outer, _, inner = (column or "").partition(".")
@@ -753,7 +749,7 @@ def column_value(row: dict, column: str | None) -> object:
 
 
 class _IdsExplained(Exception):
-    """Ids that names beside them explain: `spellings` has them in the order of the labels."""
+    """Raised if names beside the ids say what these mean. `spellings` has the ids in the order of the labels."""
 
     def __init__(self, spellings: list[str]):
         super().__init__(spellings)
@@ -761,12 +757,13 @@ class _IdsExplained(Exception):
 
 
 class _Labels:
-    """Reads the labels of a set, and remembers what a mistake shows in.
+    """Parses the labels of a set, and collects evidence of misread ones.
 
     Attributes:
-        two_way: whether the set has two labels; known from its first label that only such sets have.
-        ids: those of SNLI's ids that were read as such. has_names: whether names were read too.
-        named: how often an id stood beside a name: of the gold label, or of one that an annotator gave.
+        two_way: whether the set has two labels. Set by the first label that only two-way sets have.
+        ids: the labels read from SNLI's ids.
+        has_names: whether any label was a name.
+        named: counts of (id, name), for names beside the id of a gold label.
     """
 
     def __init__(self, spellings: list[str] | None, two_way: bool):
@@ -792,15 +789,15 @@ class _Labels:
         return self._read[key]
 
     def read_annotator(self, value: object) -> int | None:
-        """A label as the gold labels are written, or as a name; `None` where it is neither."""
+        """A label spelled like the gold labels, or a name. `None` if it is neither."""
         with suppress(UserError):
             return parse_label(value, self.spellings, self.two_way)
         with suppress(UserError):
             return None if is_id(value) else parse_label(value)
         return None
 
-    def note_names(self, value: object, row: dict, columns: Mapping[str, Sequence[str]]) -> None:
-        """Count the names that stand beside a label that is an id."""
+    def note_names(self, value: Any, row: dict, columns: Mapping[str, Sequence[str]]) -> None:
+        """Count the names beside a label that is an id."""
         if not self.ids or not is_id(value):
             return
         for column in (*columns["label_text"], *columns["annotators"]):
@@ -810,7 +807,7 @@ class _Labels:
                     self.named[int(float(value)), name] += 1
 
     def _explained(self) -> list[str] | None:
-        """The ids in the order of the labels that they mostly stand beside; `None` where that is not one for each."""
+        """The ids in the order of the labels, by majority of the names beside them. `None` if ambiguous."""
         names = TWO_WAY_LABELS if any(is_two_way_name(name) for _, name in self.named) else LABELS
         votes = np.zeros((len(LABELS), len(names)), dtype=int)
         for (id, name), count in self.named.items():
@@ -822,11 +819,11 @@ class _Labels:
         return [str(ids[most.index(label)]) for label in range(len(names))]
 
     def check_ids(self, source: str) -> None:
-        """Say how ids without names are read, where that is SNLI's way; stop where it cannot be known.
+        """Warn that ids are read as SNLI's, unless names beside them confirm it.
 
         Raises:
-            _IdsExplained: where names beside the ids say what these mean.
-            UserError: for a set with other ids than all of SNLI's.
+            _IdsExplained: if names beside the ids say that they mean something else.
+            UserError: if the set does not use all of SNLI's ids, so that their meaning is unknown.
         """
         if not self.ids:
             return
@@ -835,18 +832,18 @@ class _Labels:
             return
         if explained is not None:
             names = LABELS if len(explained) == len(LABELS) else TWO_WAY_LABELS
-            said = ", ".join(f"{id} is {name}" for id, name in zip(explained, names, strict=True))
-            logger.warning("%s: the names beside the labels say what these mean: %s", source, said)
+            meaning = ", ".join(f"{id} is {name}" for id, name in zip(explained, names, strict=True))
+            logger.warning("%s: label ids are read by the names beside them: %s", source, meaning)
             raise _IdsExplained(explained)
         if not self.has_names and len(self.ids) < len(LABELS):
             raise UserError(
-                f"{source}: the labels are {' and '.join(map(str, sorted(self.ids)))} alone, and what they mean "
-                f"is not known: give label_spellings, what stands for {', '.join(LABELS)}, in that order, such as "
-                f"0 1 2 for SNLI's ids, or what stands for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
+                f"{source}: the only labels are {' and '.join(map(str, sorted(self.ids)))}, whose meaning is unknown; "
+                f"set label_spellings to the labels for {', '.join(LABELS)}, in that order, such as 0 1 2 for SNLI's "
+                f"ids, or to those for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
             )
         logger.warning(
-            "%s: the labels are read as SNLI's ids: %s; if they mean something else, label_spellings says what stands "
-            "for %s, in that order",
+            "%s: the labels are read as SNLI's ids: %s; if they mean something else, set label_spellings to the "
+            "labels for %s, in that order",
             source,
             ", ".join(f"{index} is {name}" for index, name in enumerate(LABELS)),
             ", ".join(LABELS),
@@ -854,14 +851,14 @@ class _Labels:
 
 
 class _Uids:
-    """Makes every uid another one: predictions of two models are joined by uid."""
+    """Makes uids unique: predictions of two models are joined by uid."""
 
     def __init__(self):
         self._taken: set[str] = set()
         self._count: Counter = Counter()
 
     def take(self, uid: str) -> str:
-        """`uid`, or where it is taken, `uid#2` and so on."""
+        """`uid`, or if it is taken, `uid#2` and so on."""
         free = uid
         while free in self._taken:
             self._count[uid] += 1
@@ -879,10 +876,10 @@ def _check_rows(
     two_way: bool,
     uid_prefix: str,
 ) -> tuple[dict[str, list], int]:
-    """Check every row; return lists by column (label as a name) and the number of rows without a label."""
+    """Check every row. Returns lists by column (labels as names), and the number of unlabelled rows."""
     pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
     extras: dict[str, list] = {}
-    extras_of: dict[tuple[str, ...], dict[str, list[str]]] = {}  # the optional columns of rows with such keys
+    extras_of: dict[tuple[str, ...], dict[str, list[str]]] = {}  # optional columns, by the keys of a row
     labels = _Labels(spellings, two_way)
     unfit: dict[str, list] = defaultdict(list)
     uids = _Uids()
@@ -891,8 +888,8 @@ def _check_rows(
         value = column_value(row, columns["label"])
         if value is None and columns["label"].partition(".")[0] not in row:
             raise UserError(
-                f"{where} has no {columns['label']}, only {', '.join(map(str, row))}; a pair without a label has null "
-                f"or - there"
+                f"{where} has no {columns['label']}, only {', '.join(map(str, row))}; if the pair has no label, "
+                f"write null or -"
             )
         try:
             label = labels.read(value)
@@ -907,7 +904,7 @@ def _check_rows(
             except UserError as error:
                 raise UserError(f"{where}, column {columns[role]}: the {error}") from None
         uid = column_value(row, columns.get("uid"))
-        is_named = uid not in (None, "") and uid == uid  # which NaN is not
+        is_named = uid not in (None, "") and uid == uid  # false for NaN
         pairs["uid"].append(uids.take(_encodable(uid) if is_named else f"{uid_prefix}-{index + 1}"))
         pairs["label"].append((TWO_WAY_LABELS if labels.two_way else LABELS)[label])
         keys = tuple(row)
@@ -923,19 +920,24 @@ def _check_rows(
         for name, values in extras.items():
             values.append(extra.get(name))
     if labels.two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
-        raise UserError(f"the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}")
+        raise UserError(
+            f"{source}: the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}"
+        )
     labels.check_ids(source)
     if unfit:
         what = ", ".join(f"{len(values):,} in {name} (such as {values[0]!r:.60})" for name, values in unfit.items())
-        logger.warning("%s: not counted, as they are no annotators' labels: %s", source, what)
+        logger.warning("%s: ignored as annotator labels: %s", source, what)
     return pairs | extras, unlabelled
 
 
 def check_text(text: object, what: str) -> str:
-    """A premise or hypothesis without the white space around it.
+    """A premise or hypothesis, stripped.
+
+    Args:
+        what: the beginning of error messages.
 
     Raises:
-        UserError: beginning with `what`, if it is no text, has nothing in it, or has half a character in it.
+        UserError: if it is not a text, is blank, or holds a lone surrogate.
     """
     if not isinstance(text, str) or _is_blank(text):
         raise UserError(f"{what} is {'missing' if text is None else reprlib.repr(text)}; expected text")
@@ -944,14 +946,13 @@ def check_text(text: object, what: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f"{what} holds {text[error.start : error.end]!a}, half of a character (a lone surrogate), which "
-                f"cannot be encoded; remove it"
+                f"{what} holds {text[error.start : error.end]!a}, a lone surrogate, which cannot be encoded; remove it"
             ) from None
     return text.strip()
 
 
 def _is_blank(text: str) -> bool:
-    """Whether nothing in a text can be seen: white space, control characters, marks without a width."""
+    """Whether a text has only white space, control characters and zero-width marks."""
     return not WORD.search(text) and all(unicodedata.category(one) in BLANK_CATEGORIES for one in text)
 
 
@@ -959,12 +960,12 @@ def _encodable(value: object) -> str:
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
-def _slice_values(row: dict, columns: dict[str, tuple[str, ...]]) -> dict[str, str | bool]:
+def _slice_values(row: dict, columns: Mapping[str, Sequence[str]]) -> dict[str, str | bool]:
     values = {name: _first_given(row, columns[name]) for name in SLICE_NAMES if columns[name]}
     return {
         name: str(value).strip().lower() in ("1", "1.0", "true", "yes") if name == "hard" else _encodable(value)
         for name, value in values.items()
-        if value not in (None, "") and value == value  # which NaN is not
+        if value not in (None, "") and value == value  # false for NaN
     }
 
 
@@ -973,12 +974,12 @@ def _first_given(row: dict, names: Iterable[str]) -> object:
 
 
 def _annotators(
-    row: dict, columns: dict[str, tuple[str, ...]], labels: _Labels, label: int, unfit: dict[str, list]
+    row: dict, columns: Mapping[str, Sequence[str]], labels: _Labels, label: int, unfit: dict[str, list]
 ) -> dict[str, object]:
-    """`label_counts` and `agreement` of a row on which more than one annotator gave a label; nothing of others.
+    """`label_counts` and `agreement` of a row that at least two annotators labelled.
 
     Args:
-        unfit: {column: values}, to which goes what is neither counts nor labels.
+        unfit: {column: values}, to which values are added that are neither counts nor labels.
     """
     if not columns["label_counts"] and not columns["annotators"]:
         return {}
@@ -994,23 +995,24 @@ def _annotators(
         for name in columns["annotators"]:
             given = row.get(name)
             for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
-                said = labels.read_annotator(value)
-                if said is None:
+                given_label = labels.read_annotator(value)
+                if given_label is None:
                     unfit[name].append(value)
-                elif said != UNLABELLED:
-                    counts[said] += 1
+                elif given_label != UNLABELLED:
+                    counts[given_label] += 1
     if sum(counts) < 2:
         return {}
     return {"label_counts": counts, "agreement": agreement(counts[label] / sum(counts))}
 
 
 def _is_counts(value: object) -> bool:
-    is_list = isinstance(value, list) and len(value) == len(LABELS)
-    return is_list and all(type(count) is int and 0 <= count < 2**31 for count in value)
+    if not isinstance(value, list) or len(value) != len(LABELS):
+        return False
+    return all(type(count) is int and 0 <= count < 2**31 for count in value)
 
 
 def agreement(share: float) -> str:
-    """The name of a slice by the share of annotators who gave the gold label, alike for 5 annotators and for 100."""
+    """The slice of a pair, by the share of annotators who gave the gold label."""
     if share == 1:
         return "all"
     return "80 to 99 %" if share >= 0.8 else "60 to 79 %" if share >= 0.6 else "under 60 %"

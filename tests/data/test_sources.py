@@ -285,7 +285,7 @@ def labelled(path, labels, **columns):
 @pytest.mark.parametrize("labels", [[0, 1], ["1", "0", "1"], [0.0, 1.0, -1], ["2.0", "0.0"], [1, 1]])
 def test_ids_that_are_not_all_of_snlis_mean_nothing_by_themselves(tmp_path, labels):
     path = labelled(tmp_path / "paws.jsonl", labels)
-    with pytest.raises(ValueError, match=r"paws.jsonl: the labels are .* alone, .* not known: give label_spellings"):
+    with pytest.raises(ValueError, match=r"paws.jsonl: the only labels are .* unknown; set label_spellings"):
         load_pairs(path)
     assert load_pairs(path, label_spellings=["0", "1", "2"]).features["label"].names == list(LABELS)
 
@@ -304,10 +304,10 @@ def test_two_spellings_make_a_two_way_set(tmp_path):
         ([0, 2, 1], {"gold": [0, 2, 1], "annotator_labels": [["entailment"] * 4 + ["neutral"], "n", ["c", "c", "e"]]}),
     ],
 )
-def test_names_beside_the_ids_say_what_these_mean(tmp_path, caplog, labels, beside):
+def test_names_beside_ids_give_their_meaning(tmp_path, caplog, labels, beside):
     pairs = load_pairs(labelled(tmp_path / "ids.jsonl", labels * 3, **{k: v * 3 for k, v in beside.items()}))
     assert list(pairs["label"]) == [0, 1, 2] * 3
-    assert "the names beside the labels say what these mean: " in caplog.text
+    assert "label ids are read by the names beside them: " in caplog.text
     assert "agreement" not in pairs.column_names or set(pairs["agreement"]) == {"80 to 99 %", "60 to 79 %", None}
 
 
@@ -318,13 +318,13 @@ def test_names_beside_two_ids_make_a_two_way_set(tmp_path):
 
 
 @pytest.mark.parametrize("names", [["entailment"] * 3, ["sports", "news", "fiction"], ["neutral", "entailment", None]])
-def test_names_that_explain_no_ids_are_let_be(tmp_path, caplog, names):
+def test_ambiguous_names_beside_ids_are_ignored(tmp_path, caplog, names):
     assert list(load_pairs(labelled(tmp_path / "ids.jsonl", [0, 1, 2], label_text=names))["label"]) == [0, 1, 2]
     assert "read as SNLI's ids: 0 is entailment" in caplog.text
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, -1], ["2.0", "1.0", "0.0"], ["entailment", 1, 1]])
-def test_how_ids_are_read_is_told(tmp_path, caplog, labels):
+def test_the_reading_of_ids_is_logged(tmp_path, caplog, labels):
     load_pairs(labelled(tmp_path / "ids.jsonl", labels))
     assert "read as SNLI's ids: 0 is entailment, 1 is neutral, 2 is contradiction; if they mean" in caplog.text
 
@@ -343,12 +343,12 @@ def test_how_ids_are_read_is_told(tmp_path, caplog, labels):
         (["yes", "maybe", "no"], "row 1, column label: unknown label 'entailment'; expected one of yes, maybe, no"),
     ],
 )
-def test_spellings_that_cannot_be_meant(tmp_path, spellings, message):
+def test_invalid_spellings(tmp_path, spellings, message):
     with pytest.raises(ValueError, match=message):
         load_pairs(labelled(tmp_path / "one.jsonl", ["entailment"]), label_spellings=spellings)
 
 
-def test_bools_are_labels_only_where_they_are_spelled(tmp_path):
+def test_bools_are_labels_only_if_spelled_out(tmp_path):
     path = labelled(tmp_path / "bools.jsonl", [1, True, False])
     with pytest.raises(ValueError, match="row 2, column label: unknown label True"):
         load_pairs(path)
@@ -369,11 +369,11 @@ def test_ids_of_parquet_files_go_by_the_names_in_each(tmp_path):
     assert list(load_pairs(one, label_spellings=["contradiction", "neutral", "entailment"])["label"]) == [2, 0, 1]
 
 
-def test_a_label_of_all_pairs_ends_training_and_a_missing_one_is_told(tmp_path, caplog):
+def test_a_single_label_is_refused_and_a_missing_one_is_logged(tmp_path, caplog):
     write_jsonl(tmp_path / "dev.jsonl", numbered(3, text="Held"))
     write_jsonl(tmp_path / "train.jsonl", numbered(30))
     args = TrainDataConfig(dataset_name=str(tmp_path))
-    with pytest.raises(ValueError, match="all 30 training pairs have the label neutral, so there is nothing to learn"):
+    with pytest.raises(ValueError, match="all 30 training pairs have the label neutral; check label_column"):
         load_train_and_validation(args, seed=0)
     write_jsonl(tmp_path / "train.jsonl", numbered(30) + numbered(30, "entailment"))
     load_train_and_validation(args, seed=0)
@@ -391,7 +391,7 @@ def test_headings_with_capitals_and_spaces(tmp_path):
     assert load_pairs(str(path), columns={"premise": "sentence2", "hypothesis": "sentence_1"})["premise"][0] == "B."
 
 
-def test_all_that_is_missing_is_told_at_once(tmp_path):
+def test_all_missing_columns_are_reported_together(tmp_path):
     (tmp_path / "own.csv").write_text("text,claim,verdict\nA.,B.,neutral\n")
     message = (
         r"no premise column \(looked for premise, .*\), no hypothesis column \(.*\), no label column \(looked for "
@@ -411,7 +411,7 @@ def test_a_split_with_other_columns_is_named(tmp_path):
         load_train_and_validation(TrainDataConfig(dataset_name=str(tmp_path)), seed=0)
 
 
-def test_a_heading_may_repeat_what_is_not_read(tmp_path):
+def test_unused_columns_may_be_repeated(tmp_path):
     (tmp_path / "own.csv").write_text("premise,hypothesis,label,note,note\nA.,B.,neutral,x,y\n")
     assert len(load_pairs(str(tmp_path / "own.csv"))) == 1
     (tmp_path / "own.csv").write_text("premise,hypothesis,label,label\nA.,B.,neutral,x\n")
@@ -419,7 +419,7 @@ def test_a_heading_may_repeat_what_is_not_read(tmp_path):
         load_pairs(str(tmp_path / "own.csv"))
 
 
-def test_optional_columns_are_used_where_they_fit(tmp_path, caplog):
+def test_invalid_values_of_optional_columns_are_ignored(tmp_path, caplog):
     rows = [
         {"label1": "entailment", "label2": "unknown", "label3": "neutral", "label4": ["x"], "label_count": 5},
         {"annotator_labels": ["yes", "no", "neutral", "unrelated"], "subset": {"a": 1}, "genre": float("nan")},
@@ -434,9 +434,9 @@ def test_optional_columns_are_used_where_they_fit(tmp_path, caplog):
     assert list(pairs["label_counts"]) == [[1, 1, 0], [1, 1, 1], [3, 0, 0], None, None]
     assert list(pairs["rule"]) == [None, None, "half \\ud83d", None, None]
     assert "genre" not in pairs.column_names
-    (told,) = caplog.messages
-    assert "3 in label_count (such as 5), 2 in label2 (such as 'unknown')" in told
-    assert "1 in annotator_labels (such as 'unrelated')" in told
+    (warning,) = caplog.messages
+    assert "3 in label_count (such as 5), 2 in label2 (such as 'unknown')" in warning
+    assert "1 in annotator_labels (such as 'unrelated')" in warning
 
 
 def test_an_id_of_0_is_kept(tmp_path):
@@ -480,7 +480,7 @@ def test_folders_of_hf_download(tmp_path, datasets_cache, has_card):
             "  - split: dev_r1\n    path: data/validation-*\n---\n"
         )
         with pytest.raises(
-            sources.SourceMissing, match="has no split train; it has train_r1, dev_r1 .train_split and"
+            sources.SourceMissing, match="has no split train; it has train_r1, dev_r1 .set train_split and"
         ):
             load_train_and_validation(TrainDataConfig(dataset_name=str(folder)), seed=0)
     args = TrainDataConfig(dataset_name=str(folder), train_split=names[0], validation_split=names[1])
@@ -511,7 +511,7 @@ def test_splits_of_other_names_on_the_hub(tmp_path):
         environment = os.environ | hub.environment(tmp_path, token=None)
         result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     message, labels = result.stdout.splitlines()
-    assert message.startswith("me/rounds has no split train; it has train_r1, dev_r1 (train_split and")
+    assert message.startswith("me/rounds has no split train; it has train_r1, dev_r1 (set train_split and")
     assert labels == "[0, 1, 2] [0, 1, 2]"
 
 
@@ -534,16 +534,16 @@ def test_a_row_without_a_label_column_is_not_one_without_a_label(tmp_path):
     for row in (renamed, {"premise": "A.", "hypothesis": "B."}):
         path = write_jsonl(tmp_path / "joined.jsonl", [ROWS[0], row])
         with pytest.raises(
-            ValueError, match=r"joined.jsonl row 2 has no label, only .*; a pair without a label has null"
+            ValueError, match=r"joined.jsonl row 2 has no label, only .*; if the pair has no label, write null"
         ):
             load_pairs(str(path))
 
 
-def test_many_pairs_without_a_label_are_worth_a_warning(tmp_path, caplog):
+def test_many_unlabelled_pairs_raise_a_warning(tmp_path, caplog):
     load_pairs(labelled(tmp_path / "some.jsonl", ["neutral"] * 20 + ["-"]))
     assert not caplog.messages
     load_pairs(labelled(tmp_path / "some.jsonl", ["neutral"] * 20 + ["-", None, -1.0, "null", "<NA>"]))
-    assert "5 rows have no gold label and are left out" in caplog.text
+    assert "5 rows without a gold label are left out" in caplog.text
 
 
 def test_columns_that_could_be_meant_twice(tmp_path):
@@ -552,7 +552,7 @@ def test_columns_that_could_be_meant_twice(tmp_path):
     with pytest.raises(ValueError, match="Premise and PREMISE could each be the premise; rename one"):
         load_pairs(str(path))
     assert load_pairs(str(path), columns={"premise": "PREMISE"})["premise"][0] == "B."
-    with pytest.raises(ValueError, match="the column hypothesis is named for premise and hypothesis"):
+    with pytest.raises(ValueError, match="premise_column and hypothesis_column are both hypothesis"):
         load_pairs(str(path), columns={"premise": "hypothesis"})
     path.write_text("A man sleeps.,He rests.,entailment\nA dog.,A cat.,neutral\n")
     with pytest.raises(ValueError, match=r"label_column; is the first line the heading\?$"):
@@ -588,7 +588,7 @@ def test_whatever_can_be_seen_is_text(tmp_path):
         ({"premise": "  "}, r"train.jsonl row 2, column premise: the premise is '  '; expected text"),
         ({"hypothesis": None}, r"train.jsonl row 2, column hypothesis: the hypothesis is missing"),
         ({"hypothesis": 5}, r"train.jsonl row 2, column hypothesis: the hypothesis is 5; expected text"),
-        ({"premise": "A \ud83d."}, r"row 2, column premise: the premise holds '\\ud83d', half of a character"),
+        ({"premise": "A \ud83d."}, r"row 2, column premise: the premise holds '\\ud83d', a lone surrogate"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, change, message):
@@ -605,7 +605,7 @@ def test_a_bad_row_is_named(tmp_path, change, message):
         ("train.jsonl", json.dumps(ROWS[0]) + "\n[1]\n", r"train.jsonl row 2: expected a JSON object, found list"),
         ("train.csv", "premise,hypothesis,label\nA,B\n", r"train.csv row 2: .* is a separator or quote missing"),
         ("train.csv", "premise,hypothesis,label\nA,B,0,9\n", r"train.csv row 2"),
-        ("train.jsonl", json.dumps(ROWS[3]), r"no labelled pair in it \(1 rows have no label\)"),
+        ("train.jsonl", json.dumps(ROWS[3]), r"no row has a label \(1 without one\)"),
     ],
 )
 def test_broken_files(tmp_path, name, text, message):
@@ -623,8 +623,8 @@ def test_broken_encodings(tmp_path):
         load_pairs(str(tmp_path / "latin.csv"))
 
 
-def test_what_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="Hub id, a folder or a file"):
+def test_missing_sources(tmp_path):
+    with pytest.raises(ValueError, match="Hub id, a folder, or a file"):
         load_pairs("./nowhere", "train")
     write(tmp_path, ".jsonl")
     with pytest.raises(ValueError, match=r"no file for split test; it has train.jsonl"):
@@ -634,7 +634,7 @@ def test_what_is_not_there(tmp_path):
     write(tmp_path, ".csv")
     with pytest.raises(ValueError, match=r"train.csv and train.jsonl could each be split train"):
         load_pairs(str(tmp_path), "train")
-    with pytest.raises(ValueError, match="not on the Hub, or the Hub is out of reach"):
+    with pytest.raises(ValueError, match="not on the Hub or the Hub is unreachable"):
         load_pairs("nobody/nothing", "train")
 
 
@@ -666,7 +666,7 @@ def test_other_files_are_read_as_the_source_of_the_run_where_that_fits(tmp_path,
         load_evaluation_sets(args, trained_on=run)
 
 
-def test_a_run_without_a_labelled_test_split_is_judged_on_its_validation_pairs(tmp_path, caplog):
+def test_a_run_without_a_labelled_test_split_is_evaluated_on_validation(tmp_path, caplog):
     columns = {"premise_column": "text", "hypothesis_column": "claim", "label_column": "judgement"}
     file = unusual(tmp_path, "own", ["e", "n", "c"], premises=30)
     run = TrainDataConfig(dataset_name=file, validation_fraction=0.2, **columns)
@@ -789,7 +789,7 @@ def test_the_demo_is_a_source_like_any_other():
         load_pairs("demo", "dev_matched")
 
 
-def test_a_temperature_is_fitted_on_validation_pairs_whose_premises_are_not_judged(tmp_path, caplog):
+def test_the_temperature_is_fitted_on_premises_not_evaluated(tmp_path, caplog):
     rows = [
         {"premise": f"Premise {k // 3}.", "hypothesis": f"Hypothesis {k}.", "label": LABELS[k % 3]} for k in range(450)
     ]
@@ -895,12 +895,12 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
         ("demo", "'demo' is not source=weight"),
         ("demo=much", "'demo=much' is not source=weight"),
         ("demo=0", "not source=weight with a weight above 0"),
-        ("{other}=2", "asks for 60 pairs, and .*other.jsonl has 12; with 30 pairs of the run's own .* weight of 0.4"),
+        ("{other}=2", "needs 60 pairs, but .*other.jsonl has 12; lower its weight to 0.4"),
         ("{hans}=0.1", "hans.jsonl has two labels"),
         ("nobody/nothing=1", "not on the Hub"),
     ],
 )
-def test_a_mixture_that_cannot_be_made(tmp_path, entry, message):
+def test_invalid_mixtures(tmp_path, entry, message):
     (tmp_path / "own").mkdir()
     write_jsonl(tmp_path / "own" / "train.jsonl", numbered(30))
     write_jsonl(tmp_path / "own" / "dev.jsonl", numbered(3, text="Held"))
@@ -920,7 +920,7 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
     dropped, mixture = Counter(), {}
     args = TrainDataConfig(dataset_name=str(tmp_path), balance="label")
     both = load_train_and_validation(args, seed=0, dropped=dropped, mixture=mixture)
-    assert mixture[str(tmp_path)]["labels"] == dict.fromkeys(LABELS, 6), "what is trained on, not what was there"
+    assert mixture[str(tmp_path)]["labels"] == dict.fromkeys(LABELS, 6), "the labels after balancing"
     assert np.bincount(both["train"]["label"]).tolist() == [6, 6, 6]
     assert dropped["left_out_for_balance"] == 30
     assert len(both["validation"]) == 9

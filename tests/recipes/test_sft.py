@@ -75,7 +75,7 @@ def test_bad_input_ends_without_a_traceback(recipe, workspace):
         ("--max_length", "10"): "96 of 96 rows are longer than max_length 10",
         ("--max_length", "10", "--drop_too_long", "true"): "max_length 10 leaves no pair; the shortest has",
         ("--lora_target_modules", "q_prj"): "the model has no 'q_prj'; did you mean q_proj?",
-        ("--dataset_name", "./nowhere"): "./nowhere is not there; dataset_name takes a Hub id, a folder or a file",
+        ("--dataset_name", "./nowhere"): "./nowhere does not exist; give a Hub id, a folder, or a file",
         ("--prompt", "plane"): "prompt: 'plane' is neither built in",
         (
             "--model_name_or_path",
