@@ -1,4 +1,4 @@
-"""Ctrl-C: what a script says when it is stopped, and the command that goes on."""
+"""Messages after Ctrl-C, and the command that resumes."""
 
 import os
 import shlex
@@ -11,19 +11,19 @@ import psutil
 
 
 def exit_message(output_dir: str | Path | None = None) -> str:
-    """The sentence with which a stopped script ends.
+    """The last message of a stopped script.
 
     Args:
-        output_dir: of a training. Where this process has written a checkpoint in it, the command goes on from there.
+        output_dir: of a training. If this process has saved a checkpoint in it, the command resumes from there.
     """
     saved = output_dir is not None and _saved_since_start(Path(output_dir))
     if not saved:
-        return f"Stopped by Ctrl-C. Start it again with: {command()}"
+        return f"Stopped by Ctrl-C. Start again with: {command()}"
     return f"Stopped by Ctrl-C. Saved checkpoints are kept. Resume with: {command(resume=True)}"
 
 
 def say_goodbye(output_dir: str | Path | None = None) -> None:
-    """Write `exit_message`, once for all processes, and see that the launcher adds no traceback to it."""
+    """Print `exit_message` on the main process, and keep the launcher from adding a traceback."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"\n{exit_message(output_dir)}\n")
         sys.stderr.flush()
@@ -31,27 +31,27 @@ def say_goodbye(output_dir: str | Path | None = None) -> None:
 
 
 def end_launcher(patience: float = 10) -> None:
-    """End torchrun, or accelerate with several processes, before it answers Ctrl-C with a traceback.
+    """Kill torchrun, or accelerate with several processes, before it prints a traceback.
 
-    It would when the last process has ended; the first one waits for the others, `patience` seconds at most.
+    It prints one when its last process ends. The first process waits up to `patience` seconds for the others.
     """
     if not is_elastic() or os.environ.get("LOCAL_RANK") != "0":
         return
     launcher, end = psutil.Process().parent(), time.monotonic() + patience
-    while time.monotonic() < end:
+    while launcher is not None and time.monotonic() < end:
         if all(child.pid == os.getpid() or child.status() == psutil.STATUS_ZOMBIE for child in launcher.children()):
-            launcher.kill()  # it handles every other signal with a traceback
+            launcher.kill()  # it prints a traceback on every other signal
             return
         time.sleep(0.05)
 
 
 def is_elastic() -> bool:
-    """Whether torchrun, which accelerate uses for several processes, started this process."""
+    """Whether torchrun started this process. accelerate uses it for several processes."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def command(resume: bool = False) -> str:
-    """What the user typed to start this process, its launcher included; with `resume`, what goes on with it."""
+    """The command that started this process, with its launcher; with `resume`, the one that resumes it."""
     script, *arguments = sys.argv
     if resume:
         arguments = [*_without(arguments, ("resume_from_checkpoint", "overwrite_output_dir"))]
@@ -59,12 +59,13 @@ def command(resume: bool = False) -> str:
     return shlex.join([*_launcher(script), script, *arguments])
 
 
-@cache  # asked for at the start: by the end the launcher may be gone
+@cache  # filled at the start: later the launcher may be gone
 def _launcher(script: str) -> list[str]:
     try:
-        typed = psutil.Process().parent().cmdline()
+        parent = psutil.Process().parent()
+        typed = parent.cmdline() if parent else []
         typed = typed[: typed.index(script)]
-    except (ValueError, AttributeError, psutil.Error):
+    except (ValueError, psutil.Error):
         return ["python"]
     if len(typed) > 1 and Path(typed[1]).name in ("accelerate", "torchrun"):
         return [Path(typed[1]).name, *typed[2:]]

@@ -1,7 +1,7 @@
-"""Import this first in a script: Ctrl-C ends it without a traceback, even while the rest is being imported.
+"""Import this first in a script, so that Ctrl-C leaves no traceback, even during the other imports.
 
-`accelerate launch` starts one process as its child and waits for it. Ctrl-C reaches both, and the launcher would
-answer with a traceback of its own within a quarter of a second; it is ended before that.
+`accelerate launch` waits for the process that it starts. Ctrl-C reaches both, and the launcher would print a traceback
+of its own within 0.25 s. It is terminated before that.
 """
 
 import os
@@ -19,7 +19,7 @@ def _hook(kind, error, traceback, before=sys.excepthook) -> None:
     if not issubclass(kind, KeyboardInterrupt):
         before(kind, error, traceback)
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun passes it on, after the terminal has sent it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun forwards the signal of the terminal
     say_goodbye()
     os._exit(128 + signal.SIGINT)
 
@@ -30,8 +30,7 @@ def _silence_launcher() -> None:
         return
     if not any("accelerate" in part for part in parent.cmdline()[:3]):
         return
-    # Python runs signal handlers between two instructions of the main thread, which may be long in coming; the number
-    # of the signal goes into a socket at once.
+    # Python delays signal handlers until the main thread finishes an instruction. The wakeup socket has no delay.
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -45,6 +44,6 @@ def _silence_launcher() -> None:
     threading.Thread(target=listen, daemon=True).start()
 
 
-command()  # while the launcher is there to be asked
+command()  # caches the launcher's command line while it is running
 sys.excepthook = _hook
 _silence_launcher()

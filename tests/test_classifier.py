@@ -398,7 +398,7 @@ def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
         (["taken.csv"], "taken.csv row 2: the columns prediction, p_neutral are what predict writes"),
         (["twice.csv"], "twice.csv: the heading has note 2 times; rename all but one"),
         (["unnamed.csv"], "unnamed.csv: the heading leaves 2 columns without a name; name them"),
-        (["joined.csv"], "joined.csv row 3: the heading again"),
+        (["joined.csv"], "joined.csv row 3: repeats the heading"),
         (["book.xlsx"], "book.xlsx: cannot read this kind of file; expected one of .jsonl"),
         (["late.csv", "--premise_column", "hypothesis"], "premise_column and hypothesis_column are both hypothesis"),
         (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; nli-sft"),

@@ -1,4 +1,4 @@
-"""Ctrl-C, outside a training too: one sentence, status 130, no traceback."""
+"""Ctrl-C ends any script with one message, status 130 and no traceback."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from nli_sft import configs
 from nli_sft.configs import EvalConfig, run_script
 
-# As torchrun does: it passes SIGINT on, and raises an error of its own when its processes have ended.
+# Like torchrun, it forwards SIGINT, and raises an error when its processes have ended.
 LAUNCHER = """
 import os, signal, subprocess, sys
 def pass_on(number, frame):
@@ -29,7 +29,7 @@ finally:
         child.wait()
 """
 
-# The first rank is the first to end.
+# Rank 0 ends first.
 WORKER = """
 import nli_sft.script, sys, time
 print("ready", flush=True)
@@ -41,9 +41,10 @@ finally:
 
 
 def interrupt(*command, ready):
-    """What a command writes that is interrupted, with all that it started, when it has said that it is ready."""
+    """The stderr and status of a command interrupted, with its children, after `ready` lines of "ready"."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", *command], **pipes, start_new_session=True)
+    assert process.stdout
     for _ in range(ready):
         assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
@@ -51,22 +52,22 @@ def interrupt(*command, ready):
     return process.communicate(timeout=30)[1], process.returncode
 
 
-def test_a_script_ends_in_one_sentence_while_it_is_imported():
-    said, status = interrupt(WORKER, "0", ready=1)
+def test_interrupting_imports_leaves_no_traceback():
+    message, status = interrupt(WORKER, "0", ready=1)
     assert status == 130
-    assert said.strip().startswith("Stopped by Ctrl-C. Start it again with: python ")
-    assert said.count("\n") == 2
+    assert message.strip().startswith("Stopped by Ctrl-C. Start again with: python ")
+    assert message.count("\n") == 2
 
 
-def test_of_several_processes_one_speaks_and_the_launcher_does_not():
-    said, status = interrupt(LAUNCHER, WORKER, ready=2)
-    assert said.count("Stopped by Ctrl-C") == 1
-    assert "Traceback" not in said
+def test_one_of_several_processes_prints_the_message():
+    message, status = interrupt(LAUNCHER, WORKER, ready=2)
+    assert message.count("Stopped by Ctrl-C") == 1
+    assert "Traceback" not in message
     assert status == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("moment", ["parse_recipe", "main"])
-def test_run_script_ends_in_one_sentence(monkeypatch, capsys, moment):
+def test_run_script_leaves_no_traceback(monkeypatch, capsys, moment):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
@@ -80,4 +81,4 @@ def test_run_script_ends_in_one_sentence(monkeypatch, capsys, moment):
     finally:
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
-    assert "Stopped by Ctrl-C. Start it again with: python " in capsys.readouterr().err
+    assert "Stopped by Ctrl-C. Start again with: python " in capsys.readouterr().err

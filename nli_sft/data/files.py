@@ -1,8 +1,7 @@
-"""Rows of data files: JSON lines, JSON, CSV, TSV and Parquet, as people have them.
+"""Read rows from JSON lines, JSON, CSV, TSV and Parquet files.
 
-What a file is called says how it is read, as far as its content agrees: CSV files come with semicolons or tabs, JSON
-files hold an array or lines. Where the content cannot be what the file should be, the error names the file, the line
-and the fix.
+The suffix sets the format, and the content the details: CSV files may have semicolons or tabs, JSON files an array or
+lines. Errors name the file, the line and the fix.
 """
 
 import codecs
@@ -15,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +27,7 @@ FORMATS = f"{', '.join(TEXT_SUFFIXES)} (each also as .gz), .parquet"
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
-# A quote that is never closed takes the rows after it into its field. What then stands in a text is the end of a row.
+# The end of a row inside a field: an unclosed quote takes the following rows into its field.
 ROW_INSIDE = re.compile(r"[,;\t|](entailment|neutral|contradiction|non[-_]entailment|not[-_]entailment)[ \r]*$", re.M)
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
@@ -36,9 +35,9 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 ARROW_FIX = 'write it as Parquet: datasets.Dataset.from_file(name).to_parquet("pairs.parquet")'
 FEATHER_FIX = 'write it as Parquet: pandas.read_feather(name).to_parquet("pairs.parquet")'
 
-# How files begin that are no tables, whatever they are called: what they are, and what to do.
+# Files that are not tables, by how they begin: what they are, and the fix.
 OTHER_CONTENT = {
-    b"version https://git-lfs.github.com/spec": ("a pointer of Git LFS, not the data", "git lfs pull fetches that"),
+    b"version https://git-lfs.github.com/spec": ("a pointer of Git LFS, not the data", "run git lfs pull"),
     b"PK\x03\x04": ("a zip archive or an Excel workbook", "unpack it, or save its sheet as CSV"),
     b"\xd0\xcf\x11\xe0": ("an Excel workbook", "save its sheet as CSV"),
     b"BZh": ("a bzip2 file", "unpack it, or compress it with gzip"),
@@ -46,32 +45,32 @@ OTHER_CONTENT = {
     b"\x28\xb5\x2f\xfd": ("a zstd file", "unpack it, or compress it with gzip"),
     b"ARROW1": ("an Arrow file", FEATHER_FIX),
     b"\xff\xff\xff\xff": ("an Arrow file", ARROW_FIX),
-    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), ("a web page", "fetch the file itself")),
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"), ("a web page", "download the file itself")),
 }
 
-# What to do with files of other kinds, by suffix.
+# Fixes for unsupported files, by suffix.
 OTHER_SUFFIXES = {
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "save its sheet as CSV"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z"), "unpack it, or compress it with gzip"),
     ".arrow": ARROW_FIX,
     ".feather": FEATHER_FIX,
-    ".ndjson": "call it .jsonl",
+    ".ndjson": "rename it to .jsonl",
 }
 
-# Excel's first line that names the separator.
+# First line in which Excel names the separator.
 SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.I)
 
-# A field is as long as its text; the csv module would stop at 131,072 characters.
+# The csv module limits fields to 131,072 characters by default.
 csv.field_size_limit(2**31 - 1)
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a path is called like a file that `read_rows` reads."""
+    """Whether `read_rows` supports the suffix of a path."""
     return path.name.lower().endswith(SUFFIXES)
 
 
 def guess_suffix(file: Path) -> str:
-    """What a data file without a name would be called, such as .csv, from how it begins."""
+    """Guess the suffix of a data file, such as .csv, from how it begins."""
     if _head(file).startswith(PARQUET):
         return ".parquet"
     with _reading(file) as lines:
@@ -82,7 +81,7 @@ def guess_suffix(file: Path) -> str:
 
 
 def read_columns(file: Path) -> list[str]:
-    """The columns of a file, a repeated name as often as it is there; of JSON, the keys of its first row.
+    """The columns of a file, with repetitions. For JSON, the keys of the first row.
 
     Raises:
         UserError: for a file that is empty, has no row, or cannot be read.
@@ -102,7 +101,7 @@ def read_columns(file: Path) -> list[str]:
 
 
 def label_names(file: Path, column: str) -> list[str] | None:
-    """The names of a column's ids, where a Parquet file brings them: sets order them variously."""
+    """The names of label ids, if a Parquet file stores them. Sets number their labels in different orders."""
     if _kind(file) != ".parquet":
         return None
     about = json.loads((_open_parquet(file).schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
@@ -111,13 +110,13 @@ def label_names(file: Path, column: str) -> list[str] | None:
 
 
 def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (number from 1, row). The numbers of text files are lines, so that an editor finds them.
+    """Yield (number from 1, row). In text files the number is that of the line.
 
     Args:
-        columns: of a Parquet file, read these alone.
+        columns: the columns to read from a Parquet file.
 
     Raises:
-        UserError: naming file and row, for what cannot be read.
+        UserError: naming file and row, if it cannot be read.
     """
     if _kind(file) == ".parquet":
         yield from _parquet_rows(file, columns)
@@ -128,7 +127,7 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
 
 
 def _kind(file: Path) -> str:
-    """The suffix of a file, without a .gz after it."""
+    """The suffix of a file, ignoring .gz."""
     if not is_data_file(file):
         fix = OTHER_SUFFIXES.get(file.suffix.lower())
         expected = FORMATS + (f"; {fix}" if fix else "")
@@ -142,7 +141,7 @@ def _open_parquet(file: Path) -> pq.ParquetFile:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"{file.name} is not a whole Parquet file ({_one_line(error)}); fetch or write it again"
+            f"{file.name} is not a complete Parquet file ({_one_line(error)}); download or write it again"
         ) from error
 
 
@@ -168,21 +167,21 @@ def _json_rows(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _is_one_document(file: Path) -> bool:
-    """Whether a JSON file holds one value, an array say, rather than a row a line: as .json and as .jsonl."""
+    """Whether a .json or .jsonl file holds one value, such as an array, instead of one row per line."""
     with _reading(file) as lines:
         first = next((line for line in lines if line.strip()), None)
-        goes_on = any(line.strip() for line in lines)
+        has_more = any(line.strip() for line in lines)
     if first is None:
         raise UserError(f"{file.name} is empty")
     try:
         value = json.loads(first)
     except (ValueError, RecursionError):
         return first.strip() == "{" or first.lstrip().startswith("[") or _kind(file) == ".json"
-    return not goes_on and not (_is_row(value) and _table_in(value) is None)
+    return not has_more and not (_is_row(value) and _table_in(value) is None)
 
 
 def _is_row(value: object) -> bool:
-    """Whether a value is a row, rather than a table or an object of tables: something in it is neither."""
+    """Whether a value is a row, not an object of tables: it has a value that is neither list nor object."""
     return isinstance(value, dict) and not all(isinstance(one, (dict, list)) for one in value.values())
 
 
@@ -201,7 +200,7 @@ def _document_rows(file: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _table_in(value: object) -> list[dict] | None:
-    """The rows in an object such as `{"version": "1", "data": [{...}, ...]}`, or whatever its only key is."""
+    """The rows in an object such as `{"version": "1", "data": [{...}, ...]}` or `{any key: [{...}, ...]}`."""
     if not isinstance(value, dict):
         return None
     rows = value.get("data") or (next(iter(value.values())) if len(value) == 1 else None)
@@ -221,7 +220,7 @@ def _first_keys(file: Path) -> list[str]:
     with _reading(file) as lines:
         number, line = next((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     _parse_row(file, number, line)
-    # A dict would keep the last of two equal keys.
+    # A dict would hide repeated keys.
     return [key for key, _ in json.loads(line, object_pairs_hook=list)]
 
 
@@ -230,25 +229,25 @@ def _parse_row(file: Path, number: int, line: str) -> dict:
 
 
 def _load_json(file: Path, number: int, text: str) -> object:
-    """The value of a JSON text that begins in line `number`."""
+    """Parse a JSON text that begins on line `number`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{file.name} row {number + error.lineno - 1}"
         fix = _json_fix(error)
         raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}){fix and '; '}{fix}") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in thousands of others
+    except (ValueError, RecursionError) as error:  # huge numbers or deep nesting
         raise UserError(f"{file.name} row {number}: cannot be read as JSON ({_one_line(error)})") from error
 
 
 def _json_fix(error: json.JSONDecodeError) -> str:
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("]", "}") or after.strip() == ",":
-        return "remove the comma at the end"
+        return "remove the trailing comma"
     if before.endswith("{") and after.startswith("'"):
-        return "texts stand in double quotes, as json.dumps writes them"
+        return "use double quotes, as json.dumps does"
     if after.startswith("{") or before.strip() == "{":
-        return "JSON lines have one object a line: jq -c . makes them of other JSON"
+        return "JSON lines have one object per line; convert with jq -c ."
     return ""
 
 
@@ -270,37 +269,37 @@ def _separated_rows(file: Path) -> Iterator[tuple[int, dict]]:
                 before = reader.line_num
         except csv.Error as error:
             raise UserError(
-                f"{file.name} row {before + 1}: a quote is not closed, or text follows a closing one ({error}); a "
-                f'field with quotes in it stands in quotes, and those inside are doubled: "She said ""no""."'
+                f"{file.name} row {before + 1}: a quote is not closed, or text follows a closing one ({error}); "
+                f'quote fields that contain quotes, and double the quotes inside: "She said ""no""."'
             ) from error
 
 
 def _check_no_heading(file: Path, heading: list[str], fields: list[str], line: int) -> None:
     if fields[-1].strip() == heading[-1] and [field.strip("\ufeff ") for field in fields] == heading:
-        raise UserError(f"{file.name} row {line}: the heading again, as in files that were joined; remove it")
+        raise UserError(f"{file.name} row {line}: repeats the heading, as in concatenated files; remove it")
 
 
-def _named_fields(file: Path, reader, heading: list[str], fields: list[str], first_line: int) -> dict[str, str]:
+def _named_fields(file: Path, reader: Any, heading: list[str], fields: list[str], first_line: int) -> dict[str, str]:
     if len(fields) != len(heading):
         separator = SEPARATORS[reader.dialect.delimiter]
         raise UserError(
-            f"{file.name} row {first_line}: {len(fields)} fields between {separator}, not the {len(heading)} fields "
-            f"of the heading; is a separator or quote missing?"
+            f"{file.name} row {first_line}: {len(fields)} fields separated by {separator}, but the heading has "
+            f"{len(heading)}; is a separator or quote missing?"
         )
     if reader.line_num > first_line and any(ROW_INSIDE.search(field) for field in fields if "\n" in field):
         raise UserError(
-            f"{file.name} row {first_line}: a field goes on to line {reader.line_num} and holds what looks like the "
-            f"end of a row; is a quote missing in row {first_line}?"
+            f"{file.name} row {first_line}: a field continues to line {reader.line_num} and contains what looks like "
+            f"the end of a row; is a quote missing in row {first_line}?"
         )
     if reader.dialect.quoting == csv.QUOTE_NONE:
-        fields = map(_unquoted, fields)
+        fields = [_unquoted(field) for field in fields]
     elif any(field.startswith(' "') and field.endswith('"') for field in fields):
-        raise UserError(f"{file.name} row {first_line}: a space stands before a quote; remove it")
+        raise UserError(f"{file.name} row {first_line}: space before a quote; remove it")
     return dict(zip(heading, fields, strict=True))
 
 
-def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
-    """The heading, and a reader of what follows. Its line numbers are those of the file."""
+def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], Any]:
+    """The heading, and a `csv.reader` of the rows, whose line numbers are those of the file."""
     skipped, line = 0, ""
     for line in lines:
         if line.strip():
@@ -312,12 +311,12 @@ def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
     if not line.strip():
         raise UserError(f"{file.name} is empty")
     separator = named[1] if named else _separator(file, line)
-    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text. Those of Kaushik et
-    # al. do, see `_unquoted`. Who quotes the heading quotes all.
+    # Tab-separated NLI sets (SNLI, SICK, HANS, GLUE) do not quote: a lone " in a sentence is text. The set of Kaushik
+    # et al. does, see `_unquoted`. A quoted heading means quoted rows.
     quotes = separator != "\t" or _kind(file) == ".csv" or line.startswith('"')
     quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
 
-    spaced = quotes and f"{separator} " in line  # then the quotes of its rows come after a space too
+    spaced = quotes and f"{separator} " in line  # then rows have a space before a quote, too
 
     def all_lines() -> Iterator[str]:
         yield from [""] * skipped
@@ -330,18 +329,18 @@ def _read_heading(file: Path, lines: TextIO) -> tuple[list[str], csv.reader]:
     except csv.Error as error:
         raise UserError(f"{file.name} row {skipped + 1}: the heading is not CSV ({error})") from error
     if heading and all(len(name) > 1 and name[0] == name[-1] == "'" for name in map(str.strip, heading)):
-        raise UserError(f"{file.name}: its fields stand in single quotes; write the file with double ones")
+        raise UserError(f"{file.name}: fields are in single quotes; use double quotes")
     return [name.strip() for name in heading], reader
 
 
 def _separator(file: Path, heading: str) -> str:
-    """What separates the fields of a heading: what the suffix says, unless something else does it more often."""
+    """The separator of the suffix, unless another one is more frequent in the heading."""
     usual = "," if _kind(file) == ".csv" else "\t"
     return max((usual, *SEPARATORS), key=heading.count)
 
 
 def _unquoted(field: str) -> str:
-    """A field of a .tsv file without the quotes that a CSV writer put around it because there are quotes in it."""
+    """A field of a .tsv file without the quotes that a CSV writer adds around a field that contains quotes."""
     inside = field[1:-1]
     if '""' in inside and field[0] == field[-1] == '"' and '"' not in inside.replace('""', ""):
         return inside.replace('""', '"')
@@ -350,7 +349,7 @@ def _unquoted(field: str) -> str:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[TextIO]:
-    """The lines of a text file, with what can be wrong with its bytes told in one sentence."""
+    """Open a text file, and turn errors of reading and decoding into a `UserError`."""
     try:
         with _open_bytes(file) as data, io.TextIOWrapper(data, encoding=_encoding(file), newline="") as lines:
             yield lines
@@ -361,27 +360,27 @@ def _reading(file: Path) -> Iterator[TextIO]:
             f"iconv -f LATIN1 -t UTF-8"
         ) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{file.name} is not a whole gzip file ({error}); fetch it again") from error
+        raise UserError(f"{file.name} is not a complete gzip file ({error}); download it again") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
-def _open_bytes(file: Path) -> io.BufferedIOBase:
+def _open_bytes(file: Path) -> Any:
     is_gzip = file.name.lower().endswith(".gz") or _head(file).startswith(GZIP)
     return gzip.open(file) if is_gzip else file.open("rb")
 
 
 def _encoding(file: Path) -> str:
-    """UTF-8, or what the byte order mark that Windows programs write says."""
+    """UTF-8, or the encoding of the byte order mark that Windows programs write."""
     with _open_bytes(file) as data:
         head = data.read(100)
     _check_head(file, head)
-    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as UTF-16's does
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark is a prefix
         return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if head.count(0) > len(head) / 4:
-        raise UserError(f"{file.name} holds NUL characters, as UTF-16 does; save it as UTF-8")
+        raise UserError(f"{file.name} has NUL characters, like UTF-16; save it as UTF-8")
     return "utf-8-sig"
 
 
@@ -396,7 +395,7 @@ def _check_head(file: Path, head: bytes) -> None:
         what, fix = OTHER_CONTENT[other]
         raise UserError(f"{file.name} is {what}; {fix}")
     if head.startswith(PARQUET) and _kind(file) != ".parquet":
-        raise UserError(f"{file.name} is a Parquet file; name it .parquet")
+        raise UserError(f"{file.name} is a Parquet file; rename it to .parquet")
 
 
 def _undecodable_line(file: Path) -> int:

@@ -1,12 +1,12 @@
-"""From a pair to token ids: the prompt, the words for the labels, and the one encoder that every part uses.
+"""Prompts, label words, and the encoder that turns pairs into token ids.
 
-Training, scoring, generation, the model card and exports all go through `PromptEncoder`, so a model is never judged on
-another text than it was trained on. What an encoder guarantees, and checks on every row:
+Training, scoring, generation, the model card and exports all use `PromptEncoder`, so that a model is evaluated on the
+same text as it was trained on. An encoder guarantees, and checks on every row:
 
-- a chat template writes all that it is given, once and unchanged, and takes a fixed date for today's;
-- prompt and answer are tokenised together as they are apart: no token spans the boundary between them;
-- the answer to a label is the same token ids for every pair, and no answer is the beginning of another;
-- nothing is cut off: a row longer than `max_length` is an error, or is dropped and counted if that was asked for.
+- a chat template renders its input once and unchanged, with a fixed date;
+- no token spans the boundary between prompt and answer;
+- each label has the same answer tokens for every pair, and no answer is a prefix of another;
+- nothing is truncated: a row longer than `max_length` is an error, or is dropped and counted if requested.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -35,13 +36,13 @@ from ..configs import read_yaml
 from ..labels import LABELS
 from .segments import Segments, Texts, cut, probes
 
-# What chat templates would otherwise decide by themselves, each making train and test prompts differ:
+# Defaults of chat templates that could make training and test prompts differ.
 TEMPLATE_ARGUMENTS = {
-    "enable_thinking": False,  # Qwen3 and kin: the label is the whole answer, with no reasoning before it
-    "date_string": "26 Jul 2024",  # Llama 3 writes today's date into the system turn
+    "enable_thinking": False,  # Qwen3 and others: answer with the label, without reasoning
+    "date_string": "26 Jul 2024",  # Llama 3 puts today's date into the system turn
 }
-# The same day for templates that read the clock. Their `strftime_now` is a global of transformers, which no argument
-# replaces; a macro does, in every renderer, and it is saved with the tokenizer.
+# The same date for templates that call `strftime_now`, a global of transformers. A macro overrides it in every
+# renderer and is saved with the tokenizer.
 TEMPLATE_DATE = "2024-07-26"
 _DATE = {"Y": "2024", "y": "24", "m": "07", "-m": "7", "b": "Jul", "B": "July", "d": "26", "-d": "26", "e": "26"}
 _DATE |= {"a": "Fri", "A": "Friday", "j": "208", "F": TEMPLATE_DATE, "D": "07/26/24", "p": "AM", "T": "00:00:00"}
@@ -56,19 +57,19 @@ _FIXED_CLOCK = (
 
 ROW_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int64())})
 ENCODED_AT_ONCE = 1000  # pairs
-FEW = 100  # prompts are tokenised sooner than segments are found
+FEW = 100  # for fewer prompts, finding segments takes longer than tokenizing
 
 HYPOTHESIS_ONLY = "hypothesis_only"
 SLOTS = ("premise", "hypothesis")
-# What looks like a placeholder: one word in braces, or what people add to it who know other templates.
+# Placeholders, including the syntax of other template languages.
 _PLACEHOLDER = re.compile(r"\$\{\w+\}|\{\{\s*[\w.-]+\s*\}\}|\{\s*[\w-]*(?:[.:!]\w*|\[\w*\])?\s*\}")
 
-# Texts as data sets hold them, which a template might escape, shorten or rewrite.
+# Texts that a template might escape, shorten or rewrite.
 _PROBES = (
     ("A dog's \"bone\" <b>costs</b> 5 & 10 €;  {x}\nC:\\new  'It's", "nobody's HERE!\n\n50% of 'em; <2 \"men\" & É"),
     ("2 men (in red) sing", "<i>A</i> dog &amp; a cat"),
     (f"{string.printable.strip()} a\tb", "a\u00a0b\u2009c « – — ‘ ’ “ ” … ¿ ß ñ e\u0301 \u200b 日本語。！ عربي अब 😀"),
-    ("The men walk. They talk... " * 1000, "http://a.b/?c=1#d " * 1000 + "end"),  # longer than any that is cut
+    ("The men walk. They talk... " * 1000, "http://a.b/?c=1#d " * 1000 + "end"),  # long enough to be truncated
     *((f"It ends{end}", f"So does this{end}") for end in (".", "?", "!", ",", ":", '"', ")", "*", "`", "-")),
 )
 _ANOTHER_TEMPLATE = "name another template with chat_template_path: a .jinja file, or a model that has one"
@@ -77,7 +78,7 @@ _MOVE_SYSTEM = ", or move the system text to the user text"
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text that turns a pair into a question, and the words that answer it.
+    """The prompt template, and the words that answer it.
 
     `user` holds the slots `{premise}` and `{hypothesis}`, and may hold `{labels}` (all label words as a list) and
     `{entailment}`, `{neutral}`, `{contradiction}` (the word for one label).
@@ -99,7 +100,7 @@ class Prompt:
             *(text for example in self.examples for text in example),
         )
         if re.search(r"[\ud800-\udfff]", "".join(texts)):
-            raise UserError(f"prompt {self.name}: it holds half of a character (a lone surrogate); remove it")
+            raise UserError(f"prompt {self.name}: it holds a lone surrogate; remove it")
         _check_placeholders(self.name, "user", self.user, (*SLOTS, "labels", *LABELS))
         _check_placeholders(self.name, "system", self.system or "", ("labels", *LABELS))
         self._check_slots()
@@ -118,8 +119,8 @@ class Prompt:
             raise UserError(f"prompt {self.name}: the user text has no {{hypothesis}} slot")
         if not self.reads_premise and self.name != HYPOTHESIS_ONLY:
             raise UserError(
-                f"prompt {self.name}: the user text has no {{premise}} slot, so the model would never see a premise; "
-                f"add it, or name the prompt {HYPOTHESIS_ONLY} if that is meant"
+                f"prompt {self.name}: the user text has no {{premise}} slot, so the model would not see the premise; "
+                f"add it, or name the prompt {HYPOTHESIS_ONLY} for a hypothesis-only baseline"
             )
         if self.reads_premise and self.name == HYPOTHESIS_ONLY:
             raise UserError(f"prompt {self.name}: it reads the premise; give it another name, or remove {{premise}}")
@@ -136,12 +137,12 @@ class Prompt:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when anything but the name does. It does not depend on the model."""
+        """A hash (16 hexadecimal digits) of everything but the name. It does not depend on the model."""
         content = {key: value for key, value in asdict(self).items() if key != "name"}
         return _digest(content)
 
     def turns(self) -> list[dict[str, str]]:
-        """Chat messages with the slots `{premise}` and `{hypothesis}` still open in the last one."""
+        """Chat messages, with the slots `{premise}` and `{hypothesis}` unfilled in the last one."""
         first, second, third = self.label_words
         words = dict(zip(LABELS, self.label_words, strict=True), labels=f"{first}, {second} or {third}")
         user = _fill(self.user, words)
@@ -153,7 +154,7 @@ class Prompt:
 
 
 def _check_placeholders(prompt: str, key: str, text: str, known: Sequence[str]) -> None:
-    """Refuse what would stay in the prompt as it stands."""
+    """Refuse placeholders that nothing would fill."""
     for found in _PLACEHOLDER.findall(text):
         if found[1:-1] not in known:
             near = difflib.get_close_matches(re.sub(r"[${}\s]", "", found).lower(), known, n=1)
@@ -169,8 +170,8 @@ def _digest(content: object) -> str:
 
 _QUESTION = "Does the premise entail the hypothesis? Answer {labels}.\n"
 
-# What all prompts share stands first and the hypothesis last: on a trie (trie.py) a pair then costs little more than
-# its hypothesis. With the question after the pair, SNLI prompts take more than twice the tokens.
+# Shared text comes first and the hypothesis last, so that on a trie (trie.py) a pair costs little more than its
+# hypothesis. With the question after the pair, SNLI prompts take more than twice the tokens.
 PROMPTS = {
     prompt.name: prompt
     for prompt in (
@@ -190,8 +191,7 @@ PROMPTS = {
                 ("Two women carry paper bags out of a shop.", "The women are asleep at home.", "contradiction"),
             ),
         ),
-        # The control: a model that scores well here has learned how hypotheses were written, not what follows from
-        # what.
+        # The hypothesis-only baseline: its accuracy shows how much hypotheses alone reveal about the label.
         Prompt(name=HYPOTHESIS_ONLY, user=_QUESTION + "Hypothesis: {hypothesis}"),
     )
 }
@@ -209,7 +209,9 @@ def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
 
 
 def _read_prompt(path: Path) -> Prompt:
-    # Twice, as in recipes: YAML takes the words yes, no and 1.0 for values, and here they are words.
+    # Read as values and as text: YAML converts yes, no and 1.0, which are words here.
+    fields: dict[str, Any]
+    written: dict[str, Any]
     fields, written = _read_json(path) if path.suffix.lower() == ".json" else (read_yaml(path), read_yaml(path, True))
     known = {"name", "user", "label_words", "system", "examples"}
     unknown = [key for key in fields if key not in known]
@@ -219,7 +221,9 @@ def _read_prompt(path: Path) -> Prompt:
     for key in fields.keys() & {"name", "user", "system"}:
         if not isinstance(fields[key], str) and not (key == "system" and fields[key] is None):
             raise UserError(f"{path}: {key} is {fields[key]!r}; expected text, in quotes")
-    texts = {"name": path.stem} | {key: fields[key] for key in fields.keys() & {"name", "user", "system"}}
+    texts: dict[str, Any] = {"name": path.stem} | {
+        key: fields[key] for key in fields.keys() & {"name", "user", "system"}
+    }
     if "label_words" in fields:
         texts["label_words"] = _three_texts(fields["label_words"], written.get("label_words"), f"{path}: label_words")
     if "examples" in fields:
@@ -233,8 +237,8 @@ def _read_prompt(path: Path) -> Prompt:
     return Prompt(**texts)
 
 
-def _three_texts(value: object, written: object, where: str) -> tuple[str, ...]:
-    """A list of three texts, as they are written in the file."""
+def _three_texts(value: Any, written: Any, where: str) -> tuple[str, ...]:
+    """A list of three texts, as written in the file."""
     words = written or value
     if not isinstance(value, list) or len(value) != 3 or not all(isinstance(word, str) for word in words):
         raise UserError(f"{where} is {value!r}; expected a list of three texts")
@@ -242,12 +246,12 @@ def _three_texts(value: object, written: object, where: str) -> tuple[str, ...]:
 
 
 def _read_json(path: Path) -> tuple[dict, dict]:
-    """What a JSON file holds, with values as they are and as they are written."""
+    """The keys of a JSON file, with parsed values and with values as text."""
 
     def once(items: list[tuple[str, object]]) -> dict:
         repeated = [key for key, count in Counter(key for key, _ in items).items() if count > 1]
         if repeated:
-            raise UserError(f"{path}: key {repeated[0]!r} stands there more than once; keep one")
+            raise UserError(f"{path}: key {repeated[0]!r} is there more than once; keep one")
         return dict(items)
 
     def as_written(value: object) -> object:
@@ -268,18 +272,18 @@ def _read_json(path: Path) -> tuple[dict, dict]:
     return fields, {key: as_written(value) for key, value in fields.items()}
 
 
-def _fill(text: str, values: dict[str, str]) -> str:
+def _fill(text: str, values: Mapping[str, str]) -> str:
     """Fill `{slots}` in one pass, so that braces inside the values are left alone."""
     return re.sub(r"\{(\w+)\}", lambda slot: values.get(slot[1], slot[0]), text)
 
 
 class PromptEncoder:
-    """A prompt bound to a tokenizer: pairs in, token ids out.
+    """Encodes pairs as token ids, with one prompt and one tokenizer.
 
     Attributes:
-        frame (`str`): the whole prompt as text, special tokens included, with `{premise}` and `{hypothesis}` open.
+        template (`str`): the prompt template as text, special tokens included, with `{premise}` and `{hypothesis}`.
         answers (`list[list[int]]`): the token ids that answer with each label, in the order of `LABELS`.
-        answer_texts (`list[str]`): the same as text, what stands before and after the label word included.
+        answer_texts (`list[str]`): the same as text, including what comes before and after the label word.
         is_chat (`bool`): whether the tokenizer's chat template was used, rather than `Instruct: … Output:` (the form
             that Phi-2 was trained on, and a fair one for any base model without a template).
 
@@ -347,7 +351,7 @@ class PromptEncoder:
             if trained is not None and trained.get(key) != self.rendered[key]:
                 raise UserError(
                     f"{where}: the {what} from what was trained (hash {self.rendered[key]}, not "
-                    f"{trained.get(key)}), so the model would be asked otherwise than it was trained; restore the "
+                    f"{trained.get(key)}), so the model would get other prompts than in training; restore the "
                     f"chat template, the tokenizer, the prompt and train_on_end of that training"
                 )
 
@@ -395,15 +399,15 @@ class PromptEncoder:
 
     @cached_property
     def instruction_tokens(self) -> int:
-        """How many tokens all prompts begin with, whatever the pair."""
+        """The number of tokens shared by the beginnings of all prompts."""
         return len(
             os.path.commonprefix(self.encode(["A dog runs.", "2 men sing"], ["Animals move.", "nobody's here"]))
         )
 
     def marked_example(self, pair: dict) -> Text:
-        """One training row as text, the supervised tokens marked: what the loss sees, at a glance."""
+        """One training row as text, with the tokens marked that the loss is on."""
         prompt_ids = self.encode([pair["premise"]], [pair["hypothesis"]])[0]
-        marked = Text(self.tokenizer.decode(prompt_ids), style="dim")
+        marked = Text(str(self.tokenizer.decode(prompt_ids)), style="dim")
         for token in self.answers[pair["label"]]:
             marked.append(f"[{self.tokenizer.decode([token])}]", style="bold reverse")
         return marked
@@ -424,7 +428,7 @@ class PromptEncoder:
     def check_pair(self, premise: str, hypothesis: str) -> None:
         """Raise `UserError` if one of the two holds a control token of the tokenizer."""
         found = self._data_must_not_hold.search(f"{premise}\n{hypothesis}")
-        if found:  # it would end the turn, or begin one: whoever wrote the data could dictate the answer
+        if found:  # it could end the turn, so that the data would dictate the answer
             raise UserError(
                 f"the pair {premise!r} / {hypothesis!r} holds {found[0]!r}, a control token of this tokenizer; remove "
                 f"it"
@@ -445,8 +449,10 @@ class PromptEncoder:
         """The frame in segments, if it has the same tokens in them around all probes."""
         pairs = probes(self.tokenizer, control_tokens(self.tokenizer))
         parts = cut(self.template, self.tokenizer, pairs)
-        segments = parts and Segments(self.tokenizer.backend_tokenizer, self._prefix, parts)
-        return segments if segments and self._are_same(segments, pairs) else None
+        if parts is None:
+            return None
+        segments = Segments(self.tokenizer.backend_tokenizer, self._prefix, parts)  # pyright: ignore[reportArgumentType]
+        return segments if self._are_same(segments, pairs) else None
 
     def _checked_segments(self, pairs: Texts) -> Segments | None:
         """The segments, if they are known to have the tokens of whole prompts for these pairs too."""
@@ -539,7 +545,9 @@ class PromptEncoder:
 
 def row_lengths(rows: Dataset) -> np.ndarray:
     """(n,) tokens in each of the rows of `PromptEncoder.encode_rows`."""
-    return pc.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+    return pc.list_value_length(  # pyright: ignore[reportAttributeAccessIssue] (generated by pyarrow)
+        rows.with_format("arrow")[:]["input_ids"]
+    ).to_numpy()
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -573,7 +581,7 @@ def _chat_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
     def render(messages: list[dict[str, str]], **arguments) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_ARGUMENTS, **arguments)
+            return str(tokenizer.apply_chat_template(messages, tokenize=False, **TEMPLATE_ARGUMENTS, **arguments))
         except Exception as error:  # jinja2's errors, and those that templates raise on roles they do not know
             reason = " ".join(str(error).split())
             raise UserError(
@@ -631,7 +639,7 @@ def _check_slots_stay_open(prompt: Prompt, frame: str, render: Callable[..., str
     """See that a template leaves a pair's text as it is: then it may be filled in after rendering."""
     *before, last = prompt.turns()
     for probe in _PROBES:
-        pair = dict(zip(SLOTS, probe, strict=True))
+        pair = {"premise": probe[0], "hypothesis": probe[1]}
         rendered = render([*before, last | {"content": _fill(last["content"], pair)}], add_generation_prompt=True)
         filled = _fill(frame, pair)
         if rendered != filled:
@@ -651,10 +659,10 @@ def _plain_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple
             "{}", turn["content"]
         )
     frame = f"{text}Instruct: {last['content']}\nOutput:"
-    return frame, [f" {word}" for word in prompt.label_words], tokenizer.eos_token or ""
+    return frame, [f" {word}" for word in prompt.label_words], str(tokenizer.eos_token or "")
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence token, for tokenizers that start plain text with one."""
-    bos = tokenizer.bos_token_id
+    bos: Any = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

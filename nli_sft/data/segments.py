@@ -1,12 +1,11 @@
-"""Tokenise prompts in segments, so that what they share is tokenised once.
+"""Tokenize prompts in segments, so that shared text is tokenized once.
 
-All prompts of a run are one frame around the texts of a pair. Cut where the tokenizer itself cuts it, whatever the
-texts are, a prompt is a beginning and an end that all share, a segment around the premise, which NLI sets repeat, and
-one around the hypothesis. No cut is taken on trust:
+All prompts of a run fill one template. It is split into a beginning and an end that all prompts share, a segment
+around the premise, which NLI sets repeat, and one around the hypothesis. Every split is checked:
 
-- it lies inside the frame, never at the edge of a text, and between two words of the tokenizer's own pre-tokenizer;
-- around texts with odd beginnings and ends (`probes`), segments have the tokens of whole prompts;
-- so does, in all data that come, the first prompt with each new beginning or end of a text (`Segments.unseen`).
+- it lies inside the template, never at the edge of a text, and between two words of the pre-tokenizer;
+- for texts with unusual beginnings and ends (`probes`), segments give the tokens of whole prompts;
+- the same is checked on data, for the first prompt with each new beginning or end of a text (`Segments.unseen`).
 
 Some tokenizers have no such cuts: slow ones, and those that do not split a text into words first (Llama 2, Gemma).
 """

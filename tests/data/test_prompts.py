@@ -341,13 +341,13 @@ def test_every_added_token_is_refused_in_data_and_text_is_not():
         ("user: '{Premise} {premise} {hypothesis}'", "user holds {Premise}, .* did you mean {premise}"),
         ("user: '${premise} ${hypothesis}'", r"user holds \${premise}, which nothing fills; did you mean {premise}"),
         ("user: '{premise} {hypothesis}'\nname: ''", "a prompt needs a name"),
-        ('user: "{premise} {hypothesis} \\ud800"', "half of a character"),
+        ('user: "{premise} {hypothesis} \\ud800"', "a lone surrogate"),
         ("a: &a {user: x}\n<<: *a", "mine.yaml: line 2: <<: is not supported; write its keys out"),
         ("label_words: [a, b, c]", "mine.yaml: the key user is missing; a prompt has user and"),
         ("user: '{premise} {hypothesis} {}'", "user holds {}, which nothing fills; there are {premise}, {hypothesis}"),
         ("user: '{premise} {hypothesis!r} {hypothesis}'", "user holds {hypothesis!r}"),
         ("user: '{premise}{hypothesis}'\nsystem: '{premise}'", "system holds {premise}, which nothing fills"),
-        ("user: '{hypothesis}'", "no {premise} slot, so the model would never see a premise"),
+        ("user: '{hypothesis}'", "no {premise} slot, so the model would not see the premise"),
         ("user: '{premise}'", "no {hypothesis} slot"),
         ("user: '{premise} {hypothesis}'\nname: hypothesis_only", "it reads the premise; give it another name"),
         ("user: '{premise} {hypothesis}'\nuser: 'x'", "key 'user' is on lines 1 and 2"),
@@ -374,7 +374,7 @@ def test_every_added_token_is_refused_in_data_and_text_is_not():
         ("user: !!python/name:os.system x", "mine.yaml: not YAML"),
     ],
 )
-def test_prompt_files_that_cannot_be_meant(tmp_path, text, message):
+def test_invalid_prompt_files(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
@@ -412,7 +412,7 @@ def test_json_prompt_files(tmp_path):
     prompt = load_prompt(str(path))
     assert (prompt.user, prompt.label_words) == (good["user"], ("yes", "null", "1.0"))
     for text, message in (
-        ('{"user": "a", "user": "b"}', "key 'user' stands there more than once; keep one"),
+        ('{"user": "a", "user": "b"}', "key 'user' is there more than once; keep one"),
         ("{", "mine.json: not JSON"),
         ("[1]", "expected an object with the key user"),
         ('{"user": 5}', "user is 5; expected text"),

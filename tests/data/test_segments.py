@@ -122,7 +122,7 @@ def replacing(text, by):
 
 
 def test_data_that_tell_a_cut_unsafe_are_tokenised_whole():
-    """No probe ends like this premise, with which the tokenizer takes in what follows the cut."""
+    """No probe ends like this premise, which the tokenizer merges with the text after the split."""
     encoder, whole = encoder_of(replacing("zq\nHypothesis: ", "A"), PROMPTS["plain"])
     assert encoder._segments is not None
     pairs = many_pairs(premise="A man zq")

@@ -337,9 +337,9 @@ def test_the_reading_of_ids_is_logged(tmp_path, caplog, labels):
         (["yes", "Yes ", "no"], "label_spellings has 'yes' more than once"),
         (
             ["a", "b", "c", "d"],
-            "label_spellings has 4 spellings; give one each for entailment, neutral, contradiction",
+            "label_spellings has 4 entries; give one each for entailment, neutral, contradiction",
         ),
-        (["yes"], "label_spellings has 1 spellings"),
+        (["yes"], "label_spellings has 1 entries"),
         (["yes", "maybe", "no"], "row 1, column label: unknown label 'entailment'; expected one of yes, maybe, no"),
     ],
 )
@@ -616,7 +616,7 @@ def test_broken_files(tmp_path, name, text, message):
 
 def test_broken_encodings(tmp_path):
     (tmp_path / "train.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match="train.jsonl.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match="train.jsonl.gz is not a complete gzip file"):
         load_pairs(str(tmp_path), "train")
     (tmp_path / "latin.csv").write_bytes("premise,hypothesis,label\nCafé,B,0\n".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv is not UTF-8"):
