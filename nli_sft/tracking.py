@@ -1,7 +1,7 @@
-"""A run in Weights & Biases. Other trackers get transformers' own callbacks.
+"""Log a run to Weights & Biases. Other trackers get transformers' own callbacks.
 
-`open_run` opens the run before the Trainer exists, so that the Trainer's own callback joins it. Nothing that W&B does
-may stop or fail the work it watches: its first error is logged, and from then on it is left alone.
+`open_run` opens the run before the Trainer exists, and the Trainer's callback joins it. W&B can never fail a training:
+its first error is logged and disables it.
 """
 
 import copy
@@ -37,19 +37,19 @@ logger = logging.getLogger(__name__)
 
 PROJECT = "nli-sft"
 
-# What it takes to resume a run: its id in W&B, the id of its first part, mode and project.
+# Holds what resuming needs: the id of the run in W&B, the id of its first part, mode and project.
 STATE_FILE = "tracking.json"
 
-# A larger table is slow to open in W&B.
-MOST_ROWS = 10_000
+# Larger tables are slow to open in W&B.
+MAX_ROWS = 10_000
 
-# How long the end of a script waits for W&B to upload; what is left stays on disk for `wandb sync`.
+# The longest wait for uploads at the end of a script; the rest stays on disk for `wandb sync`.
 FINISH_SECONDS = 300.0
 
-# And how long it waits for the data to be noted as what the adapter was made from.
+# The longest wait for W&B to record the data as an input of the run.
 USE_SECONDS = 30.0
 
-# What makes an adapter usable without the rest of its folder.
+# The files of an adapter artifact.
 ADAPTER_FILES = ("adapter_*", "*token*", "*.jinja", "prompt.json")
 
 
@@ -62,16 +62,16 @@ def open_run(
     job_type: str = "train",
     resumed: bool = False,
 ) -> "Tracker":
-    """Open a run in W&B if `report_to` names it. Every process calls this; only the main one opens anything.
+    """Open a run in W&B if `report_to` names it. Every process calls this; only the main process opens the run.
 
     Args:
-        run: the run folder; made if it is not there.
+        run: the run folder, created if needed.
         settings: project, group, tags and notes.
         config: flat, as `runs.run_config` makes it.
-        job_type: what is being done, `train` or `eval`.
-        resumed: whether to go on with the run that the folder already has. In W&B that is the same run where this part
-            and the last are both online. Offline, W&B cannot resume: there it is a new run in the same group, whose
-            config names the one before it (`resumed_from`) and the first (`origin`).
+        job_type: `train` or `eval`.
+        resumed: whether to resume the run of the folder. If both parts are online, they are one run in W&B. Offline,
+            W&B cannot resume: the new part is a run of its own in the same group, whose config names the previous part
+            (`resumed_from`) and the first (`origin`).
     """
     tracker = Tracker(run)
     if "wandb" in ([report_to] if isinstance(report_to, str) else report_to or ()) and PartialState().is_main_process:
@@ -95,7 +95,7 @@ def open_run(
 
 
 class Tracker:
-    """A run in W&B that may fail without harm. Unopened, and on other processes than the main one, it does nothing."""
+    """A run in W&B whose failures are harmless. Until opened, and on all but the main process, it does nothing."""
 
     def __init__(self, run: str | Path):
         self._folder = Path(run)
@@ -103,7 +103,7 @@ class Tracker:
         self._failed = False
 
     def open(self, about: Mapping[str, Any], resumed: bool) -> None:
-        """Start the run, or go on with the one of the folder; `about` is what `wandb.init` takes."""
+        """Start the run, or resume that of the folder; `about` holds the arguments of `wandb.init`."""
 
         def start():
             self._run = _WandbRun(self._folder, about, resumed)
@@ -111,19 +111,19 @@ class Tracker:
         self.attempt(start)
 
     def watch(self, trainer: Trainer) -> None:
-        """Let the Trainer's callback for W&B join this run."""
+        """Make the Trainer's callback for W&B join this run."""
         trainer.pop_callback(WandbCallback)
         if self._run is not None:
             trainer.add_callback(_Joining(self, self._run.logged))
 
     def publish_training(self, record: Mapping) -> None:
-        """What is known when training has ended and the run folder is written: validation, cost, files, adapter."""
+        """Publish validation, cost, files and the adapter, once the run folder is written."""
         if self._run is not None:
             self.attempt(self._run.summarise, training_figures(record))
             self.attempt(self._run.publish_training, record)
 
     def publish_evaluation(self, report: "Report") -> None:
-        """What was judged: figures, predictions and other tables, plots and the report. The report is written."""
+        """Publish metrics, predictions and other tables, plots and the report, once the report is written."""
         if self._run is not None:
             figures = training_figures(report.record)
             for evaluation in report.evaluations:
@@ -137,26 +137,26 @@ class Tracker:
             self.attempt(self._run.finish)
 
     def attempt(self, function: Callable, *arguments: object, **keywords: object) -> None:
-        """Call a function that talks to W&B, unless one has failed before."""
+        """Call a function that uses W&B, unless one has failed before."""
         if self._failed:
             return
         try:
             function(*arguments, **keywords)
         except UserError:
             raise
-        except Exception as error:  # whatever it is, it is not worth a training
+        except Exception as error:  # no error of W&B may end a training
             self._failed = True
-            logger.warning("wandb failed and is left alone from here on: %s", " ".join(str(error).split()))
+            logger.warning("W&B failed; nothing more is logged to it: %s", " ".join(str(error).split()))
 
 
 def training_figures(record: Mapping) -> dict[str, float]:
-    """What stands for a training as a whole: `validation/...` of the checkpoint that was kept, and `cost/...`."""
+    """The summary of a training: `validation/...` of the kept checkpoint, and `cost/...`."""
     figures = {f"validation/{key.removeprefix('eval_')}": value for key, value in record["validation"].items()}
     return figures | {f"cost/{key}": value for key, value in run_cost(record).items()}
 
 
 def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
-    """The figures of one evaluation, such as `snli-test/accuracy`, of the tuned model where no other is named."""
+    """The figures of one evaluation, such as `snli-test/accuracy`; of the tuned model unless a name says otherwise."""
     tuned, comparison = evaluation.metrics["tuned"], evaluation.comparison
     low, high = tuned["accuracy_interval"]
     figures = {
@@ -174,9 +174,8 @@ def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
     for model in evaluation.models:
         if model != "tuned":
             figures[f"{model}_accuracy"] = evaluation.metrics[model]["accuracy"]
-        free = evaluation.summary.get(model, {}).get("unconstrained_generation")
-        if free:
-            figures[f"{model}_names_no_label"] = free["invalid_share"]
+        if answers := evaluation.unconstrained(model):
+            figures[f"{model}_names_no_label"] = answers["invalid_share"]
     return {f"{_section(evaluation)}/{key}": figure for key, figure in figures.items()}
 
 
@@ -185,28 +184,29 @@ def _section(evaluation: "Evaluation") -> str:
 
 
 class _Joining(WandbCallback):
-    """transformers' callback for W&B on the run that is open: each step once, with speed and memory."""
+    """transformers' callback for W&B on the open run: logs each step once, with speed and memory."""
 
     def __init__(self, tracker: Tracker, logged: dict[str, int]):
         super().__init__()
         self._tracker = tracker
-        self._logged = logged  # the last step of each kind that W&B has
+        self._logged = logged  # the last step of each kind in W&B
 
     def setup(self, args, state, model, **kwargs):
-        # The run is open, and its config was made to be compared; this would add some 200 defaults, and nested ones.
+        # The run is already open. The original would add some 200 defaults to its config.
         self._initialized = True
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._last = time.perf_counter(), state.global_step
         self._tracker.attempt(super().on_train_begin, args, state, control, **kwargs)
-        # A resumed training knows what was logged before its checkpoint, and W&B may not: what a killed process had
-        # not sent is lost, and offline all of it belongs to another run.
+        # W&B may lack what was logged before the checkpoint: a killed process loses what it had not sent, and offline
+        # it all belongs to another run.
         for entry in state.log_history:
             at_that_step = copy.copy(state)
             at_that_step.global_step = entry["step"]
             self._log(args, at_that_step, control, {k: v for k, v in entry.items() if k != "step"}, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        logs = logs or {}
         if "loss" in logs:
             speed = self._speed_and_memory(args, state)
             state.log_history[-1].update(speed)
@@ -221,8 +221,8 @@ class _Joining(WandbCallback):
         return {"pairs_per_second": speed, "memory_gib": _memory_bytes() / 2**30}
 
     def _log(self, args, state, control, logs, **kwargs) -> None:
-        """Log what W&B does not have: a resumed training repeats what came after its checkpoint, and the end of any
-        training repeats an evaluation."""
+        """Log what W&B does not have: a resumed training repeats the steps after its checkpoint, and every training
+        repeats an evaluation at its end."""
         kind = "train" if "loss" in logs else "eval" if "eval_loss" in logs else None
         if kind == "eval":
             logs = logs | {"eval_global_step": state.global_step}
@@ -241,35 +241,35 @@ class _Joining(WandbCallback):
 
 
 def _memory_bytes() -> int:
-    """The most GPU memory held so far; without a GPU, the RAM held now."""
+    """Peak GPU memory; without a GPU, current RAM."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 class _WandbRun:
-    """A run in W&B: what is sent to it, and how it is resumed.
+    """An open run in W&B.
 
     Attributes:
-        logged: the last step of which W&B has a loss (`train`), and the last of which it has an evaluation (`eval`).
+        logged: the last step for which W&B has a loss (`train`) and an evaluation (`eval`).
     """
 
     def __init__(self, folder: Path, about: Mapping[str, Any], resumed: bool):
-        import wandb  # slow to import, and needed by those alone who use it
+        import wandb  # slow to import
 
         self._wandb, self._folder = wandb, folder
         path = folder / STATE_FILE
         before = read_json(path, {"wandb": dict | None})["wandb"] if resumed and path.is_file() else None
         mode = wandb.setup().settings.mode
         if mode == "online" and not wandb.login(prompt=False, verify=False):
-            logger.warning("Not logged in to W&B: this run stays offline. `wandb login`, then `wandb sync`, sends it.")
+            logger.warning("Not logged in to W&B: this run stays offline. To upload it: `wandb login`, `wandb sync`.")
             mode = "offline"
         try:
             self._run = self._open(before, about, mode)
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning("W&B cannot be reached: this run stays offline. `wandb sync` sends it. (%s)", error)
+            logger.warning("W&B cannot be reached: this run stays offline. Upload it with `wandb sync`. (%s)", error)
             self._run = self._open(before, about, "offline")
-        # Summaries hold the last value, so a resumed run tells how far it has come.
+        # Summaries hold the last values, so they show how far a resumed run had come.
         summary = self._run.summary if self._run.resumed else {}
         self.logged = {kind: int(summary.get(f"{kind}/global_step", -1)) for kind in ("train", "eval")}
         self._run.define_metric("train/global_step")
@@ -280,12 +280,12 @@ class _WandbRun:
         if before is None:
             pass
         elif before["mode"] == mode == "online":
-            del about["job_type"]  # an evaluation that goes on with a training does not make it one
+            del about["job_type"]  # an evaluation that resumes the run of a training keeps its job type
             about |= {"id": before["id"], "resume": "allow"}
         else:
             about["config"] = {**about["config"], "origin": before["origin"], "resumed_from": before["id"]}
         patience = self._wandb.setup().settings.finish_timeout or FINISH_SECONDS
-        # Offline, where no address is to be told, its summary of some thirty figures would bury what we print.
+        # Offline, W&B prints no URL, only a long summary that would hide our output.
         quiet = {"quiet": True} if mode == "offline" else {}
         settings = self._wandb.Settings(finish_timeout=patience, **quiet)
         run = self._wandb.init(**about, mode=mode, settings=settings)
@@ -295,7 +295,7 @@ class _WandbRun:
         return run
 
     def summarise(self, figures: Mapping[str, float]) -> None:
-        """Put figures that stand for the run as a whole beside its history."""
+        """Add figures to the summary of the run."""
         self._run.summary.update(dict(figures))
 
     def finish(self) -> None:
@@ -339,11 +339,11 @@ class _WandbRun:
         self._run.log_artifact(document)
 
     def _save_files(self) -> None:
-        judged = evaluation_folders(self._folder)
-        stale = {path for path in self._folder.glob("eval/*/*") if path.parent not in judged}
+        current = evaluation_folders(self._folder)
+        stale = {path for path in self._folder.glob("eval/*/*") if path.parent not in current}
         for pattern in RUN_FILES:
             for path in set(self._folder.glob(pattern)) - stale:
-                # A copy, where W&B would make a link: `wandb sync` must not send what the folder has become by then.
+                # Copied, not linked as W&B would: the folder may change before `wandb sync`.
                 copy = Path(self._run.dir, path.relative_to(self._folder))
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, copy)
@@ -353,7 +353,7 @@ class _WandbRun:
         return self._wandb.Artifact(re.sub(r"[^\w.-]", "-", name)[-128:], type=kind, metadata=dict(metadata))
 
     def _use(self, artifact) -> None:
-        # W&B waits until the server has the artifact, however long that takes; here it is given a while.
+        # W&B would wait for the server without a limit.
         def use():
             with suppress(Exception):
                 self._run.use_artifact(artifact)
@@ -367,19 +367,19 @@ class _WandbRun:
 
 
 def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, object]]]:
-    """The tables of one evaluation, row by row: predictions, confusion, per_label, and slices where there are any.
+    """{name: rows} of the tables of one evaluation: predictions, confusion, per_label and, if there are any, slices.
 
-    Of more than `MOST_ROWS` pairs, so many are taken, evenly spaced; a line in the log says so.
+    At most `MAX_ROWS` pairs are taken, evenly spaced; a warning is logged if there are more.
     """
     table = evaluation.table.assign(bucket=evaluation.bucket)
-    if len(table) > MOST_ROWS:
+    if len(table) > MAX_ROWS:
         logger.warning(
             "The W&B table of %s shows %s of %s pairs; the predictions artifact holds all.",
             evaluation.name,
-            f"{MOST_ROWS:,}",
+            f"{MAX_ROWS:,}",
             f"{len(table):,}",
         )
-        table = table.iloc[np.linspace(0, len(table) - 1, MOST_ROWS).astype(int)]
+        table = table.iloc[np.linspace(0, len(table) - 1, MAX_ROWS).astype(int)]
     columns = {"uid": "uid", "premise": "premise", "hypothesis": "hypothesis", "label": "gold", "bucket": "bucket"}
     for model in ("base", "tuned"):
         columns[f"{model}_prediction"] = model
@@ -394,7 +394,7 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
                 for predicted, count in zip(evaluation.label_names, counts, strict=True)
             ]
     tables = {
-        "predictions": table[list(columns)].rename(columns=columns).to_dict("records"),
+        "predictions": table[list(columns)].set_axis(list(columns.values()), axis=1).to_dict("records"),
         "confusion": confusion,
         "per_label": per_label,
     }

@@ -200,7 +200,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 def test_folders_that_are_no_run(tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         NLIClassifier.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="neither a folder here nor a Hub id"):
+    with pytest.raises(UserError, match="neither a local folder nor a Hub id"):
         NLIClassifier.from_pretrained("./no/such/folder")
 
 

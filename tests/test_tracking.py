@@ -1,4 +1,4 @@
-"""What W&B is told. Offline runs are read back by W&B's own reader, `wandb leet inspect`."""
+"""What is logged to W&B. Offline runs are read back by W&B's own reader, `wandb leet inspect`."""
 
 import ast
 import json
@@ -21,13 +21,13 @@ import nli_sft
 from nli_sft.report import write_report
 from nli_sft.report.compare import RunRecord
 from nli_sft.report.content import Report
-from nli_sft.tracking import MOST_ROWS, evaluation_tables, open_run
+from nli_sft.tracking import MAX_ROWS, evaluation_tables, open_run
 
 pytestmark = pytest.mark.usefixtures("own_wandb")
 
 
-class Told:
-    """What one offline run told W&B."""
+class Logged:
+    """What one offline run logged."""
 
     def __init__(self, folder):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
@@ -47,9 +47,11 @@ class Told:
         return [entry["train/global_step"] for entry in self.history if key in entry]
 
 
-def told_offline():
+def offline_runs():
     """All offline runs of this test, the oldest first."""
-    return [Told(path) for path in sorted(Path("wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime)]
+    return [
+        Logged(path) for path in sorted(Path("wandb").glob("offline-run-*"), key=lambda path: path.stat().st_ctime)
+    ]
 
 
 def track_evaluation(folder, **about):
@@ -63,10 +65,10 @@ def track_evaluation(folder, **about):
     return run
 
 
-def test_a_training_tells_what_it_is_and_how_it_goes(tmp_path):
+def test_a_training_logs_config_history_and_summary(tmp_path):
     train(tmp_path / "tiny-lora", report_to=["wandb"], wandb_project="study", wandb_tags=["smoke"])
-    (told,) = told_offline()
-    about = {key: told.run[key] for key in ("project", "run_group", "job_type", "display_name", "notes", "tags")}
+    (logged,) = offline_runs()
+    about = {key: logged.run[key] for key in ("project", "run_group", "job_type", "display_name", "notes", "tags")}
     assert about == {
         "project": "study",
         "run_group": "tiny-pairs",
@@ -77,7 +79,7 @@ def test_a_training_tells_what_it_is_and_how_it_goes(tmp_path):
     }
     record = json.loads((tmp_path / "tiny-lora" / "run.json").read_text())
     assert {
-        key: told.config[key]
+        key: logged.config[key]
         for key in ("model", "quantisation", "lora_r", "learning_rate", "seed", "world_size", "prompt", "label_words")
     } == {
         "model": "somewhere/tiny",
@@ -89,45 +91,47 @@ def test_a_training_tells_what_it_is_and_how_it_goes(tmp_path):
         "prompt": "plain",
         "label_words": ["entailment", "neutral", "contradiction"],
     }
-    assert told.config["prompt_fingerprint"] == record["prompt_fingerprint"]
-    assert told.config["train_fingerprint"] == record["data"]["train"]["fingerprint"]
-    assert told.config["validation_fingerprint"] == record["data"]["validation"]["fingerprint"]
-    assert told.config["parameters_trainable"] == record["parameters"]["trainable"]
-    assert told.config["version_transformers"] == record["versions"]["transformers"]
+    assert logged.config["prompt_fingerprint"] == record["prompt_fingerprint"]
+    assert logged.config["train_fingerprint"] == record["data"]["train"]["fingerprint"]
+    assert logged.config["validation_fingerprint"] == record["data"]["validation"]["fingerprint"]
+    assert logged.config["parameters_trainable"] == record["parameters"]["trainable"]
+    assert logged.config["version_transformers"] == record["versions"]["transformers"]
     assert {"model_revision", "gpu", "git_commit", "git_dirty", "version_torch", "dropped_unlabelled"} <= set(
-        told.config
+        logged.config
     )
-    assert not [key for key in told.config if "." in key]
-    assert not [key for key, value in told.config.items() if isinstance(value, dict) and key != "_wandb"]
+    assert not [key for key in logged.config if "." in key]
+    assert not [key for key, value in logged.config.items() if isinstance(value, dict) and key != "_wandb"]
 
-    assert told.steps("eval/accuracy") == told.steps("eval/loss") == [0, 2, 4, 6], "the base first, and no step twice"
+    assert logged.steps("eval/accuracy") == logged.steps("eval/loss") == [0, 2, 4, 6], (
+        "the base first, and no step twice"
+    )
     for field in ("loss", "learning_rate", "grad_norm", "pairs_per_second", "memory_gib"):
-        assert told.steps(f"train/{field}") == [1, 2, 3, 4, 5, 6], field
-    losses = [entry["train/loss"] for entry in told.history if "train/loss" in entry]
+        assert logged.steps(f"train/{field}") == [1, 2, 3, 4, 5, 6], field
+    losses = [entry["train/loss"] for entry in logged.history if "train/loss" in entry]
     assert losses == [entry["loss"] for entry in record["history"] if "loss" in entry]
-    assert told.summary["validation/accuracy"] == record["validation"]["eval_accuracy"]
-    assert told.summary["cost/seconds"] == record["seconds"]
+    assert logged.summary["validation/accuracy"] == record["validation"]["eval_accuracy"]
+    assert logged.summary["cost/seconds"] == record["seconds"]
 
-    (adapter,) = told.artifacts
+    (adapter,) = logged.artifacts
     assert adapter["type"] == "model"
     contents = {content["path"] for content in adapter["manifest"]["contents"]}
     assert contents >= {"adapter_model.safetensors", "adapter_config.json", "prompt.json", "tokenizer.json"}
     metadata = json.loads(adapter["metadata"])
     assert metadata["validation/accuracy"] == record["validation"]["eval_accuracy"]
     assert metadata["train_fingerprint"] == record["data"]["train"]["fingerprint"]
-    assert {"run.json", "recipe.yaml", "prompt.json"} <= told.files
+    assert {"run.json", "recipe.yaml", "prompt.json"} <= logged.files
 
 
-def test_an_evaluation_tells_figures_tables_plots_and_files(tmp_path):
+def test_an_evaluation_logs_figures_tables_plots_and_files(tmp_path):
     folder = write_past_run(
         tmp_path / "run", 0.8, evaluations=("snli-test", "stress_1.0-test"), resources=None, use_peft=True
     )
     (folder / "figures").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "figures" / "snli-test-accuracies.png")
     track_evaluation(folder)
-    (told,) = told_offline()
+    (logged,) = offline_runs()
     evaluation = Report(folder).own
-    assert told.run["job_type"] == "eval"
+    assert logged.run["job_type"] == "eval"
     expected = {
         "snli-test/accuracy": evaluation.metrics["tuned"]["accuracy"],
         "snli-test/accuracy_low": evaluation.metrics["tuned"]["accuracy_interval"][0],
@@ -142,27 +146,27 @@ def test_an_evaluation_tells_figures_tables_plots_and_files(tmp_path):
         "cost/seconds": 105.0,
         "validation/accuracy": 0.8,
     }
-    assert {key: told.summary[key] for key in expected} == pytest.approx(expected)
-    assert "stress_1_0-test/accuracy" in told.summary
+    assert {key: logged.summary[key] for key in expected} == pytest.approx(expected)
+    assert "stress_1_0-test/accuracy" in logged.summary
 
-    (media,) = [entry for entry in told.history if "report._type" in entry]
+    (media,) = [entry for entry in logged.history if "report._type" in entry]
     assert media["report._type"] == "html-file"
     assert media["figures/snli-test-accuracies._type"] == "image-file"
     for table, rows in (("predictions", 600), ("confusion", 18), ("per_label", 6), ("slices", len(evaluation.slices))):
         assert media[f"snli-test/{table}.nrows"] == rows
     by_kind = {}
-    for artifact in told.artifacts:
+    for artifact in logged.artifacts:
         by_kind.setdefault(artifact["type"], []).append({c["path"] for c in artifact["manifest"]["contents"]})
     assert by_kind["predictions"] == [{"metrics.json", "predictions.parquet"}] * 2
     assert by_kind["report"] == [{"report.html", "report.md"}]
-    assert {"run.json", "eval/snli-test/predictions.parquet", "eval/snli-test/metrics.json"} <= told.files
+    assert {"run.json", "eval/snli-test/predictions.parquet", "eval/snli-test/metrics.json"} <= logged.files
     # What was sent is a run folder again, even when the folder has changed since.
     (sent,) = Path("wandb").glob("offline-run-*/files")
     (folder / "run.json").unlink()
     assert RunRecord(sent).validation.value == 0.8
 
 
-def test_the_predictions_table_holds_both_models_and_is_capped_aloud(tmp_path, caplog, monkeypatch):
+def test_the_predictions_table_holds_both_models_and_is_capped_with_a_warning(tmp_path, caplog, monkeypatch):
     evaluation = Report(write_past_run(tmp_path / "run", 0.8)).own
     tables = evaluation_tables(evaluation)
     row = tables["predictions"][0]
@@ -174,8 +178,8 @@ def test_the_predictions_table_holds_both_models_and_is_capped_aloud(tmp_path, c
     assert {row["bucket"] for row in tables["predictions"]} == {"fixed", "regressed", "both_right", "both_wrong"}
     assert sum(row["pairs"] for row in tables["confusion"] if row["model"] == "tuned") == 600
     assert caplog.text == ""
-    assert MOST_ROWS == 10_000
-    monkeypatch.setattr("nli_sft.tracking.MOST_ROWS", 100)
+    assert MAX_ROWS == 10_000
+    monkeypatch.setattr("nli_sft.tracking.MAX_ROWS", 100)
     shown = evaluation_tables(evaluation)["predictions"]
     assert len(shown) == 100
     assert (shown[0], shown[-1]) == (tables["predictions"][0], tables["predictions"][-1])
@@ -199,25 +203,25 @@ def killed(tmp_path_factory):
 
 
 def test_killed_and_resumed_offline_is_one_history_in_a_linked_part(killed, tmp_path):
-    """Offline, W&B loses what it had not written yet when it was killed, and cannot resume: the new part tells all."""
+    """Offline, a killed W&B loses what it had not written, and cannot resume: the new part logs everything."""
     folder = shutil.copytree(killed, tmp_path / "run")
     before = json.loads((folder / "tracking.json").read_text())["wandb"]
     train(folder, report_to=["wandb"], resume=True)
-    (told,) = told_offline()
-    assert told.config["resumed_from"] == told.config["origin"] == before["id"]
-    assert told.run["run_group"] == "tiny-pairs"
-    assert told.steps("train/loss") == told.steps("train/memory_gib") == [1, 2, 3, 4, 5, 6], "no gap, no double"
-    assert told.steps("eval/accuracy") == [0, 2, 4, 6]
+    (logged,) = offline_runs()
+    assert logged.config["resumed_from"] == logged.config["origin"] == before["id"]
+    assert logged.run["run_group"] == "tiny-pairs"
+    assert logged.steps("train/loss") == logged.steps("train/memory_gib") == [1, 2, 3, 4, 5, 6], "no gap, no double"
+    assert logged.steps("eval/accuracy") == [0, 2, 4, 6]
     history = json.loads((folder / "run.json").read_text())["history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    assert [entry["train/loss"] for entry in told.history if "train/loss" in entry] == losses
+    assert [entry["train/loss"] for entry in logged.history if "train/loss" in entry] == losses
     after = json.loads((folder / "tracking.json").read_text())["wandb"]
-    assert after == before | {"id": told.run["run_id"]}, "and so the evaluation will name the first part too"
+    assert after == before | {"id": logged.run["run_id"]}, "and so the evaluation will name the first part too"
 
 
 @pytest.mark.parametrize("arrived", [0, 2, 5], ids=lambda step: f"up to {step} arrived")
 def test_killed_and_resumed_online_is_one_run_without_gap_or_double(killed, tmp_path, monkeypatch, arrived):
-    """W&B has what arrived before the kill, less or more than the checkpoint knows, and goes on with that run."""
+    """W&B has what arrived before the kill, less or more than the checkpoint knows, and resumes that run."""
     folder = shutil.copytree(killed, tmp_path / "run")
     state = json.loads((folder / "tracking.json").read_text())
     state["wandb"]["mode"] = "online"
@@ -258,37 +262,37 @@ def _rows_up_to(last):
 def test_a_new_training_in_an_old_folder_is_a_new_run(tmp_path):
     for _ in range(2):
         train(tmp_path / "run", report_to=["wandb"], steps=2)
-    first, second = told_offline()
+    first, second = offline_runs()
     assert first.run["run_id"] != second.run["run_id"]
     assert "origin" not in second.config
     assert second.steps("train/loss") == [1, 2]
 
 
-def test_without_a_login_the_run_is_offline_and_a_line_says_so(tmp_path, monkeypatch, caplog):
+def test_without_a_login_the_run_is_offline_with_a_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     wandb.teardown()
     train(tmp_path / "run", report_to=["wandb"], steps=2)
-    (told,) = told_offline()
-    assert told.steps("train/loss") == [1, 2]
+    (logged,) = offline_runs()
+    assert logged.steps("train/loss") == [1, 2]
     lines = [record.getMessage() for record in caplog.records if record.name == "nli_sft.tracking"]
-    assert lines == ["Not logged in to W&B: this run stays offline. `wandb login`, then `wandb sync`, sends it."]
+    assert lines == ["Not logged in to W&B: this run stays offline. To upload it: `wandb login`, `wandb sync`."]
 
 
-def test_a_server_that_is_not_there_costs_no_training(tmp_path, monkeypatch, caplog):
+def test_an_unreachable_server_does_not_fail_a_training(tmp_path, monkeypatch, caplog):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     wandb.teardown()
     train(tmp_path / "run", report_to=["wandb"], steps=2)
-    (told,) = told_offline()
-    assert told.steps("train/loss") == [1, 2]
+    (logged,) = offline_runs()
+    assert logged.steps("train/loss") == [1, 2]
     assert "W&B cannot be reached: this run stays offline" in caplog.text
 
 
-def test_a_server_that_goes_away_midway_costs_no_training(tmp_path, monkeypatch):
+def test_a_server_that_goes_away_does_not_fail_a_training(tmp_path, monkeypatch):
     monkeypatch.setattr("nli_sft.tracking.FINISH_SECONDS", 2.0)
     monkeypatch.setattr("nli_sft.tracking.USE_SECONDS", 1.0)
     monkeypatch.setattr("wandb.apis.public.api.Api._HTTP_TIMEOUT", 1)
@@ -309,7 +313,7 @@ def test_a_server_that_goes_away_midway_costs_no_training(tmp_path, monkeypatch)
 
 # W&B's own thread asks a service that is gone
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_tracker_that_dies_is_told_of_once_and_the_training_ends_well(tmp_path, caplog):
+def test_a_tracker_that_fails_is_reported_once_and_the_training_ends_well(tmp_path, caplog):
     def die():
         import psutil
 
@@ -322,7 +326,7 @@ def test_a_tracker_that_dies_is_told_of_once_and_the_training_ends_well(tmp_path
     assert (tmp_path / "run" / "run.json").is_file()
     lines = [record.getMessage() for record in caplog.records if record.name == "nli_sft.tracking"]
     assert len(lines) == 1
-    assert lines[0].startswith("wandb failed and is left alone from here on: ")
+    assert lines[0].startswith("W&B failed; nothing more is logged to it: ")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [entry["step"] for entry in record["history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
 

@@ -1,4 +1,4 @@
-"""A small training in the order of recipes/sft.py, for tests of what W&B is told.
+"""A small training in the order of recipes/sft.py, for tests of tracking.
 
 Started as a script, it trains in the folder that is its first argument and is killed at the step that is its second.
 """

@@ -1,8 +1,9 @@
-"""The model card of a run, and the results that the Hub reads from it."""
+"""The model card of a run, with its results as metadata."""
 
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -13,32 +14,21 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import HTTPError  # of the HTTP client that this huggingface_hub uses
+from huggingface_hub.errors import HTTPError  # of httpx, or of another client that huggingface_hub uses
 from jinja2 import Environment, StrictUndefined
-from scipy.stats import binomtest
 
 from ..data.prompts import PromptEncoder
-from ..evaluation.comparison import compare, headline
-from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
+from ..evaluation.comparison import accuracy_interval, compare, headline
+from ..labels import LABELS
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
-from ..runs import (
-    evaluation_folders,
-    launch_command,
-    read_json,
-    read_metrics,
-    read_predictions,
-    read_recipe,
-    read_run,
-    versions,
-)
+from ..report.compare import EvaluationRecord
+from ..runs import evaluation_folders, launch_command, read_json, read_recipe, read_run, versions
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
-
-# Of sources whose own page cannot be read.
+# Used if the page of a data set cannot be read.
 KNOWN_LICENSES = {"stanfordnlp/snli": "cc-by-sa-4.0"}
-
 
 MODEL_NAMES = {
     "base": "before tuning",
@@ -51,16 +41,16 @@ MODEL_NAMES = {
 def model_card(
     folder: str | Path, repo_id: str, *, base_model: str | None = None, license: str | None = None
 ) -> ModelCard:
-    """The card of a run: what it is, what was measured, how to ask it, what it was made from, what it cannot do.
+    """The card of a run: results, code to use the model, prompt, training, limits and licences.
 
     Args:
         folder: the run folder.
-        repo_id: the repository that the card's code loads from; a folder would do as well.
-        base_model: Hub id of the base, if the recipe names a folder.
-        license: of the tuned model; by default that which the base's page on the Hub states.
+        repo_id: the repository (or folder) from which the code on the card loads the model.
+        base_model: Hub id of the base, if the recipe names a local folder.
+        license: of the tuned model; by default the licence that the page of the base states.
 
     Raises:
-        UserError: if the folder is not a run.
+        UserError: if the folder is not a run folder.
     """
     folder = Path(folder)
     recipe, prompt, record = read_run(folder)
@@ -112,7 +102,7 @@ def model_card(
         has_report=(folder / "report.html").is_file(),
         command=launch_command("recipes/sft.py", "--config", "recipe.yaml", record=record),
         prompt=prompt,
-        frame=encoder.template,
+        template=encoder.template,
         prefix=_prefix(encoder),
         is_chat=encoder.is_chat,
         labels=LABELS,
@@ -131,58 +121,47 @@ def model_card(
 
 
 def _prefix(encoder: PromptEncoder) -> str:
-    """What the tokenizer puts before plain text: the beginning-of-sequence token, or nothing."""
+    """The text that the tokenizer puts before a plain prompt: the beginning-of-sequence token, or nothing."""
     ids = encoder.encode([""], [""])[0]
     own = encoder.tokenizer(encoder.text("", ""), add_special_tokens=False)["input_ids"]
     return encoder.tokenizer.decode(ids[: len(ids) - len(own)])
 
 
-def read_evaluations(folder: Path) -> list[dict[str, object]]:
-    """What a run folder holds of each split that it was judged on, as the card tells it, that of its own data first.
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations in a run folder, as the card shows them, the run's own source first.
 
-    Each has `key`, `source`, `split`, `pairs`, `labels`, `models` {name: metrics} and, where the predictions of the
-    base and the tuned model are there, `headline`.
+    Each has `key`, `source`, `split`, `pairs`, `models` {name: metrics} and, if the predictions of the base and the
+    tuned model were kept, `headline`.
     """
     recipe = read_recipe(folder)
     evaluations = []
-    for path in evaluation_folders(folder):
-        summary = read_metrics(path)
-        name = f"{Path(summary['source']).name} {summary['split']}"
-        is_own = summary["source"] == recipe.get("dataset_name")
-        models = {key: value for key, value in summary.items() if isinstance(value, dict) and "accuracy" in value}
+    for record in map(EvaluationRecord, evaluation_folders(folder)):
+        source, split = record.summary["source"], record.summary["split"]
+        is_own = source == recipe.get("dataset_name")
+        name = f"{Path(source).name} {split}"
         evaluations.append(
             {
-                "key": path.name,
+                "key": record.key,
                 "name": name,
-                "source": summary["source"],
+                "source": source,
                 "is_own": is_own,
-                "dataset_id": summary["source"] if _is_hub_id(summary["source"]) else None,
-                "revision": recipe.get("dataset_revision")
-                if summary["source"] == recipe.get("dataset_name")
-                else None,
-                "split": summary["split"],
-                "pairs": summary["pairs"],
-                "models": {MODEL_NAMES[key]: models[key] for key in MODEL_NAMES if key in models},
-                "tuned": models.get("tuned"),
-                "headline": _headline(path, name),
+                "dataset_id": source if _is_hub_id(source) else None,
+                "revision": recipe.get("dataset_revision") if is_own else None,
+                "split": split,
+                "pairs": record.summary["pairs"],
+                "models": {MODEL_NAMES[key]: record.summary[key] for key in MODEL_NAMES if key in record.models},
+                "tuned": record.summary["tuned"] if "tuned" in record.models else None,
+                "headline": _headline(record, name),
             }
         )
     return sorted(evaluations, key=lambda evaluation: not evaluation["is_own"])
 
 
-def _headline(folder: Path, name: str) -> str | None:
-    columns = ["premise", "label", "base_prediction", "tuned_prediction"]
-    if not (folder / "predictions.parquet").exists():
+def _headline(record: EvaluationRecord, name: str) -> str | None:
+    columns = ["label", "base_prediction", "tuned_prediction", "premise"]
+    if record.table is None or not set(columns) <= set(record.table.columns):
         return None
-    table = read_predictions(folder)
-    if not set(columns) <= set(table):
-        return None
-    table = table[columns].to_dict(orient="list")
-    if TWO_WAY_LABELS[1] in table["label"]:
-        two_way = {label: TWO_WAY_LABELS[to_two_way(index)] for index, label in enumerate(LABELS)}
-        for column in columns[2:]:
-            table[column] = [two_way[label] for label in table[column]]
-    comparison = compare(table["label"], table["base_prediction"], table["tuned_prediction"], table["premise"])
+    comparison = compare(*(record.table[column].to_numpy() for column in columns))
     return headline(comparison, pairs=f"{name} pairs")
 
 
@@ -207,18 +186,18 @@ def _eval_results(evaluation: Mapping) -> list[EvalResult]:
     ]
 
 
-def _validation(record: Mapping) -> dict[str, object] | None:
-    """What training measured on the validation split: the checkpoint was chosen on it, so it flatters a little."""
+def _validation(record: Mapping) -> dict[str, Any] | None:
+    """Validation accuracy measured in training. The checkpoint was chosen by it, so it is slightly optimistic."""
     accuracy = record.get("validation", {}).get("eval_accuracy")
     if accuracy is None:
         return None
     pairs = record["data"]["validation"]["pairs"]
-    interval = binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")
+    low, high = accuracy_interval(accuracy, pairs)
     first = next((entry for entry in record.get("history", []) if "eval_accuracy" in entry), {})
     return {
         "accuracy": accuracy,
-        "low": float(interval.low),
-        "high": float(interval.high),
+        "low": low,
+        "high": high,
         "pairs": pairs,
         "base": first["eval_accuracy"] if first.get("epoch") == 0 else None,
     }
@@ -245,7 +224,7 @@ def _validation_results(recipe: Mapping, record: Mapping, dataset_id: str | None
 
 
 def eval_result_files(folder: Path) -> dict[str, bytes]:
-    """`.eval_results/*.yaml` for the splits of Hub data sets."""
+    """{name: content} of `.eval_results/*.yaml`, for evaluations on Hub data sets."""
     files = {}
     for evaluation in read_evaluations(folder):
         if evaluation["dataset_id"] and evaluation["tuned"]:
@@ -264,11 +243,12 @@ def eval_result_files(folder: Path) -> dict[str, bytes]:
 
 
 def _stated_license(repo_id: str | None, repo_type: str) -> str | None:
-    """The licence that a repository states on the Hub; `None` where it cannot be read or states none."""
+    """The licence that a repository on the Hub states; `None` if it states none or cannot be read."""
     if repo_id is None:
         return None
     with suppress(HTTPError, OSError, ValueError):
-        card = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=10).card_data
+        info = HfApi().repo_info(repo_id, repo_type=repo_type, timeout=10)
+        card = getattr(info, "card_data", None)
         stated = card.get("license") if card is not None else None
         if stated:
             return ", ".join(stated) if isinstance(stated, list) else stated

@@ -1,4 +1,4 @@
-"""Merge a run's adapter into its base, and prove that the merged model answers as the two did."""
+"""Merge a run's adapter into its base, and check that the merged model gives the same answers."""
 
 import logging
 from dataclasses import asdict, dataclass, field, replace
@@ -21,31 +21,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ExportConfig:
-    """What to merge, where to write it, and how far it may be off."""
+    """The run to merge, where to write the model, and the differences to accept."""
 
     run: str = field(default="", metadata={"help": "The run folder, with an adapter."})
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where to write the model; <run>-merged by default."}
+        default=None, metadata={"help": "Folder for the merged model; <run>-merged by default."}
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Type of the merged weights; that of the recipe by default.",
+            "help": "Type of the merged weights; by default the type in the recipe.",
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
     dequantize: bool = field(
         default=False,
         metadata={
-            "help": "Merge into the quantised base turned back into plain weights, instead of the base as published: "
-            "nearer to what was trained and measured."
+            "help": "Merge into the dequantised base instead of the base as published: closer to the model that was "
+            "trained and measured."
         },
     )
-    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; an accelerator by default."})
+    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; by default an accelerator."})
     split: str = field(default="validation", metadata={"help": "Split of the run's source to compare answers on."})
-    pairs: int = field(default=500, metadata={"help": "Compare on so many pairs."})
+    pairs: int = field(default=500, metadata={"help": "Number of pairs to compare on."})
     max_difference: float = field(
-        default=0.05, metadata={"help": "Fail if the probability of any label of any pair moves by more."}
+        default=0.05, metadata={"help": "Fail if the probability of any label of any pair changes by more."}
     )
     max_flips: float = field(default=0.01, metadata={"help": "Fail if more than this share of labels change."})
 
@@ -61,9 +61,9 @@ class Parity:
     """How far two models agree on the same pairs.
 
     Attributes:
-        pairs: how many were compared.
-        flips: pairs with another label.
-        largest_difference: of any label's probability, on any pair; mean_difference: over all labels and pairs.
+        pairs: number of pairs compared.
+        flips: pairs whose predicted label differs.
+        largest_difference: of any label's probability on any pair; mean_difference: over all labels and pairs.
     """
 
     pairs: int
@@ -74,8 +74,8 @@ class Parity:
     @classmethod
     def between(cls, before: list[Prediction], after: list[Prediction]) -> "Parity":
         p_before, p_after = (
-            torch.tensor([[j.probabilities[label] for label in LABELS] for j in side], dtype=torch.float64)
-            for side in (before, after)
+            torch.tensor([[one.probabilities[label] for label in LABELS] for one in predictions], dtype=torch.float64)
+            for predictions in (before, after)
         )
         difference = (p_before - p_after).abs()
         flips = sum(b.label != a.label for b, a in zip(before, after, strict=True))
@@ -83,8 +83,8 @@ class Parity:
 
     def __str__(self) -> str:
         return (
-            f"{self.flips} of {self.pairs:,} labels changed; probabilities moved by {self.largest_difference:.4f} at "
-            f"most, {self.mean_difference:.5f} on average"
+            f"{self.flips} of {self.pairs:,} labels changed; probabilities changed by at most "
+            f"{self.largest_difference:.4f}, {self.mean_difference:.5f} on average"
         )
 
     def is_within(self, max_difference: float, max_flips: float) -> bool:
@@ -97,32 +97,32 @@ class Parity:
 def write_merged(
     run: str | Path, output: str | Path, model_args: ModelConfig, device: torch.device, dequantize: bool = False
 ) -> None:
-    """Write a run's model with its adapter merged in: a plain transformers folder that is a run folder as well.
+    """Merge a run's adapter into its base and write a plain transformers model, which is also a run folder.
 
     It holds weights in safetensors, the tokenizer with its chat template, a `generation_config` (greedy, as long as
-    the longest label), and the prompt, recipe and record of the run, from which `NLIClassifier` reads.
+    the longest label), and the prompt, recipe and record of the run, which `NLIClassifier` reads.
 
     Args:
-        model_args: the base of the run; its `dtype` is that of the merged weights.
-        dequantize: merge into the quantised base, turned back into plain weights, instead of the base as published.
+        model_args: the base of the run; the merged weights get its `dtype`.
+        dequantize: merge into the dequantised base instead of the base as published.
 
     Raises:
-        UserError: if the run has no adapter, or `dequantize` is asked of a base that was not quantised.
+        UserError: if the run has no adapter, or if `dequantize` is set and the base was not quantised.
     """
     run, output = Path(run), Path(output)
     recipe, prompt, record = read_run(run)
     encoder = load_encoder(run)
     published = quantization_of(check_base(model_args))
     if dequantize and not (published or model_args.load_in_4bit or model_args.load_in_8bit):
-        raise UserError(f"dequantize: the base of {run} was not quantised; leave it out")
+        raise UserError(f"dequantize is set, but the base of {run} was not quantised; leave the flag out")
     if published and not dequantize:
-        logger.warning("The base was published quantised (%s): it is dequantised to merge the adapter.", published)
+        logger.warning("The published base is quantised (%s); dequantising it to merge the adapter.", published)
         dequantize = True
     if not dequantize:
         model_args = replace(model_args, load_in_4bit=False, load_in_8bit=False)
     model = load_tuned(run, model_args, device=device, dequantize=dequantize)
     if not isinstance(model, PeftModel):
-        raise UserError(f"{run} has no adapter to merge: its model is whole already")
+        raise UserError(f"{run} has no adapter to merge: it holds a full model")
     merged = model.merge_and_unload()
     merged.generation_config = GenerationConfig(
         do_sample=False,
@@ -131,7 +131,7 @@ def write_merged(
         eos_token_id=encoder.tokenizer.eos_token_id,
         pad_token_id=encoder.tokenizer.pad_token_id,
     )
-    # What reading a quantised checkpoint did to its weights has no way back, and transformers would look for one.
+    # transformers would try to convert the weights back to the original format, which a quantised base does not allow.
     merged.save_pretrained(output, save_original_format=published is None)
     encoder.tokenizer.save_pretrained(output)
     write_run(output, recipe=recipe | {"dtype": model_args.dtype}, prompt=prompt, record=record)

@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness for a run: the same prompt, pairs and answers, judged by others' code.
+"""Tasks for EleutherAI's lm-evaluation-harness: the prompt, pairs and answers of a run, evaluated by other code.
 
-Its `acc` takes the answer with the largest unconstrained log-probability, which is `LabelScores.unconstrained`.
-Constrained greedy generation, which this package evaluates by, goes down the answers token by token and can choose
-another one (see recipes/lm_eval_task/README.md).
+Its `acc` chooses the answer with the highest unconstrained log-probability (`LabelScores.unconstrained`). Constrained
+greedy generation, with which this package evaluates, decides token by token and can choose another answer (see
+recipes/lm_eval_task/README.md).
 """
 
 import json
@@ -17,10 +17,10 @@ from ..labels import LABELS, TWO_WAY_LABELS
 
 
 def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dataset) -> Path:
-    """Write `<name>.yaml` and the pairs it asks, `<name>.jsonl`, for `lm_eval --include_path <folder> --tasks <name>`.
+    """Write the task `<name>.yaml` and its pairs `<name>.jsonl`, for `lm_eval --include_path <folder> --tasks <name>`.
 
-    The task holds the prompt as the model reads it, chat template included, so it wants no `--apply_chat_template`,
-    and `add_bos_token=False` among the `--model_args` where the prompt is a chat (`model_args`).
+    The task holds the rendered prompt, chat template included. Do not pass `--apply_chat_template`, and take the
+    `--model_args` from `model_args`.
 
     Returns:
         The path of the .yaml file.
@@ -28,11 +28,11 @@ def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dat
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
-    # To a two-way set, both of the labels that it does not tell apart are right.
+    # In a two-way set, neutral and contradiction are both right for non-entailment.
     two_way = pairs.features["label"].num_classes == len(TWO_WAY_LABELS)
     gold = [[0], [1, 2]] if two_way else range(len(LABELS))
     with data.open("w", encoding="utf-8") as file:
-        for pair in pairs:
+        for pair in pairs.to_list():
             row = {key: pair[key] for key in ("uid", "premise", "hypothesis")} | {"gold": gold[pair["label"]]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     task = {
@@ -54,19 +54,19 @@ def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dat
 
 
 def model_args(encoder: PromptEncoder, pretrained: str, adapter: str | None = None, **options: str) -> str:
-    """What the harness must be told of a model, as `--model_args`, to read the same tokens as we do."""
+    """The `--model_args` with which the harness feeds the model the same tokens as this package."""
     values = {"pretrained": pretrained, "peft": adapter, **options}
-    if encoder.is_chat:  # a chat template writes its own beginning of the sequence, or none
+    if encoder.is_chat:  # the chat template adds a beginning-of-sequence token itself, if any
         values["add_bos_token"] = "False"
     return ",".join(f"{key}={value}" for key, value in values.items() if value is not None)
 
 
-def _as_template(frame: str) -> str:
-    """A prompt with `{premise}` and `{hypothesis}` open as a Jinja template; all else is text, braces included."""
-    texts = re.split(r"\{(premise|hypothesis)\}", frame)
+def _as_template(prompt: str) -> str:
+    """A prompt with the fields `{premise}` and `{hypothesis}` as a Jinja template; other braces are text."""
+    texts = re.split(r"\{(premise|hypothesis)\}", prompt)
     for index, text in enumerate(texts):
         if index % 2:
             texts[index] = f"{{{{ {text} }}}}"
-        elif "{" in text or "}" in text:  # as a string in the template, since Jinja would read it
+        elif "{" in text or "}" in text:  # quoted, because Jinja would interpret it
             texts[index] = "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
     return "".join(texts)

@@ -1,10 +1,9 @@
-"""The Hub: push a run with its card, and fetch one back.
+"""Push a run with its card to the Hub, and download one.
 
-A repository that `push` makes is a run folder without its predictions: `NLIClassifier.from_pretrained` and
-`recipes/eval.py` read it like any other.
+A pushed repository is a run folder without predictions: `NLIClassifier.from_pretrained` and `recipes/eval.py` read it
+like any other. A push is a single commit, so an interrupted push leaves nothing behind; push again.
 
-A push is one commit. Either all of it is there or nothing is, whatever breaks on the way; pushing again finishes it.
-Tokens come from `hf auth login` or the environment variable HF_TOKEN and are written nowhere.
+The token comes from `hf auth login` or from the environment variable HF_TOKEN and is written nowhere.
 """
 
 import json
@@ -17,14 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    HfApi,
-)
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # of the HTTP client that this huggingface_hub uses: httpx or its successor
+    HTTPError,  # of httpx, or of another client that huggingface_hub uses
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
@@ -37,14 +33,10 @@ from .. import UserError
 from ..data.prompts import Prompt, load_prompt
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
-from ..runs import (
-    evaluation_folders,
-    read_json,
-    read_run,
-)
+from ..runs import evaluation_folders, read_json, read_run
 from .card import eval_result_files, model_card
 
-# What is pushed, and fetched back. No pickles, no training arguments (they hold the token), no pairs of the data set.
+# The files to push and to download. No pickles, no training arguments (they hold the token), no pairs.
 MODEL_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -65,31 +57,31 @@ RESULT_FILES = ("eval/*/metrics.json", "eval/*.json", "report.html", "report.md"
 
 @dataclass
 class PushConfig:
-    """What to push, and where."""
+    """The run to push, and the repository."""
 
     run: str = field(default="", metadata={"help": "The run folder, or the folder of an exported model."})
     hub_model_id: str = field(default="", metadata={"help": "The repository, such as me/qwen3-0.6b-snli."})
     hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Make the repository private; your namespace's default if not said."}
+        default=None, metadata={"help": "Make the repository private; the default is that of your namespace."}
     )
     hub_revision: str | None = field(
-        default=None, metadata={"help": "The branch to push to, made if it is not there."}
+        default=None, metadata={"help": "The branch to push to; created if it does not exist."}
     )
     create_pr: bool = field(default=False, metadata={"help": "Open a pull request instead of changing the branch."})
     overwrite: bool = field(
         default=False,
-        metadata={"help": "Replace what is there, even if its base model, prompt or label words are others."},
+        metadata={"help": "Replace a run with another base model, prompt or other label words."},
     )
-    without_results: bool = field(default=False, metadata={"help": "Push although the run has not been evaluated."})
+    without_results: bool = field(default=False, metadata={"help": "Push a run that has not been evaluated."})
     eval_results: bool = field(
         default=False,
-        metadata={"help": "Add .eval_results/*.yaml too, for the leaderboards of data sets that have one."},
+        metadata={"help": "Add .eval_results/*.yaml for the leaderboards of data sets."},
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the base, where the run names a folder of this machine."}
+        default=None, metadata={"help": "Hub id of the base, if the recipe names a local folder."}
     )
     license: str | None = field(
-        default=None, metadata={"help": "Licence of the tuned model; by default that of its base."}
+        default=None, metadata={"help": "Licence of the tuned model; by default the licence of its base."}
     )
 
     def __post_init__(self):
@@ -98,22 +90,21 @@ class PushConfig:
         if not self.hub_model_id:
             raise UserError("hub_model_id is missing; give the repository as --hub_model_id <you>/<name>")
         if self.create_pr and self.hub_revision:
-            raise UserError("create_pr opens a pull request against the main branch: leave out hub_revision")
+            raise UserError("create_pr opens a pull request against main; leave out hub_revision")
 
 
 def push(args: PushConfig) -> str:
-    """Push a run in one commit: adapter or model, tokenizer, prompt, recipe, results, report, card.
+    """Push a run in one commit: adapter or model, tokenizer, prompt, recipe, results, report and card.
 
-    The card is left in the folder as README.md too, in place of the empty form that PEFT writes there.
+    The card is also saved in the run folder as README.md, in place of PEFT's template.
 
     Returns:
-        The address of the commit, or of the pull request.
+        The URL of the commit or of the pull request.
 
     Raises:
-        UserError: if the folder is not a run or has no weights; if its prompt is not the one that was trained; if it
-            has no results and `without_results` is not set; if the repository holds another base model, prompt or
-            label words and `overwrite` is not set; or with what the Hub answered. Nothing local is lost, and pushing
-            again goes on where it stopped.
+        UserError: if the folder is not a run folder or has no weights; if its prompt is not the one it was trained
+            with; if it has no results and `without_results` is not set; if the repository holds another base model,
+            prompt or label words and `overwrite` is not set; or if the Hub refuses or cannot be reached.
     """
     folder = Path(args.run)
     recipe, prompt, record = read_run(folder)
@@ -128,11 +119,10 @@ def push(args: PushConfig) -> str:
         )
     if "adapter_config.json" in files and Path(locate_model(base)).exists():
         raise UserError(
-            f"{folder}: its base model {locate_model(base)} is a folder of this machine, so nobody could load the "
-            f"adapter; push the base and name it with --base_model, or merge it in with recipes/export.py and push "
-            f"that"
+            f"{folder}: its base model {locate_model(base)} is a local folder, so others could not load the adapter; "
+            f"push the base and name it with --base_model, or merge with recipes/export.py and push the merged model"
         )
-    load_encoder(folder)  # raises where the prompt is not the one that was trained
+    load_encoder(folder)  # raises if the prompt is not the one that the run was trained with
     api = HfApi()
     with _explained(args.hub_model_id):
         _make_destination(
@@ -142,7 +132,7 @@ def push(args: PushConfig) -> str:
             args.hub_revision,
             base,
             prompt,
-            # A pull request changes nothing by itself.
+            # A pull request does not change the branch.
             overwrite=args.overwrite or args.create_pr,
         )
         card = model_card(folder, args.hub_model_id, base_model=args.base_model, license=args.license)
@@ -160,7 +150,7 @@ def push(args: PushConfig) -> str:
 
 
 def move_token_to_env(training_args: SFTConfig) -> None:
-    """Move `hub_token`, with which bases and data are fetched, to the environment variable HF_TOKEN of this process.
+    """Move `hub_token` to the environment variable HF_TOKEN of this process, which all downloads use.
 
     The Trainer pickles its arguments into every checkpoint, and W&B keeps the command line.
     """
@@ -173,12 +163,12 @@ def move_token_to_env(training_args: SFTConfig) -> None:
 
 
 def download_run(name: str, revision: str | None = None) -> Path:
-    """The folder, in the cache, of a run on the Hub; only the files that a classifier needs.
+    """Download the files that a classifier needs of a run on the Hub, and return their folder in the cache.
 
     Raises:
-        UserError: if there is no such repository or revision, or the Hub is out of reach and the cache has none.
+        UserError: if the repository or revision does not exist, or if it is not cached and the Hub cannot be reached.
     """
-    with _explained(name, "fetch"):
+    with _explained(name, "download"):
         return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, *RUN_FILES]))
 
 
@@ -193,7 +183,7 @@ def _operations(folder: Path, files: list[str], args: PushConfig, recipe: dict) 
     contents: dict[str, str | bytes] = {name: str(folder / name) for name in files}
     contents["README.md"] = str(folder / "README.md")
     if args.base_model:
-        # Where the run names a folder of this machine, what is pushed names the Hub.
+        # The recipe names a local folder; the pushed files name the Hub id.
         text = yaml.safe_dump(recipe | {"model_name_or_path": args.base_model}, sort_keys=False, allow_unicode=True)
         contents["recipe.yaml"] = text.encode()
         contents["run.json"] = json.dumps(read_json(folder / "run.json") | {"model": args.base_model}).encode()
@@ -214,7 +204,7 @@ def _make_destination(
     prompt: Prompt,
     overwrite: bool = False,
 ) -> None:
-    """Make repository and branch where they are not there; where they are, see that they hold the same kind of run."""
+    """Create repository and branch as needed; if they exist, check that they hold the same kind of run."""
     try:
         _check_destination(api, repo_id, revision, base, prompt, overwrite)
     except RepositoryNotFoundError:
@@ -234,7 +224,7 @@ def _check_destination(
         return
     fix = "push to another hub_model_id, or replace it with recipes/push.py --overwrite"
     if not {"prompt.json", "recipe.yaml"} <= there:
-        raise UserError(f"{repo_id} is there and holds something other than a run of nli-sft; {fix}")
+        raise UserError(f"{repo_id} exists and does not hold a run of nli-sft; {fix}")
     fetched = {name: api.hf_hub_download(repo_id, name, revision=revision) for name in ("prompt.json", "recipe.yaml")}
     their_prompt = load_prompt(fetched["prompt.json"])
     their_base = yaml.safe_load(Path(fetched["recipe.yaml"]).read_text(encoding="utf-8"))["model_name_or_path"]
@@ -244,49 +234,53 @@ def _check_destination(
         ("prompt", their_prompt.fingerprint, prompt.fingerprint),
     ):
         if theirs != ours:
-            raise UserError(f"{repo_id} is there with another {what} ({theirs}; this run has {ours}); {fix}")
+            raise UserError(f"{repo_id} exists with {what} {theirs}, but this run has {ours}; {fix}")
 
 
 @contextmanager
-def _explained(repo_id: str, deed: str = "push") -> Iterator[None]:
-    """Turn what the Hub, or the way to it, answers into one sentence with the mend."""
-    again = "nothing local is lost: push again" if deed == "push" else "try again"
+def _explained(repo_id: str, action: str = "push") -> Iterator[None]:
+    """Turn errors of the Hub and of the connection into one sentence with the fix."""
+    again = "nothing local is lost: push again" if action == "push" else "try again"
     try:
         yield
     except UserError:
         raise
     except HFValidationError as error:
-        raise UserError(f"{repo_id} is neither a folder here nor a Hub id of the form <owner>/<name>") from error
+        raise UserError(f"{repo_id} is neither a local folder nor a Hub id of the form <owner>/<name>") from error
     except LocalTokenNotFoundError as error:
         raise UserError(f"{repo_id}: not logged in to the Hub; use `hf auth login`, or set HF_TOKEN") from error
     except OfflineModeIsEnabled as error:
-        raise UserError(f"{repo_id}: HF_HUB_OFFLINE is set, so the Hub is not asked; unset it") from error
-    # Uploads wrap what broke them in a RuntimeError, downloads in a LocalEntryNotFoundError or an OSError.
+        raise UserError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to use the Hub") from error
+    # Uploads wrap their errors in a RuntimeError, downloads in a LocalEntryNotFoundError or an OSError.
     except (HTTPError, OSError, RuntimeError) as error:
         status = next((e.response.status_code for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
         missing = any(isinstance(e, RepositoryNotFoundError) for e in _causes(error))
         revision = any(isinstance(e, RevisionNotFoundError) for e in _causes(error))
         if status is None and not any(isinstance(e, (HTTPError, LocalEntryNotFoundError)) for e in _causes(error)):
-            raise  # of this machine, such as a full disk
-        if status == 401 and not (missing and deed == "fetch"):
-            reason = "the Hub does not take the token (401); use `hf auth login`, or set HF_TOKEN to a valid one"
+            raise  # a local error, such as a full disk
+        if status == 401 and not (missing and action == "download"):
+            reason = "the Hub rejected the token (401); use `hf auth login`, or set HF_TOKEN to a valid one"
         elif status == 403:
-            reason = f"the token may not {'write to' if deed == 'push' else 'read'} it (403); use one that may"
+            reason = (
+                f"the token has no permission to {'write' if action == 'push' else 'read'} (403); use one that has"
+            )
         elif revision:
             reason = "it has no such revision (404)"
         elif missing or status == 404:
-            reason = "no such repository on the Hub, or a private one that the token may not see (404)"
+            reason = "no such repository on the Hub, or a private one that the token cannot access (404)"
         elif status == 409:
-            reason = "the name is taken, by a repository that the token may not see (409); choose another hub_model_id"
+            reason = (
+                "the name is taken by a repository that the token cannot access (409); choose another hub_model_id"
+            )
         elif status == 412:
-            reason = f"somebody else changed it at the same time (412); {again}"
+            reason = f"someone else changed the repository at the same time (412); {again}"
         elif status is not None and status >= 500:
-            reason = f"the Hub has trouble of its own ({status}); {again}"
+            reason = f"the Hub failed ({status}); {again}"
         elif status is not None:
-            reason = f"the Hub refuses ({status}: {' '.join(str(error).split())[:300]})"
+            reason = f"the Hub refused ({status}: {' '.join(str(error).split())[:300]})"
         else:
             reason = f"the connection to the Hub broke ({type(_causes(error)[-1]).__name__}); {again}"
-        looked = "no such folder here, and " if deed == "fetch" and not revision else ""
+        looked = "no such local folder, and " if action == "download" and not revision else ""
         raise UserError(f"{repo_id}: {looked}{reason}") from error
 
 

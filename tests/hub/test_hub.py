@@ -34,7 +34,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def hub(made, tmp_path, monkeypatch):
-    """A Hub with the base on it, to which this process is turned."""
+    """A local Hub with the base on it, which this process uses."""
     with LoopbackHub() as server:
         server.add_folder("tiny/base", made[0])
         server.files("tiny/base")["README.md"] = BASE_CARD
@@ -55,7 +55,7 @@ def hub(made, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(made, tmp_path):
-    """A copy of the run, to change at will."""
+    """A copy of the run that a test may change."""
     return copied(made[1], tmp_path / "snli-lora")
 
 
@@ -71,7 +71,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_pushed_is_loaded_back_and_says_the_same(hub, run):
+def test_a_pushed_run_loads_and_predicts_the_same(hub, run):
     (run / "training_args.bin").write_bytes(b"pickled")
     (run / "report.html").write_text("<p>report</p>")
     (run / "figures").mkdir()
@@ -90,27 +90,27 @@ def test_what_is_pushed_is_loaded_back_and_says_the_same(hub, run):
     assert sum(request.startswith("POST /api/models/me/snli/commit/") for request in hub.requests) == 1
 
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained("me/snli", device="cpu", dtype="float32")(
+    predictions = NLIClassifier.from_pretrained("me/snli", device="cpu", dtype="float32")(
         table["premise"], table["hypothesis"]
     )
-    assert [j.label for j in judgements] == list(table["tuned_prediction"])
+    assert [one.label for one in predictions] == list(table["tuned_prediction"])
     for label in LABELS:
-        assert [j.probabilities[label] for j in judgements] == pytest.approx(table[f"tuned_p_{label}"], abs=1e-5)
+        assert [one.probabilities[label] for one in predictions] == pytest.approx(table[f"tuned_p_{label}"], abs=1e-5)
 
 
-def test_a_full_model_goes_up_and_comes_back(hub, made, tmp_path):
+def test_a_full_model_is_pushed_and_loaded(hub, made, tmp_path):
     run = make_run(tmp_path / "full", made[0], use_peft=False, model_name_or_path="tiny/base")
     push(PushConfig(run=str(run), hub_model_id="me/full"))
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained("me/full", device="cpu", dtype="float32")(
+    predictions = NLIClassifier.from_pretrained("me/full", device="cpu", dtype="float32")(
         table["premise"], table["hypothesis"]
     )
-    assert [j.label for j in judgements] == list(table["tuned_prediction"])
+    assert [one.label for one in predictions] == list(table["tuned_prediction"])
     data = ModelCard(hub.files("me/full")["README.md"].decode()).data
     assert (data.library_name, data.base_model_relation) == ("transformers", "finetune")
     snippet = plain_snippet(hub.files("me/full")["README.md"].decode())
     assert "peft" not in snippet
-    assert run_snippet(snippet) == said_by(run)
+    assert run_snippet(snippet) == word_of(run)
 
 
 def test_branches_and_pull_requests(hub, run):
@@ -143,12 +143,20 @@ def test_a_run_that_was_not_evaluated_is_refused(hub, made, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "recipe", "message"),
     [
-        (PROMPTS["plain"], {"model_name_or_path": "tiny/other"}, "another base model (tiny/base; this run has tiny/o"),
-        (load_prompt("plain", ["yes", "maybe", "no"]), {}, "another label words (entailment, neutral, contradiction;"),
-        (PROMPTS["definitions"], {}, "another prompt ("),
+        (
+            PROMPTS["plain"],
+            {"model_name_or_path": "tiny/other"},
+            "exists with base model tiny/base, but this run has",
+        ),
+        (
+            load_prompt("plain", ["yes", "maybe", "no"]),
+            {},
+            "exists with label words entailment, neutral,",
+        ),
+        (PROMPTS["definitions"], {}, "exists with prompt "),
     ],
 )
-def test_another_model_is_not_overwritten_by_accident(hub, run, made, tmp_path, prompt, recipe, message):
+def test_another_model_is_only_overwritten_on_request(hub, run, made, tmp_path, prompt, recipe, message):
     push(PushConfig(run=str(run), hub_model_id="me/snli"))
     before = dict(hub.files("me/snli"))
     other = make_run(tmp_path / "other", made[0], prompt=prompt, **({"model_name_or_path": "tiny/base"} | recipe))
@@ -159,15 +167,15 @@ def test_another_model_is_not_overwritten_by_accident(hub, run, made, tmp_path, 
     assert hub.files("me/snli")["prompt.json"] == (other / "prompt.json").read_bytes()
 
 
-def test_something_else_is_not_overwritten_either(hub, run):
+def test_other_repositories_are_not_overwritten(hub, run):
     hub.add("me/snli", {"README.md": b"# My holiday pictures"})
-    with pytest.raises(UserError, match="holds something other than a run of nli-sft"):
+    with pytest.raises(UserError, match="does not hold a run of nli-sft"):
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
 
 
-def test_an_adapter_of_a_base_that_nobody_has(hub, made, tmp_path):
+def test_an_adapter_of_a_local_base_is_refused(hub, made, tmp_path):
     run = make_run(tmp_path / "local", made[0])
-    with pytest.raises(UserError, match="is a folder of this machine, so nobody could load the adapter"):
+    with pytest.raises(UserError, match="is a local folder, so others could not load the adapter"):
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
     push(PushConfig(run=str(run), hub_model_id="me/snli", base_model="tiny/base"))
     there = hub.files("me/snli")
@@ -178,19 +186,19 @@ def test_an_adapter_of_a_base_that_nobody_has(hub, made, tmp_path):
 @pytest.mark.parametrize(
     ("method", "path", "status", "message"),
     [
-        ("POST", "/api/repos/create", 401, "the Hub does not take the token (401); use `hf auth login`, or"),
-        ("POST", "/api/repos/create", 403, "the token may not write to it (403); use one that may"),
-        ("POST", "/api/repos/create", 409, "the name is taken, by a repository that the token may not see (409)"),
-        ("POST", "/preupload/", 500, "the Hub has trouble of its own (500); nothing local is lost: push again"),
-        ("POST", "/objects/batch", 503, "the Hub has trouble of its own (503); nothing local is lost: push again"),
-        ("PUT", "/lfs/", 500, "the Hub has trouble of its own (500); nothing local is lost: push again"),
+        ("POST", "/api/repos/create", 401, "the Hub rejected the token (401); use `hf auth login`, or"),
+        ("POST", "/api/repos/create", 403, "the token has no permission to write (403); use one that has"),
+        ("POST", "/api/repos/create", 409, "the name is taken by a repository that the token cannot access (409)"),
+        ("POST", "/preupload/", 500, "the Hub failed (500); nothing local is lost: push again"),
+        ("POST", "/objects/batch", 503, "the Hub failed (503); nothing local is lost: push again"),
+        ("PUT", "/lfs/", 500, "the Hub failed (500); nothing local is lost: push again"),
         ("PUT", "/lfs/", None, "the connection to the Hub broke"),
-        ("POST", "/commit/", 504, "the Hub has trouble of its own (504); nothing local is lost: push again"),
-        ("POST", "/commit/", 412, "somebody else changed it at the same time (412)"),
+        ("POST", "/commit/", 504, "the Hub failed (504); nothing local is lost: push again"),
+        ("POST", "/commit/", 412, "someone else changed the repository at the same time (412)"),
         ("POST", "/commit/", None, "the connection to the Hub broke"),
     ],
 )
-def test_what_goes_wrong_is_said_and_a_second_push_finishes(hub, run, method, path, status, message):
+def test_failures_are_explained_and_a_second_push_succeeds(hub, run, method, path, status, message):
     before = contents(run)
     with hub.failing(method, path, status), pytest.raises(UserError) as error:
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
@@ -207,7 +215,7 @@ def test_what_goes_wrong_is_said_and_a_second_push_finishes(hub, run, method, pa
     assert hub.files("me/snli")["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_connection_that_breaks_once_is_not_even_noticed(hub, run):
+def test_a_connection_that_breaks_once_is_retried(hub, run):
     with hub.failing("PUT", "/lfs/", None, times=1):
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
     assert "prompt.json" in hub.files("me/snli")
@@ -222,9 +230,9 @@ def test_a_second_push_sends_only_what_changed(hub, run):
 
 @pytest.mark.parametrize(
     ("token", "message"),
-    [("hf_wrong", "does not take the token (401)"), (READ_TOKEN, "may not write to it (403)")],
+    [("hf_wrong", "rejected the token (401)"), (READ_TOKEN, "has no permission to write (403)")],
 )
-def test_tokens_that_may_not(hub, run, monkeypatch, token, message):
+def test_tokens_without_permission(hub, run, monkeypatch, token, message):
     monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(UserError) as error:
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
@@ -232,10 +240,10 @@ def test_tokens_that_may_not(hub, run, monkeypatch, token, message):
     assert token not in str(error.value)
 
 
-def test_names_that_lead_nowhere(hub, run):
-    with pytest.raises(UserError, match=r"me/nowhere: no such folder here, and no such repository on the Hub"):
+def test_invalid_names(hub, run):
+    with pytest.raises(UserError, match=r"me/nowhere: no such local folder, and no such repository on the Hub"):
         NLIClassifier.from_pretrained("me/nowhere")
-    with pytest.raises(UserError, match="neither a folder here nor a Hub id of the form <owner>/<name>"):
+    with pytest.raises(UserError, match="neither a local folder nor a Hub id of the form <owner>/<name>"):
         push(PushConfig(run=str(run), hub_model_id="me/a/b"))
     with pytest.raises(UserError, match="run is missing"):
         PushConfig(hub_model_id="me/snli")
@@ -243,13 +251,13 @@ def test_names_that_lead_nowhere(hub, run):
         PushConfig(run="outputs/x")
 
 
-def test_offline_is_said_to_be_offline(hub, run, monkeypatch):
+def test_offline_mode_is_named(hub, run, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so the Hub is not asked; unset it"):
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it"):
         push(PushConfig(run=str(run), hub_model_id="me/snli"))
 
 
-def test_the_token_is_put_away_before_training(tmp_path, monkeypatch):
+def test_the_token_is_moved_to_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "another")
     monkeypatch.setattr(sys, "argv", ["sft.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}"])
     args = SFTConfig(output_dir=str(tmp_path), hub_token=TOKEN, use_cpu=True, bf16=False, report_to="none")
@@ -260,7 +268,7 @@ def test_the_token_is_put_away_before_training(tmp_path, monkeypatch):
     assert TOKEN not in " ".join(sys.argv)
 
 
-def test_the_card_says_what_was_measured(hub, run):
+def test_the_card_shows_the_measurements(hub, run):
     card = model_card(run, "me/snli")
     metrics = json.loads((run / "eval" / "snli-test" / "metrics.json").read_text())
     data = card.data
@@ -302,7 +310,7 @@ def test_the_metadata_is_valid_and_survives_a_round_trip(hub, run):
     assert "POST /api/validate-yaml" in hub.requests
 
 
-def test_eval_results_when_asked(hub, run):
+def test_eval_results_on_request(hub, run):
     push(PushConfig(run=str(run), hub_model_id="me/snli", eval_results=True))
     (entry,) = yaml.safe_load(hub.files("me/snli")[".eval_results/snli-test.yaml"])
     metrics = json.loads((run / "eval" / "snli-test" / "metrics.json").read_text())
@@ -318,7 +326,7 @@ def plain_snippet(card):
 
 
 def run_snippet(snippet):
-    """What the card's code prints last."""
+    """The last text that the card's code prints."""
     return run_in(snippet, {})
 
 
@@ -329,7 +337,7 @@ def run_in(snippet, namespace):
     return printed[-1]
 
 
-def said_by(run):
+def word_of(run):
     """The word for the label that the classifier gives to the card's example."""
     classifier = NLIClassifier.from_pretrained(run, device="cpu")
     label = classifier("A man sleeps.", "A person is awake.").label
@@ -350,10 +358,10 @@ def test_the_code_of_the_card_runs_as_pasted(hub, tmp_path, family):
     for premise, hypothesis, _ in SCENES[:6]:
         namespace = {}
         changed = snippet.replace('"A man sleeps."', repr(premise)).replace('"A person is awake."', repr(hypothesis))
-        said = run_in(changed, namespace)
+        word = run_in(changed, namespace)
         assert namespace["inputs"].input_ids.tolist() == classifier.encoder.encode([premise], [hypothesis])
         assert namespace["answers"] == classifier.encoder.answers
-        assert LABELS[prompt.label_words.index(said)] == classifier(premise, hypothesis).label
+        assert LABELS[prompt.label_words.index(word)] == classifier(premise, hypothesis).label
 
 
 def test_every_snippet_of_the_card_is_python(hub, run):
@@ -361,7 +369,7 @@ def test_every_snippet_of_the_card_is_python(hub, run):
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 3
     assert "nli_sft" not in blocks[0]  # the first needs no package of ours
-    assert not re.search(r"pip install \"?nli[-_]sft", card)  # a name that anyone could take
+    assert not re.search(r"pip install \"?nli[-_]sft", card)  # a name that anyone could register
     for block in blocks:
         compile(block, "card", "exec")
     assert "StructuredOutputsParams(choice=['entailment', 'neutral', 'contradiction'])" in blocks[2]

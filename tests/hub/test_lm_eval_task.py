@@ -26,7 +26,7 @@ BRACES = Prompt(name="braces", user='{{"premise": "{premise}", "{% x %}": "{hypo
 
 
 def harness_answers(folder, name, model, encoder):
-    """What the harness makes of a task: by pair the log-probabilities of its answers, and `acc`; and its mean."""
+    """The harness's log-probabilities of the answers and `acc`, pair by pair, and the mean `acc`."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -34,22 +34,22 @@ def harness_answers(folder, name, model, encoder):
     options = {"add_bos_token": False} if encoder.is_chat else {}
     harness = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=16, **options)
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
-    told = simple_evaluate(model=harness, tasks=[name], task_manager=tasks, bootstrap_iters=0, log_samples=True)
-    samples = sorted(told["samples"][name], key=lambda sample: sample["doc_id"])
+    results = simple_evaluate(model=harness, tasks=[name], task_manager=tasks, bootstrap_iters=0, log_samples=True)
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
     scores = np.array([[answer[0][0] for answer in sample["resps"]] for sample in samples])
-    return scores, [sample["acc"] for sample in samples], told["results"][name]["acc,none"]
+    return scores, [sample["acc"] for sample in samples], results["results"][name]["acc,none"]
 
 
 def assert_alike(folder, model, encoder, pairs):
     write_task(folder, "pairs", encoder, pairs)
     scores, accuracies, mean = harness_answers(folder, "pairs", model, encoder)
     (ours,) = predict(model, [EvalTask("pairs", pairs, encoder)], batch_size=16, batch_args=BatchConfig())
-    joint = ours.unconstrained.numpy()
-    # The harness counts the line break before an answer to the answer: the same for all three.
-    differences = scores - scores[:, :1], joint - joint[:, :1]
+    unconstrained = ours.unconstrained.numpy()
+    # The harness counts the line break before an answer as part of it: the same offset for all three.
+    differences = scores - scores[:, :1], unconstrained - unconstrained[:, :1]
     np.testing.assert_allclose(*differences, atol=2e-3)
-    assert scores.argmax(axis=1).tolist() == joint.argmax(axis=1).tolist()
-    right = joint.argmax(axis=1) == np.array(pairs["label"])
+    assert scores.argmax(axis=1).tolist() == unconstrained.argmax(axis=1).tolist()
+    right = unconstrained.argmax(axis=1) == np.array(pairs["label"])
     assert accuracies == right.astype(float).tolist()
     assert mean == pytest.approx(right.mean())
     return ours
@@ -66,15 +66,15 @@ def assert_alike(folder, model, encoder, pairs):
     ],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_its_acc_is_our_joint_scoring_on_every_pair(tokenizer, prompt, tmp_path):
+def test_acc_agrees_with_unconstrained_scores_on_every_pair(tokenizer, prompt, tmp_path):
     tokenizer = TOKENIZERS[tokenizer]()
     pairs = few_pairs(17).select(range(200))
     ours = assert_alike(tmp_path, tiny_llama(len(tokenizer)), PromptEncoder(prompt, tokenizer), pairs)
-    assert len(set(ours.unconstrained.argmax(dim=1).tolist())) > 1, "a model that says one thing proves nothing"
+    assert len(set(ours.unconstrained.argmax(dim=1).tolist())) > 1, "a model with a single answer proves nothing"
 
 
 @needs_harness
-def test_both_labels_that_a_two_way_set_does_not_tell_apart_are_right(chatml, tmp_path):
+def test_both_labels_of_non_entailment_are_right(chatml, tmp_path):
     rows = few_pairs()
     labels = ["entailment" if label == 0 else "non-entailment" for label in rows["label"]]
     pairs = pairs_dataset({key: list(rows[key]) for key in ("uid", "premise", "hypothesis")} | {"label": labels})
@@ -98,7 +98,7 @@ def test_a_task_is_made_of_the_prompt_object(chatml, tmp_path):
 @pytest.mark.slow
 @needs_harness
 def test_a_run_of_ones_own(tmp_path):
-    """NLI_SFT_RUN names a run folder, whose own test split is asked: 200 pairs."""
+    """On 200 pairs of the test split of the run folder in NLI_SFT_RUN."""
     run = os.environ.get("NLI_SFT_RUN")
     if run is None:
         pytest.skip("NLI_SFT_RUN names no run folder")

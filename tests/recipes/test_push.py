@@ -1,4 +1,4 @@
-"""The Hub path of a recipe, as a user goes it: base and data fetched, trained, judged and pushed, over real HTTP."""
+"""A recipe with the Hub, over HTTP: download of base and data, training, evaluation and push."""
 
 import io
 import json
@@ -99,7 +99,7 @@ def test_the_token_is_nowhere(hub, trained):
     assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
 
 
-def test_judged_and_pushed_the_card_has_the_test_split(hub, trained):
+def test_the_card_of_an_evaluated_run_has_the_test_split(hub, trained):
     folder, _ = trained
     environment = hub.environment(folder / "cache")
     arguments = ["--run", folder / "tiny-lora", "--hub_model_id", "me/tiny-lora", "--hub_private_repo", "true"]
