@@ -1,17 +1,17 @@
 """The training step as CUDA graphs: recorded once for each shape of a pass, then replayed by a single call.
 
-A step of a small model is thousands of kernels that run for a few microseconds each. Launching them from Python takes
-longer than running them, so the device waits. A CUDA graph holds the launches, and replaying it costs one
-(https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). Two kinds are recorded here:
+A step of a small model consists of thousands of kernels that run for a few microseconds each. Launching them from
+Python takes longer than running them, so the device waits. A CUDA graph records the launches, and replaying it is one
+launch (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/). Two kinds are recorded here:
 
-    a pass    forward and backward of some rows of a trie; adds to the gradients. One graph for each shape.
+    a pass        forward and backward of some rows of a trie; adds to the gradients. One graph for each shape.
     the update    clipping, the optimizer's step, and zeroing the gradients. One graph.
 
-A step is some passes and one update, so accumulation of gradients and batches in parts need nothing more. A graph
-reads and writes fixed addresses: rows are padded to one of a few shapes and copied to where the graph reads them, and
-what changes from step to step (learning rate, number of labelled tokens) is a tensor. The first passes of a shape and
-the first update run without a graph: they compile, choose kernels and make the optimizer's state. The next is
-recorded. All graphs share one memory pool, since they never run at the same time.
+A step is one or more passes and an update, so gradient accumulation and micro-batches need nothing more. A graph reads
+and writes fixed addresses: rows are padded to one of a few shapes and copied to the graph's inputs, and values that
+change from step to step (learning rate, number of labelled tokens) are tensors. The first passes of a shape and the
+first update run without a graph: they compile, choose kernels and make the optimizer's state. The next is recorded.
+All graphs share one memory pool, since they never run at the same time.
 """
 
 import logging
@@ -19,7 +19,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -35,13 +35,13 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 
-_END = object()  # of what `prefetch` makes
+_END = object()  # follows the last item of `prefetch`
 
 PASS_TENSORS = ("input_ids", "position_ids", "exit", "predict", "shift_labels")
 
 
 def round_up(count: int) -> int:
-    """Round a count up to one of a few: all up to 8, then eight steps between a power of two and the next."""
+    """Round up to one of few numbers: all up to 8, then eight steps between one power of two and the next."""
     step = 1 << max(0, (count - 1).bit_length() - 4)
     return -(-count // step) * step
 
@@ -93,8 +93,8 @@ def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     return {**padded, "predict": predict, "shift_labels": labels}
 
 
-def record(function: Callable[[], None], pool: object) -> Callable[[], None]:
-    """Record what a function launches on the current CUDA device and return the call that replays it.
+def record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Record what a function launches on the current CUDA device, and return the call that replays it.
 
     Args:
         function: reads and writes tensors that outlive the graph, and never waits for the device.
@@ -107,11 +107,11 @@ def record(function: Callable[[], None], pool: object) -> Callable[[], None]:
 
 
 class CaptureError(Exception):
-    """A step that cannot be recorded; the message says why."""
+    """Raised for a step that cannot be recorded; the message says why."""
 
 
 class StepGraphs:
-    """Runs the passes and updates of a training, by graph where one has been recorded.
+    """Runs the passes and updates of a training, by graph once recorded.
 
     Args:
         loss_and_figures: from the tensors of a pass and the number of labelled tokens in the step, a loss to be
@@ -121,8 +121,8 @@ class StepGraphs:
         optimizer: its `step` is replaced until `close`, and also clips and zeroes the gradients. It is recorded if it
             is fused (`torch.optim.AdamW(fused=True)`), and otherwise called as it is.
         max_grad_norm: gradients are clipped to this norm; not at all by 0 or less.
-        compiled: whether parts of the model are compiled. A shape that comes once, such as that of an epoch's last
-            batch, is not worth compiling for, so its first pass does without.
+        compiled: whether parts of the model are compiled. Many shapes occur only once, such as that of an epoch's last
+            batch, so the first pass of a shape runs uncompiled.
 
     Attributes:
         loss: (), the sum of the losses of the passes since `start_batch`.
@@ -143,7 +143,7 @@ class StepGraphs:
         self.loss_and_figures = loss_and_figures
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer  # gets attributes of its own below
         self.max_grad_norm = max_grad_norm
         self._compiled = compiled
         self._seen: dict[Shape, int] = {}
@@ -164,8 +164,8 @@ class StepGraphs:
         self._fused = self._may_record_update = bool(optimizer.defaults.get("fused"))
         self._updated = False
         if self._fused:
-            optimizer.found_inf = self._skip  # how GradScaler tells a fused optimizer to change nothing
-        optimizer.step = self.update
+            self.optimizer.found_inf = self._skip  # as GradScaler makes a fused optimizer skip a step
+        self.optimizer.step = self.update
 
     def start_batch(self, labelled: int | Tensor) -> None:
         """Begin a batch, of which a step has one or, with gradient accumulation, several: set `loss` to 0.
@@ -292,15 +292,15 @@ class StepGraphs:
 
 
 class ScoringGraphs:
-    """Runs the passes of `trie.pack_scoring`, by graph where one of their shape has been recorded.
+    """Runs the passes of `trie.pack_scoring`, by graph once their shape is recorded.
 
-    The parameters may change between calls, the way the model runs (its adapter on or off, its precision) must not.
+    The parameters may change between calls; the way the model runs (its adapter on or off, its precision) must not.
 
     Args:
         score: from the tensors of a pass, log-probabilities of (pairs, labels, longest answer).
-        pairs: to this number of pairs every pass is padded.
+        pairs: every pass is padded to this number of pairs.
         row_length: of most rows.
-        compiled: whether to run compiled parts of the model as such. The first pass of a shape does without, see
+        compiled: whether to run compiled parts of the model as such. The first pass of a shape runs uncompiled, as in
             `StepGraphs`.
     """
 
@@ -347,7 +347,7 @@ class ScoringGraphs:
 
     def _record(self, shape: Shape, inputs: dict[str, Tensor]) -> bool:
         results: list[Tensor] = []
-        # A cast that was cached before would be of today's weights, and one cached here is empty until a replay.
+        # A cast cached before would keep the current weights, and one cached here has no content until a replay.
         torch.clear_autocast_cache()
         try:
             replay = record(lambda: results.append(self.score(inputs)), self.pool)
@@ -392,9 +392,9 @@ def label_loss(
 
 
 def prefetch(items: Iterable[Item], ahead: int = 4) -> Iterator[Item]:
-    """Iterate over `items`, up to `ahead` of which a thread has made before they are asked for.
+    """Iterate over `items`, which a thread makes up to `ahead` in advance.
 
-    An error in the thread is raised where its item would have come. A consumer that stops early ends the thread.
+    An error in the thread is raised in place of its item. A consumer that stops early ends the thread.
     """
     ready: queue.Queue = queue.Queue(maxsize=ahead)
     stopped = threading.Event()

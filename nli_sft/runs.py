@@ -1,11 +1,11 @@
-"""The run folder: one training and all that is known of it, complete on its own.
+"""The run folder: one training with everything that describes it.
 
 outputs/<model>-<method>/
   adapter_model.safetensors, adapter_config.json, tokenizer files     (or the full model)
-  recipe.yaml        the recipe as resolved: running it again makes this run again
+  recipe.yaml        the resolved recipe, which repeats this run
   prompt.json        the prompt, as `prompts.load_prompt` reads it back
   run.json           fingerprints, versions, git state, parameters, history, time
-  trained_pairs.npy  a number for each pair that was trained on, by which an evaluation knows it again
+  trained_pairs.npy  a hash of each training pair, for the train-test overlap of evaluations
   eval/<source>-<split>/metrics.json, predictions.parquet
 """
 
@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,12 +35,12 @@ from .labels import LABELS
 
 logger = logging.getLogger(__name__)
 
-# The control inside a run folder: a run of its own, trained in the same way without the premise.
+# The hypothesis-only baseline inside a run folder: a run of its own, trained in the same way without premises.
 HYPOTHESIS_ONLY = "hypothesis_only"
 
 TRAINED_PAIRS = "trained_pairs.npy"
 
-# What every reader of a run folder takes for granted.
+# Types of the keys that readers of a run folder rely on.
 RECIPE_TYPES = {"model_name_or_path": str, "dataset_name": str}
 RECORD_TYPES = {
     "model": str,
@@ -54,8 +55,8 @@ RECORD_TYPES = {
 }
 METRICS_TYPES = {"source": str, "split": str, "pairs": int}
 
-# Files of weights are hashed whole up to this size. Of larger ones the size, the header and 1,024 blocks of 256 KiB,
-# spread evenly, are: training moves every block, and to read 256 MiB takes a fraction of a second.
+# Files of weights are hashed whole up to this size. Of larger ones, the size and 1,024 evenly spread blocks of 256 KiB
+# are hashed, the header included: training changes every block, and reading 256 MiB takes a fraction of a second.
 HASHED_WHOLE = 2**30
 BLOCKS, BLOCK = 1024, 2**18
 
@@ -76,20 +77,20 @@ def launch_command(script: str | Path, *arguments: object, record: Mapping = {})
     """
     launch, processes = ["python"], record.get("world_size", 1)
     if processes > 1:
-        config = ACCELERATE_CONFIGS.get(record.get("launcher"), "ddp")
+        config = ACCELERATE_CONFIGS.get(record.get("launcher", ""), "ddp")
         file = Path(script).parent.parent / "accelerate_configs" / f"{config}.yaml"
         launch = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
     return shlex.join([*launch, str(script), *map(str, arguments)])
 
 
 def training_command(run: str | Path, record: Mapping) -> str:
-    """The command that makes a run again, in a folder beside it: its own is taken."""
+    """The command that repeats a run in a new folder beside it."""
     recipe = Path(run) / "recipe.yaml"
     return launch_command("recipes/sft.py", "--config", recipe, "--output_dir", f"{Path(run)}-again", record=record)
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    """Write whole or not at all: a reader, or a crash, never sees half a file."""
+    """Write atomically: neither readers nor a crash leave half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
@@ -105,10 +106,10 @@ def write_json(path: Path, content: Mapping) -> None:
 def write_run(
     path: str | Path, *, recipe: Mapping, prompt: Prompt, record: Mapping, name: str | Path | None = None
 ) -> None:
-    """Write the files of a run folder that say what the run was.
+    """Write the files of a run folder that describe the run.
 
     Args:
-        name: what the folder will be called in the end, if it is not `path`.
+        name: the folder's final name, if it is not `path`.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ def write_run(
 
 
 class _Content(dict):
-    """What a JSON or YAML file of a run folder holds. A missing key is told in a sentence, wherever it is read."""
+    """The content of a JSON or YAML file in a run folder. Reading a missing key raises a `UserError`."""
 
     def __init__(self, path: Path, values: Mapping):
         super().__init__(
@@ -129,7 +130,7 @@ class _Content(dict):
         self._path = path
 
     def __missing__(self, key: str):
-        raise UserError(f"{self._path} has no {key!r}, so it is damaged or not ours; {_repair(self._path)}")
+        raise UserError(f"{self._path} has no {key!r}, so it is damaged or from elsewhere; {_repair(self._path)}")
 
     def __reduce__(self):
         return dict, (dict(self),)
@@ -137,12 +138,12 @@ class _Content(dict):
 
 def _repair(path: Path) -> str:
     if path.name in ("metrics.json", "predictions.parquet"):
-        return f"remove {path.parent}, and evaluate the run again with recipes/eval.py"
+        return f"delete {path.parent} and evaluate the run again with recipes/eval.py"
     return REPAIR
 
 
-def _read(path: Path, parse: Callable[[str], object], types: Mapping[str, object]) -> dict:
-    """A file that holds keys and values, of which some must have a type.
+def _read(path: Path, parse: Callable[[str], object], types: Mapping[str, Any]) -> dict:
+    """A file with a mapping, of which some keys must have a type.
 
     Raises:
         UserError: naming the file, and what is wrong with it.
@@ -150,23 +151,23 @@ def _read(path: Path, parse: Callable[[str], object], types: Mapping[str, object
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is not there; {_repair(path)}") from None
+        raise UserError(f"{path} is missing; {_repair(path)}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = str(error.strerror if isinstance(error, OSError) else error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())}); {_repair(path)}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} should hold keys and values, not {content!r:.40}; {_repair(path)}")
+        raise UserError(f"{path} should hold a mapping, not {content!r:.40}; {_repair(path)}")
     for key, kind in types.items():
         if key in content and not isinstance(content[key], kind):
             raise UserError(f"{path}: {key} should not be {content[key]!r:.40}; {_repair(path)}")
     return _Content(path, content)
 
 
-def read_json(path: Path, types: Mapping[str, object] = {}) -> dict:  # noqa: B006 (never changed)
-    """A JSON file of a run folder: an object, whose keys have `types` where they are there.
+def read_json(path: Path, types: Mapping[str, Any] = {}) -> dict:  # noqa: B006 (never changed)
+    """A JSON file of a run folder: an object whose keys, if present, have `types`.
 
     Raises:
-        UserError: if it is not there or damaged; and later, where a key is read that it lacks.
+        UserError: if it is missing or damaged; and later, when a missing key is read.
     """
     return _read(path, json.loads, types)
 
@@ -199,10 +200,10 @@ def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
 
 
 def read_metrics(folder: Path) -> dict:
-    """What `metrics.json` of an evaluation holds.
+    """The content of an evaluation's `metrics.json`.
 
     Raises:
-        UserError: if it is not there or damaged.
+        UserError: if it is missing or damaged.
     """
     summary = read_json(folder / "metrics.json", METRICS_TYPES)
     for key in METRICS_TYPES:
@@ -211,10 +212,10 @@ def read_metrics(folder: Path) -> dict:
 
 
 def read_predictions(folder: Path) -> pd.DataFrame:
-    """What `predictions.parquet` of an evaluation holds: a row a pair.
+    """The content of an evaluation's `predictions.parquet`, one row for each pair.
 
     Raises:
-        UserError: if it is not there, or damaged, or without the columns that every evaluation has.
+        UserError: if it is missing, damaged, or lacks a column that every evaluation has.
     """
     path = folder / "predictions.parquet"
     try:
@@ -232,21 +233,21 @@ def read_predictions(folder: Path) -> pd.DataFrame:
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a folder is called as a checkpoint of a run is."""
+    """Whether a folder has the name of a checkpoint."""
     return re.fullmatch(r"checkpoint-\d+", Path(path).resolve().name) is not None
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors that a run folder is loaded from: those of its adapter, or of its full model."""
+    """The safetensors of a run folder: those of its adapter, or of its full model."""
     path = Path(path)
     pattern = "adapter_model*.safetensors" if (path / "adapter_config.json").is_file() else "model*.safetensors"
     return sorted(file for file in path.glob(pattern) if file.is_file())
 
 
 def weights_fingerprint(path: str | Path) -> str | None:
-    """32 hexadecimal digits that change with the weights of a run folder; `None` where it holds none.
+    """A hash of the weights of a run folder, 32 hexadecimal digits; `None` if it has none.
 
-    XXH3 of the safetensors, whole up to 1 GiB a file (0.2 s), a quarter of a gibibyte of larger ones.
+    XXH3 of the safetensors, of whole files up to 1 GiB (0.2 s) and of 256 MiB of larger ones.
     """
     digest = xxhash.xxh3_128()
     files = weight_files(path)
@@ -261,15 +262,15 @@ def weights_fingerprint(path: str | Path) -> str | None:
 
 
 def fingerprints(run: str | Path) -> dict[str, str]:
-    """What an evaluation is tied to: the weights of the run, as `tuned`, and of the control in its folder."""
+    """Hashes of the weights of a run, as `tuned`, and of its hypothesis-only baseline, to which evaluations belong."""
     found = {"tuned": weights_fingerprint(run), HYPOTHESIS_ONLY: weights_fingerprint(Path(run) / HYPOTHESIS_ONLY)}
     return {model: value for model, value in found.items() if value is not None}
 
 
 def evaluation_folders(run: str | Path) -> list[Path]:
-    """The evaluations in a run folder that are of its weights. Of others a warning says that they are not read.
+    """The evaluations in a run folder that belong to its weights. Others are skipped with a warning.
 
-    What was judged by other weights stays where a run was trained again in its folder, or had files copied into it.
+    Evaluations of other weights remain if a run was trained again in its folder, or files were copied into it.
 
     Raises:
         UserError: if the `metrics.json` of one is damaged.
@@ -278,12 +279,12 @@ def evaluation_folders(run: str | Path) -> list[Path]:
     now = fingerprints(run) if folders else {}
     kept = []
     for folder in folders:
-        judged = read_json(folder / "metrics.json", {"weights": dict}).get("weights", {})
-        others = [model for model, value in judged.items() if now.get(model, value) != value]
+        evaluated = read_json(folder / "metrics.json", {"weights": dict}).get("weights", {})
+        others = [model for model, value in evaluated.items() if now.get(model, value) != value]
         if others:
             logger.warning(
-                "%s is not read: it was computed with other weights than the folder holds now (%s). "
-                "recipes/eval.py --run %s evaluates it again.",
+                "Skipping %s: it was computed with other weights than the folder holds now (%s). "
+                "To evaluate again: recipes/eval.py --run %s",
                 folder, ", ".join(others), run,
             )  # fmt: skip
         else:
@@ -292,19 +293,19 @@ def evaluation_folders(run: str | Path) -> list[Path]:
 
 
 def rendered_prompt(path: str | Path) -> dict[str, str] | None:
-    """What a run or a checkpoint keeps of its prompt as rendered (`PromptEncoder.rendered`); `None` if it does not."""
+    """The rendered prompt that a run or a checkpoint has recorded (`PromptEncoder.rendered`), or `None`."""
     file = Path(path) / "run.json"
     return read_json(file, {"rendered": dict}).get("rendered") if file.is_file() else None
 
 
 def write_trained_pairs(path: str | Path, keys: np.ndarray) -> None:
-    """Keep what was trained on, as `sources.pair_hashes` tells it: 8 bytes a pair."""
+    """Save the hashes of the training pairs (`sources.pair_hashes`), 8 bytes each."""
     Path(path).mkdir(parents=True, exist_ok=True)
     np.save(Path(path) / TRAINED_PAIRS, np.unique(keys))
 
 
 def trained_on(path: str | Path, keys: np.ndarray) -> np.ndarray | None:
-    """Which pairs a run was trained on, (n,) booleans; `None` if its folder does not tell."""
+    """Which pairs a run was trained on, (n,) booleans; `None` if its folder has no record."""
     run = Path(path).resolve().parent if is_checkpoint(path) else Path(path)
     file = run / TRAINED_PAIRS
     if not file.is_file():
@@ -312,20 +313,20 @@ def trained_on(path: str | Path, keys: np.ndarray) -> np.ndarray | None:
     try:
         return np.isin(keys, np.load(file, allow_pickle=False))
     except (ValueError, EOFError, TypeError) as error:
-        raise UserError(f"{file} is damaged; remove it (trained pairs are then not recognised)") from error
+        raise UserError(f"{file} is damaged; delete it (without it, training pairs are not recognised)") from error
 
 
 def evaluation_folder(path: str | Path, source: str, split: str) -> Path:
-    """Where a run keeps what it did on one split of one source."""
+    """The folder of a run's evaluation on one split of one source."""
     name = Path(source).name
     for suffix in (".gz", ".jsonl", ".csv", ".tsv", ".parquet"):
         name = name.removesuffix(suffix)
-    # Whatever they are called, the folder is one below the run's: names may come from a recipe of somebody else.
+    # Names may come from somebody else's recipe and must not lead out of the run folder.
     return Path(path) / "eval" / re.sub(r"[^\w.+-]", "-", f"{name}-{split}")
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can move a number."""
+    """Versions of Python and of the packages that can affect results."""
     installed = {"nli-sft": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -334,9 +335,9 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, object] | None:
-    """Commit of the checkout that this package is in, and whether it has uncommitted changes.
+    """Commit of this package's checkout, and whether it has uncommitted changes.
 
-    `None` where the package was installed without one, be it into an environment inside somebody else's repository.
+    `None` if the package was installed without one, even in an environment inside another repository.
     """
     here = Path(__file__)
     try:
@@ -349,17 +350,17 @@ def git_state() -> dict[str, object] | None:
 
 
 def _git(*arguments: str, folder: Path) -> str:
-    # In a hook, git itself says in the environment which repository is meant.
+    # In a hook, git sets variables that name another repository.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
 def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, object]:
-    """A run's config as W&B and comparisons show it: flat, the keys stable and without periods.
+    """A run's config for W&B and comparisons: flat, with stable keys without periods.
 
     Args:
-        recipe, prompt, record: as in a run folder; of the record only what is known when training starts is needed.
+        recipe, prompt, record: as in a run folder; the record needs only what is known when training starts.
     """
     data, parameters = record["data"], record["parameters"]
     sources = data.get("sources", {})

@@ -1,21 +1,22 @@
-"""Token tries: compute the prefix that prompts share once, instead of once a pair.
+"""Token tries: compute prefixes that prompts share once, instead of once a pair.
 
 Prompts of one task repeat themselves: all share the instruction, and SNLI has about three hypotheses to a premise. A
-trie holds each distinct prefix once. Its nodes, written down depth first, are a row that a causal LM reads like text:
+trie holds each distinct prefix once. Its nodes in depth-first order are a row that a causal LM reads like text:
 
     pairs                   trie                                   index     0   1    2     3   4   5
     A man sleeps . no       A ─ man ┬ sleeps ─ . → no              token     A  man sleeps  .  eats .
     A man eats . yes                └ eats ─── . → yes             position  0   1    2     3   2   3
                                                                    exit      6   6    4     4   6   6
 
-A node stands at the position of its depth and sees its ancestors only. In depth-first order the subtree of node j is
+A node's position is its depth, and it attends to its ancestors only. In depth-first order the subtree of node j is
 the interval [j, exit[j]), so j is an ancestor of i, or i itself, exactly when j <= i < exit[j]: a causal mask with one
-condition more, built from `exit` on the model's device (`attention_mask`). Logits, loss and gradients are those of the
-separate sequences.
+more condition, built from `exit` on the model's device (`attention_mask`). Logits, loss and gradients are those of
+the separate sequences.
 
-A node predicts one token. In training each pair therefore owns its last prompt token and the answer below it, so that
-equal pairs count twice and a prompt with two labels learns both; all tokens before are shared. In scoring every answer
-hangs below the whole prompt, and all tokens are shared. The last token of an answer predicts nothing and is not fed.
+A node predicts one token. In training each pair therefore has a node of its own for its last prompt token and the
+answer below it, so that equal pairs count twice and a prompt with two labels learns both; all earlier tokens are
+shared. In scoring every answer follows the whole prompt, and all tokens are shared. The last token of an answer
+predicts nothing and is left out.
 """
 
 import logging
@@ -74,7 +75,8 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share
     batch, nodes = _pack(tokens, lengths, shared, prompt_lengths - 1, max_row_tokens, pad_to_multiple_of)
 
     shift_labels = torch.full_like(batch["input_ids"], IGNORE_INDEX)
-    shift_labels.view(-1)[nodes[targets >= 0]] = torch.from_numpy(targets[targets >= 0]).long()
+    labelled = targets >= 0
+    shift_labels.view(-1)[nodes[torch.from_numpy(labelled)]] = torch.from_numpy(targets[labelled]).long()
     batch["shift_labels"] = shift_labels
     return {**batch, "pairs": len(prompts), "sequence_tokens": int(lengths.sum())}
 
@@ -291,9 +293,9 @@ def answer_log_probs(logits, answer_nodes, answer_ids):
 
 
 def row_tokens(batching, max_row_tokens, config, longest, instruction):
-    """How long rows may be for a model, or None where padded batches must do; says so if they were not asked for.
+    """How long rows may be for a model, or None for padded batches, with a warning if they were not requested.
 
-    Every row begins with the instruction that all prompts share. Rows get longer with it, so that a long one is cheap.
+    Every row begins with the instruction that all prompts share, so rows grow with it to keep its share small.
 
     Args:
         batching: "trie" or "padded".
@@ -307,7 +309,7 @@ def row_tokens(batching, max_row_tokens, config, longest, instruction):
     if reason is not None:
         logger.warning("Padded batches instead of tries: %s", reason)
         return None
-    # SDPA also computes what the mask hides, so its cost grows with the row; flex attention skips it, block by block.
+    # SDPA also computes what is masked, so its cost grows with the row; flex attention skips masked blocks.
     times = 8 if config._attn_implementation == "flex_attention" else 4
     row = max(max_row_tokens, times * instruction)
     if config.model_type == "gpt_neo":  # its own mask is as long as its positions (see `_pack` for the margin)
@@ -316,14 +318,14 @@ def row_tokens(batching, max_row_tokens, config, longest, instruction):
 
 
 def unsupported_reason(config, longest):
-    """Say why a model cannot run on tries.
+    """Why a model cannot run on tries.
 
     Args:
         config: the configuration of a transformers model.
         longest: the tokens of the longest sequence, prompt and answer together.
 
     Returns:
-        One sentence that names the cause and the fix, or None where tries give the model's own results.
+        One sentence with the cause and the fix, or None if tries give the model's own results.
     """
     if config.is_encoder_decoder:
         return f"{config.model_type} is an encoder-decoder model and tries are for decoders: set batching: padded."

@@ -236,7 +236,7 @@ def test_an_evaluation_of_other_weights_is_not_read(past, tmp_path, caplog):
     weigh(folder, b"new")
     assert RunRecord(folder).evaluations == {}
     assert read_evaluations(folder) == []
-    assert "snli-test is not read: it was computed with other weights than the folder holds now (tuned)" in caplog.text
+    assert "snli-test: it was computed with other weights than the folder holds now (tuned)" in caplog.text
     with pytest.raises(UserError, match="has not been evaluated"):
         Report(folder)
 

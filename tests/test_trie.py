@@ -116,8 +116,8 @@ def check_rows(batch, used, budget, multiple):
     padded = -(-max(used) // multiple) * multiple
     assert length == (padded + multiple if padded % 128 == 64 else padded)
     assert batch["trie_tokens"] == sum(used)
-    visible = trie.attention_mask(batch["exit"], "sdpa", torch.bool)
-    additive = trie.attention_mask(batch["exit"], "eager", torch.float32)
+    visible: Any = trie.attention_mask(batch["exit"], "sdpa", torch.bool)
+    additive: Any = trie.attention_mask(batch["exit"], "eager", torch.float32)
     assert visible.shape == additive.shape == (len(used), 1, length, length)
     assert torch.equal(additive == 0, visible)
     assert torch.equal(additive < -1e30, ~visible)
@@ -273,7 +273,7 @@ def test_no_row_has_a_length_at_which_cudnn_fails(nodes, length):
 def test_boolean_mask_equals_additive_mask():
     model = build("llama", "sdpa")
     batch = trie.pack_training(PROMPTS, ANSWERS, ROW)
-    mask = trie.attention_mask(batch["exit"], "sdpa", torch.bool)
+    mask: Any = trie.attention_mask(batch["exit"], "sdpa", torch.bool)
     assert mask.dtype == torch.bool
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask).logits
     torch.testing.assert_close(logits, forward(model, batch), rtol=1e-5, atol=1e-5)
@@ -466,7 +466,7 @@ NEAR_MISSES = [
 
 @pytest.mark.parametrize(("config", "options", "reason"), UNSUPPORTED)
 def test_unsupported_models(config, options, reason):
-    sentence = trie.unsupported_reason(config(**options), longest=64)
+    sentence = str(trie.unsupported_reason(config(**options), longest=64))
     assert re.search(reason, sentence)
     assert "batching: padded" in sentence
     assert "\n" not in sentence
@@ -480,4 +480,4 @@ def test_supported_models(config, options):
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
 def test_unsupported_attention(implementation):
     config = tf.LlamaConfig(attn_implementation=implementation)
-    assert 'attn_implementation="sdpa"' in trie.unsupported_reason(config, longest=64)
+    assert 'attn_implementation="sdpa"' in str(trie.unsupported_reason(config, longest=64))

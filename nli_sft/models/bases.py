@@ -324,8 +324,11 @@ def _suit_experts(model_args: ModelConfig, config: PretrainedConfig, trust_remot
     return model_args
 
 
-def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def skeleton(config: PretrainedConfig, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
     """The model that a config describes, on the meta device.
+
+    Args:
+        options: for `AutoModelForCausalLM.from_config`; the dtype is float32 by default.
 
     Raises:
         UserError: if the model cannot be built, or not with its `attn_implementation`.
@@ -334,7 +337,8 @@ def skeleton(config: PretrainedConfig, trust_remote_code: bool = False) -> PreTr
     unsharded = mock.patch("transformers.modeling_utils.is_deepspeed_zero3_enabled", return_value=False)
     try:
         with unsharded, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+            options = {"dtype": torch.float32, **options}
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # also of code that comes with a model
         attention = config._attn_implementation
         is_default = attention in (None, "eager", "sdpa")
@@ -386,7 +390,8 @@ class InputLimits:
                         "which is not supported; give a causal language model, such as Qwen/Qwen3-0.6B"
                     )
                 positions.append(module.num_embeddings - int(getattr(module, "offset", 0)))
-        return cls(model.get_input_embeddings().num_embeddings, min(positions, default=None))
+        embeddings: Any = model.get_input_embeddings()
+        return cls(embeddings.num_embeddings, min(positions, default=None))
 
     def fit_length(self, max_length: int | None) -> int | None:
         """`max_length`, but no more than there are positions."""

@@ -211,6 +211,9 @@ class TokenRows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.gold)
 
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
     def prompt(self, index: int) -> np.ndarray:
         """The token ids before the answer."""
         return self.tokens[self.offsets[index] : self.prompt_ends[index]]

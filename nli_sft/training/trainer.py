@@ -1,4 +1,4 @@
-"""`NLITrainer`: TRL's `SFTTrainer` on token tries, and with the number that its users want, label accuracy."""
+"""`NLITrainer`: TRL's `SFTTrainer` on token tries, with label accuracy as a metric."""
 
 import copy
 import logging
@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate import DistributedType
 from accelerate.utils import DynamoBackend, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader
 from transformers import PreTrainedModel, ProgressCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import EvalLoopOutput
@@ -44,20 +45,27 @@ logger = logging.getLogger(__name__)
 class NLITrainer(ResumableTrainer):
     """Trains on rows of `PromptEncoder.encode_rows` and evaluates by constrained scoring.
 
-    A batch of pairs is packed into the rows of a trie by the data loader's workers (`trie.py`). Batches, steps and the
-    loss are those of padded batches; only what is computed twice there is computed once. A batch of more tokens than
-    `max_batch_tokens` passes in micro-batches, with the same gradient, so that memory does not grow with it.
+    The data loader's workers pack each batch into the rows of a trie (`trie.py`), which computes shared prefixes once.
+    Batches, steps and the loss are those of padded batches. A batch of more than `max_batch_tokens` tokens is split
+    into micro-batches with the same gradient, so that memory does not grow with it.
 
-    Every evaluation reports `eval_loss` (mean negative log-likelihood of a gold answer's token, as in training) and
-    `eval_accuracy` (the share of pairs whose gold label constrained generation would say), both from one forward pass
-    a pair. TRL's `eval_mean_token_accuracy` would not do: it counts tokens, most of which are certain once the first
-    one is known. `compute_metrics` would not do either: TRL is giving it up, and it holds the logits of every token.
+    Every evaluation reports `eval_loss` (mean negative log-likelihood of the gold answers' tokens, as in training) and
+    `eval_accuracy` (the share of pairs for which constrained generation gives the gold label), both from one forward
+    pass a pair. TRL's `eval_mean_token_accuracy` counts tokens, most of which are certain once the first is known, and
+    `compute_metrics`, which TRL deprecates, keeps the logits of every token.
 
     Args:
         encoder: the encoder that made the rows.
-        batch_args: whether to pack tries, how long their rows may be, and which pairs stand together in a batch.
+        batch_args: whether to pack tries, how long their rows may be, and how pairs are grouped into batches.
         **kwargs: as for `SFTTrainer`.
     """
+
+    # SFTTrainer declares unions of everything that a Trainer may have.
+    model: Any
+    args: SFTConfig
+    data_collator: Any
+    train_dataset: Any
+    optimizer: Any
 
     def __init__(
         self,
@@ -71,29 +79,31 @@ class NLITrainer(ResumableTrainer):
     ):
         refuse_keys(*field_values((args, batch_args)))
         if batch_args.max_batch_tokens == AUTO:
-            raise UserError(f"max_batch_tokens: {AUTO} needs a plan; pass on what estimate.plan_memory chose")
+            raise UserError(f"max_batch_tokens: {AUTO} must be resolved first; set what memory.plan_memory chose")
         self.encoder = encoder
-        longest = int(row_lengths(train_dataset).max())
+        lengths = row_lengths(train_dataset)
+        longest, self._mean_length = int(lengths.max()), float(lengths.mean())
         batching = batching_beside_router(batch_args.batching, args, model.config)
         self.max_row_tokens = trie.row_tokens(
             batching, batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens
         )
         if self.max_row_tokens is not None:
-            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, batch_args.max_batch_tokens)
+            most_tokens = int(batch_args.max_batch_tokens)
+            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, most_tokens)
         self.group_by_premise = batch_args.group_by_premise
-        self.most_tokens: int | None = None  # of a pass, once a larger one did not fit in memory
+        self.most_tokens: int | None = None  # of a pass, after a larger one ran out of memory
         self._step_ended = True
         self._graphs: graph.StepGraphs | None = None
         self._scorer: Scorer | None = None
-        # The rows are ready, and TRL's preparation would cut those longer than max_length, label and all.
+        # The rows are ready. TRL's preparation would truncate those longer than max_length, and so cut their labels.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        # The encoder's tokenizer has its template and end-of-sequence token. TRL would give it the template again,
-        # without the fixed date, or resize the model for it; the token it is to tell the model.
+        # The encoder's tokenizer already has its template and end-of-sequence token. TRL would set the template again,
+        # without the fixed date, or resize the model for it; but it must pass the token to the model.
         if args.chat_template_path is not None:
             args = copy.copy(args)
-            args.chat_template_path, args.eos_token = None, encoder.tokenizer.eos_token
+            args.chat_template_path, args.eos_token = None, str(encoder.tokenizer.eos_token)
         if args.ddp_find_unused_parameters is None:
-            # Only experts can be without a gradient in a step. To look for others, DDP walks the graph in every pass.
+            # Only experts can lack a gradient in a step, and to look for others, DDP walks the graph in every pass.
             args.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_parameters())
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
@@ -104,7 +114,7 @@ class NLITrainer(ResumableTrainer):
             self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labelled tokens of the whole step
         # Sums over the labelled tokens since the last log: see `graph.label_loss`.
         self._figures = torch.zeros(3, dtype=torch.float64, device=args.device)
-        self._tokens = 0  # that separate sequences would have fed on this process since then
+        self._tokens = 0  # of this process since then, as separate sequences
         self.cuda_graph = batch_args.cuda_graph
         self._use_graphs = self._choose_graphs(batch_args.cuda_graph)
         self._scoring_args = replace(
@@ -116,10 +126,10 @@ class NLITrainer(ResumableTrainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingBar)
         if args.torch_compile and self.max_row_tokens is not None:
-            # Layer by layer, before the Trainer does it as a whole: a compiled model does not see the hooks of a trie,
-            # and layers that are alike are compiled once. Tries have many shapes, hence `dynamic`, unless
-            # they are padded to few.
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            # Layer by layer, instead of as a whole by the Trainer: a compiled model ignores the hooks of a trie, and
+            # equal layers are compiled once. Tries have many shapes, hence `dynamic`, unless graphs pad them to few.
+            plugin: Any = self.accelerator.state.dynamo_plugin
+            plugin.backend = DynamoBackend.NO
             for layer in self.model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(
@@ -129,16 +139,16 @@ class NLITrainer(ResumableTrainer):
                     )
         if not args.bf16 and not self.is_deepspeed_enabled:
             # TRL casts the adapter on a quantised base to bf16, whatever the precision. Loss scaling cannot unscale
-            # gradients in 16 bits, and in fp32 nothing is to be lost.
+            # 16-bit gradients, and fp32 should stay exact.
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
     def _choose_graphs(self, wanted: str) -> bool:
-        """Whether to run the step by CUDA graph; says why not if the device could.
+        """Whether to run the step by CUDA graph; logs why not on a GPU.
 
         Raises:
-            UserError: if it was asked for and cannot be.
+            UserError: if the recipe requires it and it is not possible.
         """
         if wanted == "false":
             return False
@@ -148,7 +158,7 @@ class NLITrainer(ResumableTrainer):
             self.args.logging_nan_inf_filter = False  # it waits for the device at every step
             self._checkpoint_without_random_state()
         elif wanted == "true":
-            raise UserError(f"cuda_graph: true cannot be had here: {reason}")
+            raise UserError(f"cuda_graph: true is not possible: {reason}")
         elif self.args.device.type == "cuda":
             logger.warning("Training without CUDA graphs: %s", reason)
         return reason is None
@@ -162,7 +172,7 @@ class NLITrainer(ResumableTrainer):
         if args.world_size > 1 or self.accelerator.distributed_type != DistributedType.NO:
             return "several processes exchange gradients in the middle of a step"
         if args.fp16:
-            return "the loss scaling of fp16 decides about each step outside of the device"
+            return "the loss scaling of fp16 decides on the CPU whether to skip a step"
         if args.gradient_checkpointing and self._has_dropout():
             return (
                 "gradient checkpointing has to restore the state of random numbers for dropout; set lora_dropout: 0 "
@@ -173,22 +183,23 @@ class NLITrainer(ResumableTrainer):
         return None
 
     def _usual_shape(self) -> tuple[int, int]:
-        """The rows of most passes and their length, the same when a training is resumed: see `graph.pass_shape`."""
+        """The rows of most passes and their length, the same in a resumed training: see `graph.pass_shape`."""
+        assert self.max_row_tokens is not None
         rows = TokenRows(self.train_dataset, self.encoder.answers)
         batches = BatchSampler(self._get_train_sampler(), self.args.train_batch_size, drop_last=False)
         micro_batches = [
-            part
+            micro_batch
             for batch in islice(batches, 32)
-            for part in self.data_collator([rows[index] for index in batch])["micro_batches"]
+            for micro_batch in self.data_collator([rows[index] for index in batch])["micro_batches"]
         ]
-        return max(len(part["input_ids"]) for part in micro_batches), self.max_row_tokens
+        return max(len(micro_batch["input_ids"]) for micro_batch in micro_batches), self.max_row_tokens
 
     def _has_dropout(self) -> bool:
         modules = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules())
         return modules or (getattr(self.model.config, "attention_dropout", 0.0) or 0.0) > 0
 
     def _checkpoint_without_random_state(self) -> None:
-        # Without dropout nothing is random, and reading the state of random numbers cannot be recorded.
+        # Without dropout nothing is random, and reading the random state cannot be recorded.
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             if self.args.gradient_checkpointing and hasattr(self.args, name):
                 setattr(
@@ -211,22 +222,26 @@ class NLITrainer(ResumableTrainer):
             del self.model.zero_grad
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        # The number of labelled tokens stays on the CPU: to copy it to the device would be to wait for it.
-        return super().get_batch_samples(epoch_iterator, num_batches, "cpu" if self._use_graphs else device)
+        # The number of labelled tokens stays on the CPU: copying it would wait for the device.
+        device = torch.device("cpu") if self._use_graphs else device
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches whose pairs are the same for any number of processes; see `ShardedBatchSampler`.
 
-        accelerate deals out whole batches and repeats pairs until all processes have as many, so that the last step of
-        an epoch depends on their number.
+        accelerate distributes whole batches and repeats pairs to even them out, so that the last step of an epoch
+        depends on the number of processes.
         """
         if self.args.train_sampling_strategy not in ("random", "sequential"):
             return super().get_train_dataloader()
         args = self.args
-        return EpochLoader(
+        rows: Any = (
             self._remove_unused_columns(self.train_dataset, description="Training")
             if self.max_row_tokens is None
-            else TokenRows(self.train_dataset, self.encoder.answers),
+            else TokenRows(self.train_dataset, self.encoder.answers)
+        )
+        return EpochLoader(
+            rows,
             batch_sampler=ShardedBatchSampler(
                 self._get_train_sampler(),
                 args.train_batch_size * args.world_size,
@@ -242,19 +257,19 @@ class NLITrainer(ResumableTrainer):
             worker_init_fn=ignore_sigterm,
         )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "random":
             return super()._get_train_sampler(train_dataset)
-        # Not the data set that is handed over: it has lost the column of premises.
+        # Not `train_dataset`, which has lost the column of premises.
         rows = self.train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupShuffleSampler(rows["premise"][:] if self.group_by_premise else range(len(rows)), seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and back. Where that does not fit in memory, the step is repeated in smaller micro-batches.
+        """Forward and backward. If that runs out of memory, the step is repeated in smaller micro-batches.
 
         Raises:
-            UserError: where a single row does not fit, or where other processes wait for this one in every pass.
+            UserError: if a single row does not fit, or other processes wait for this one in every pass.
         """
         if self._step_ended:
             counts = {name: len(kept) for name, kept in self._metrics["train"].items()}
@@ -274,7 +289,7 @@ class NLITrainer(ResumableTrainer):
                 if not should_reduce_batch_size(error):
                     raise
                 self._use_smaller_micro_batches(error)
-            # Not in the except clause: there the traceback holds on to what the failed pass had computed.
+            # Not in the except clause, where the traceback keeps the tensors of the failed pass.
             if self._graphs is None:
                 model.zero_grad()
             else:
@@ -299,27 +314,27 @@ class NLITrainer(ResumableTrainer):
                 self.args.max_grad_norm,
                 self.args.torch_compile,
             )
-            # To look through all modules for gradients that are not there takes longer than the rest of the step.
+            # There are no gradients to zero, and searching for them takes longer than the rest of the step.
             self.model.zero_grad = lambda set_to_none=True: None
             self.model.train()  # an adapter is in training mode from the start, and its base is not
         elif not self.model.training:  # after an evaluation
             self.model.train()
         self._graphs.start_batch(num_items_in_batch)
-        for part in self._micro_batches(inputs):
-            self._tokens += part["tokens"]
-            tensors = {name: part[name] for name in graph.PASS_TENSORS}
+        for micro_batch in self._micro_batches(inputs):
+            self._tokens += micro_batch["tokens"]
+            tensors = {name: micro_batch[name] for name in graph.PASS_TENSORS}
             shape = graph.pass_shape(tensors, self.data_collator.usual)
             self._graphs.run_pass(graph.pad_pass(tensors, shape), shape)
         return self._graphs.loss
 
-    def _loss_of_pass(self, part, labelled):
-        # Casts are cached as long as a graph is recorded and no longer.
+    def _loss_of_pass(self, micro_batch, labelled):
+        # A cached cast would outlive the recording of a graph.
         with self.autocast_smart_context_manager(cache_enabled=False):
-            return self._trie_loss(self.model, part, labelled)
+            return self._trie_loss(self.model, micro_batch, labelled)
 
     def _give_up_graphs(self, error: graph.CaptureError) -> None:
         if self.cuda_graph == "true":
-            raise UserError(f"cuda_graph: true cannot be had here: {error}") from error
+            raise UserError(f"cuda_graph: true is not possible: {error}") from error
         logger.warning("Training without CUDA graphs: the step cannot be recorded (%s)", error)
         self._close_graphs()
         self._use_graphs = False
@@ -336,8 +351,10 @@ class NLITrainer(ResumableTrainer):
         return self._graphs.first_bad_step(self.state.global_step)
 
     def _use_smaller_micro_batches(self, error: RuntimeError) -> None:
-        micro_batches = [part["input_ids"] for batch in self._step_inputs for part in self._micro_batches(batch)]
-        rows, length = max((ids.shape for ids in micro_batches), key=math.prod)
+        shapes = [
+            micro_batch["input_ids"].shape for batch in self._step_inputs for micro_batch in self._micro_batches(batch)
+        ]
+        rows, length = max(shapes, key=math.prod)
         if rows == 1 or self.accelerator.distributed_type != DistributedType.NO:
             smaller = "max_row_tokens" if rows == 1 else "max_batch_tokens"
             raise UserError(
@@ -346,7 +363,7 @@ class NLITrainer(ResumableTrainer):
             ) from error
         self.most_tokens = rows * length // 2
         logger.warning(
-            "Out of memory at step %d: at most %d tokens a pass from here on, and the step is done again.",
+            "Out of memory at step %d: repeating it, with at most %d tokens a pass from now on.",
             self.state.global_step + 1,
             self.most_tokens,
         )
@@ -355,45 +372,52 @@ class NLITrainer(ResumableTrainer):
         micro_batches = inputs.get("micro_batches", [inputs])
         if self.most_tokens is None:
             return micro_batches
-        return [piece for part in micro_batches for piece in split_micro_batch(part, self.most_tokens)]
+        return [piece for micro_batch in micro_batches for piece in split_micro_batch(micro_batch, self.most_tokens)]
 
     def _pass_micro_batches(self, model, inputs, num_items_in_batch):
-        """The micro-batches of a batch one after the other; their losses add up to that of the batch."""
+        """Run the micro-batches of a batch, whose losses add up to that of the batch."""
         micro_batches = self._micro_batches(inputs)
         if self.accelerator.num_processes > 1:
-            # Sharded models wait for each other in every pass, so all processes must make as many.
+            # Sharded models synchronise in every pass, so all processes must have equally many.
             most = max(gather_object([len(micro_batches)]))
             micro_batches = micro_batches + [without_labels(micro_batches[0])] * (most - len(micro_batches))
         loss = 0.0
-        for number, part in enumerate(micro_batches, start=1):
+        for number, micro_batch in enumerate(micro_batches, start=1):
             with nullcontext() if number == len(micro_batches) else self.accelerator.no_sync(model):
-                loss += super().training_step(model, part, num_items_in_batch)
+                loss += super().training_step(model, micro_batch, num_items_in_batch)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, on a part of a trie where the batch is one."""
+        """TRL's loss, or that of a trie's micro-batch."""
         if "exit" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._tokens += inputs["tokens"]
         loss, figures = self._trie_loss(model, inputs, num_items_in_batch)
         self._figures += figures
         if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # over which gradients are averaged
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
         return loss
 
-    def _trie_loss(self, model, part, labelled):
+    def _trie_loss(self, model, micro_batch, labelled):
         """See `graph.label_loss`."""
-        with trie.exact_logits(self.model, part["predict"]):
-            logits = model(**trie.model_inputs(self.model, part), use_cache=False).logits[0]
-        return graph.label_loss(logits, part["shift_labels"][0], labelled, self.args.loss_type)
+        self._scale_noise(micro_batch["input_ids"].shape[1])
+        with trie.exact_logits(self.model, micro_batch["predict"]):
+            logits = model(**trie.model_inputs(self.model, micro_batch), use_cache=False).logits[0]
+        return graph.label_loss(logits, micro_batch["shift_labels"][0], labelled, self.args.loss_type)
+
+    def _scale_noise(self, row_length: int) -> None:
+        """Scale NEFTune's noise by the mean length of a pair, where transformers scales it by that of a row."""
+        if self.neftune_noise_alpha is not None:
+            scale = math.sqrt(row_length / self._mean_length)
+            self.model.get_input_embeddings().neftune_noise_alpha = self.neftune_noise_alpha * scale
 
     def _summed_figures(self) -> list[float]:
         """The sums of all processes since the last log: those of `graph.label_loss`, and the tokens."""
         counts = torch.cat([self._figures, self._figures.new_tensor([self._tokens])])
-        return self.accelerator.reduce(counts, reduction="sum").tolist()
+        return self._reduce(counts, "sum").tolist()
 
     def _collect_figures(self) -> None:
-        """Pass what tries have counted on to TRL's metrics. Every process must take part."""
+        """Add the figures of tries to TRL's metrics. Every process must take part."""
         if self.max_row_tokens is None:
             return
         entropy, right, labelled, tokens = self._summed_figures()
@@ -410,12 +434,12 @@ class NLITrainer(ResumableTrainer):
         self._collect_figures()
         super().log(logs, start_time)
 
-    def _progress(self) -> dict[str, object]:
+    def _progress(self) -> dict[str, Any]:
         return super()._progress() | {"figures": self._summed_figures()}
 
-    def _restore_progress(self, progress: Mapping[str, object]) -> None:
+    def _restore_progress(self, progress: Mapping[str, Any]) -> None:
         super()._restore_progress(progress)
-        if self.accelerator.is_main_process:  # the sums are of all processes
+        if self.accelerator.is_main_process:  # the sums are those of all processes
             *figures, tokens = progress["figures"]
             self._figures.copy_(self._figures.new_tensor(figures))
             self._tokens = int(tokens)
@@ -428,13 +452,15 @@ class NLITrainer(ResumableTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Score the whole data set of `dataloader`, each process its share; its batches are not used."""
-        rows = TokenRows(dataloader.dataset, self.encoder.answers)
-        prompts, gold = [rows.prompt(index) for index in range(len(rows))], rows.gold.tolist()
+        """Score the data set of `dataloader`, each process its share. The loader's batches are not used."""
+        dataset: Any = dataloader.dataset
+        rows = TokenRows(dataset, self.encoder.answers)
+        prompts: list[Any] = [rows.prompt(index) for index in range(len(rows))]
+        gold = rows.gold.tolist()
         shares = self.accelerator
         share = range(shares.process_index, len(prompts), shares.num_processes)
-        # Sharded models wait for each other in every pass, so all processes must make as many: one prompt is scored
-        # beyond a share that is smaller than others, and left out again.
+        # Sharded models synchronise in every pass, so all processes must have equally many: a smaller share gets one
+        # more prompt, whose scores are dropped again.
         even = share if len(share) * shares.num_processes >= len(prompts) else [*share, 0]
         self.model.eval()
         if self._scorer is None:
@@ -453,7 +479,7 @@ class NLITrainer(ResumableTrainer):
         scores.check_numbers(self.model, f"the evaluation after step {step}", fix)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
-        figures = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
+        figures: Any = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
         values = {
             "loss": -scores.unconstrained[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
             **{name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece")},
@@ -468,8 +494,8 @@ class NLITrainer(ResumableTrainer):
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that separate sequences would have fed so far, on all processes."""
+        """Tokens so far, as separate sequences, of all processes."""
         return int(self._total_train_tokens)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Not TRL's card, which says nothing of what was measured."""
+        """Write none: TRL's card has no results, and recipes/push.py writes one."""

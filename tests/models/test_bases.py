@@ -444,7 +444,9 @@ def test_evaluation_and_predict_work_up_to_the_last_position(tmp_path, kind, bat
     assert result["n"] == len(pairs)
     assert unconstrained_generation(model, encoder, pairs, batch_size=5)["n"] == len(pairs)
     run = make_run(tmp_path / "run", fits, use_peft=False, evaluated=False, batching=batching, tokenizer=chatml)
-    assert len(NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])) == len(pairs)
+    predictions = NLIClassifier.from_pretrained(run, device="cpu")(pairs["premise"], pairs["hypothesis"])
+    assert isinstance(predictions, list)
+    assert len(predictions) == len(pairs)
     message = f"the longest pair has {longest} tokens with its prompt, but the model has {longest - 1} positions"
     with pytest.raises(UserError, match=message):
         evaluate_model(load_model(model_args(short)).eval(), tasks, **options)

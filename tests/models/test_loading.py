@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_a_run_folder_gives_its_adapter_or_its_full_model(tmp_path):
 
     tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    loaded = load_tuned(tmp_path / "adapter", args)
+    loaded: Any = load_tuned(tmp_path / "adapter", args)
     assert not torch.allclose(loaded(ids).logits, expected)
     with loaded.disable_adapter():
         torch.testing.assert_close(loaded(ids).logits, expected)
@@ -241,7 +242,9 @@ def test_a_single_module_is_a_name_and_not_a_pattern(bases):
     assert args.lora_target_modules == "q_proj", "TRL turns a list of one into a string"
     check_adapter(args)
     base = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(bases / "untied"))
-    model = get_peft_model(base, adapter_config(args))
+    peft_config = adapter_config(args)
+    assert peft_config is not None
+    model = get_peft_model(base, peft_config)
     assert any("q_proj.lora_A" in name for name, _ in model.named_parameters())
 
 

@@ -104,7 +104,9 @@ def test_the_dtype_of_weights_fits_the_precision(model, dtype, under_bf16, under
         suited = Precision(name, "").suit(args)
         assert suited.dtype == expected, name
         if model is QLORA:
-            assert get_quantization_config(suited).bnb_4bit_compute_dtype == getattr(torch, expected)
+            quantization_config = get_quantization_config(suited)
+            assert quantization_config is not None
+            assert quantization_config.bnb_4bit_compute_dtype == getattr(torch, expected)
     assert args.dtype == dtype, "the recipe is unchanged"
 
 

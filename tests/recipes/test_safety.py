@@ -36,6 +36,6 @@ def test_an_estimate_needs_no_weights_and_writes_nothing(recipe, workspace, tmp_
     said = " ".join(result.output.split())
     assert "Precision: fp32" in said
     assert "RAM for the training, estimated: " in said
-    assert "; a GPU would hold " in said
+    assert "; a GPU would need " in said
     assert "adapter" in said
     assert not (tmp_path / "out").exists()

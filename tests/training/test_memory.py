@@ -72,24 +72,24 @@ def really_saved(model, rows, length):
 
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("rows", [4, 16])
-def test_it_says_what_a_real_model_holds(base, training, method, rows):
+def test_the_estimate_is_what_a_real_model_holds(base, training, method, rows):
     args = ModelConfig(base, **method)
     model = load_model(args).train()
     if method:
         model = get_peft_model(model, get_peft_config(args))
     counts = count_parameters(model)
-    estimated = estimate_memory(args, training, FP32, **STEP | {"rows": rows})
+    estimated = estimate_memory(args, training, FP32, **{**STEP, "rows": rows})
     trained, frozen = 4 * counts.trainable, 4 * (counts.total - counts.trainable)
     assert (estimated.weights, estimated.adapter) == ((frozen, trained) if method else (trained, 0))
     assert estimated.gradients == trained
     assert estimated.optimizer == 2 * trained
     assert estimated.attention_mask == rows * 64 * 64 * 4
-    # What the backward pass needs besides is largest in a model as small as this.
+    # Temporary results of the backward pass are relatively large in a model as small as this.
     saved = really_saved(model, rows, 64)
     assert saved * 0.95 < estimated.activations < saved * 1.35
 
 
-def test_the_weights_of_a_quantised_base_are_those_that_it_has(base, training):
+def test_the_weights_of_a_quantised_base_are_those_of_a_real_one(base, training):
     args = ModelConfig(base, dtype="bfloat16", load_in_4bit=True, **LORA)
     really = 0
     for parameter in load_model(args).parameters():
@@ -100,25 +100,37 @@ def test_the_weights_of_a_quantised_base_are_those_that_it_has(base, training):
     assert estimated.adapter == estimate_memory(args, training, FP32, **STEP).adapter / 2, "TRL keeps it in bf16"
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_packed_weights_are_counted_as_packed(base, training, tmp_path, method):
+    model = AutoConfig.from_pretrained(base)
+    model.quantization_config = {"quant_method": method, "bits": 4, "group_size": 128}
+    model.save_pretrained(tmp_path / "packed")
+    packed = estimate_memory(ModelConfig(str(tmp_path / "packed"), dtype="bfloat16", **LORA), training, BF16, **STEP)
+    args = ModelConfig(base, dtype="bfloat16", load_in_4bit=True, **LORA)
+    bitsandbytes = estimate_memory(args, training, BF16, **STEP)
+    assert packed.weights == bitsandbytes.weights
+    assert packed.adapter == 2 * bitsandbytes.adapter, "TRL keeps it in bf16 with bitsandbytes only"
+
+
 def test_checkpointing_and_fewer_tokens_hold_less(base, training):
     args, checkpointed = ModelConfig(base), copy(training)
     checkpointed.gradient_checkpointing = True
-    plain = estimate_memory(args, training, FP32, **STEP | {"rows": 16})
-    assert estimate_memory(args, checkpointed, FP32, **STEP | {"rows": 16}).activations < 0.8 * plain.activations
-    assert estimate_memory(args, training, FP32, **STEP | {"rows": 8}).activations < 0.6 * plain.activations
-    assert estimate_memory(args, training, BF16, **STEP | {"rows": 16}).activations < 0.9 * plain.activations
+    plain = estimate_memory(args, training, FP32, **{**STEP, "rows": 16})
+    assert estimate_memory(args, checkpointed, FP32, **{**STEP, "rows": 16}).activations < 0.8 * plain.activations
+    assert estimate_memory(args, training, FP32, **{**STEP, "rows": 8}).activations < 0.6 * plain.activations
+    assert estimate_memory(args, training, BF16, **{**STEP, "rows": 16}).activations < 0.9 * plain.activations
 
 
-def test_gradients_of_earlier_passes_are_there_when_the_next_is_at_its_height(base, training):
-    once = estimate_memory(ModelConfig(base), training, FP32, **STEP | {"rows": 16})
-    twice = estimate_memory(ModelConfig(base), training, FP32, **STEP | {"rows": 16, "several_passes": True})
+def test_gradients_of_earlier_passes_count_at_the_peak_of_the_next(base, training):
+    once = estimate_memory(ModelConfig(base), training, FP32, **{**STEP, "rows": 16})
+    twice = estimate_memory(ModelConfig(base), training, FP32, **{**STEP, "rows": 16, "several_passes": True})
     assert once.activations < twice.activations <= once.activations + once.gradients
 
 
 def test_dropout_keeps_a_mask_of_bytes(base, training):
     def activations(dropout):
-        args = ModelConfig(base, **LORA | {"lora_dropout": dropout})
-        return estimate_memory(args, training, FP32, **STEP | {"rows": 16}).activations
+        args = ModelConfig(base, **{**LORA, "lora_dropout": dropout})
+        return estimate_memory(args, training, FP32, **{**STEP, "rows": 16}).activations
 
     config = AutoConfig.from_pretrained(base)
     wide, narrow = config.intermediate_size, config.hidden_size
@@ -135,7 +147,7 @@ def test_optimisers_differ(base, training, optim, bytes_per_weight):
     assert estimated.optimizer == bytes_per_weight * estimated.weights / 4
 
 
-def test_what_does_not_fit_gets_advice_of_what_the_recipe_lacks(base, training):
+def test_advice_names_only_what_the_recipe_does_not_use(base, training):
     fits = estimate_memory(ModelConfig(base), training, FP32, capacity=16 * GIB, **STEP)
     assert fits.fits
     assert "16.0 GiB: it fits" in str(fits)
@@ -149,17 +161,17 @@ def test_what_does_not_fit_gets_advice_of_what_the_recipe_lacks(base, training):
     assert advise(quantised, training) == f"Try {fewer}."
 
 
-def test_no_error_of_the_simulation_ends_a_training(base, training, monkeypatch):
+def test_errors_of_the_simulation_do_not_stop_training(base, training, monkeypatch):
     def fail(*_, **__):
         raise KeyError
 
     monkeypatch.setattr(estimate, "_trace_step", fail)
-    told = plan(base, training, BatchConfig())
-    assert told.estimate is None
-    assert str(told) == "No estimate: the training step cannot be simulated (KeyError: )."
+    failed = plan(base, training, BatchConfig())
+    assert failed.estimate is None
+    assert str(failed) == "No estimate: the training step cannot be simulated (KeyError: )."
 
 
-def test_free_memory_that_cannot_be_read_holds_nobody_up(monkeypatch):
+def test_free_memory_is_infinite_if_it_cannot_be_read(monkeypatch):
     def fail(device):
         raise RuntimeError("no driver")
 
@@ -181,7 +193,7 @@ def test_free_memory_is_read_after_a_model_in_a_cycle_is_gone(monkeypatch):
     assert free_memory(torch.device("cuda")) == 1
 
 
-def plan(base, training, batch_args, prompt="plain", **data):
+def plan(base, training, batch_args, prompt="plain", **data) -> Any:
     return plan_memory(ModelConfig(base), training, batch_args, FP32, PROMPTS[prompt], **data)
 
 
@@ -209,7 +221,7 @@ def test_rows_grow_with_a_long_instruction(base, training, chatml):
 
 @pytest.mark.parametrize("most_tokens", [8192, 256])
 @pytest.mark.parametrize("by_premise", [False, True])
-def test_with_data_at_hand_the_passes_are_those_of_the_training(base, training, chatml, most_tokens, by_premise):
+def test_with_loaded_data_the_passes_are_those_of_training(base, training, chatml, most_tokens, by_premise):
     training.per_device_train_batch_size = 18
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = encoder.encode_rows(few_pairs(6), max_length=None)
@@ -230,7 +242,7 @@ def test_a_model_that_cannot_run_on_tries_is_estimated_on_padded_batches(trainin
     assert (estimated.rows, estimated.length) == (training.per_device_train_batch_size, training.max_length)
 
 
-def test_a_config_that_is_not_there_is_said(training):
+def test_a_missing_config_is_reported(training):
     unknown = plan("./nowhere", training, BatchConfig())
     assert unknown.estimate is None
     assert str(unknown).startswith("No estimate: model_name_or_path ./nowhere: cannot load its config")
@@ -244,14 +256,14 @@ def test_a_cpu_has_no_context_of_a_gpu(base, training):
     assert str(on_gpu).startswith("Memory per device")
 
 
-def test_with_compiled_layers_it_is_an_upper_bound(base, training):
+def test_with_compiled_layers_the_estimate_is_an_upper_bound(base, training):
     training.torch_compile = True
     bound = estimate_memory(ModelConfig(base), training, FP32, capacity=16 * GIB, **STEP)
     assert "at most " in str(bound)
     assert bound.fits
     small = replace(bound, capacity=1)
     assert small.fits is None
-    assert "GiB: it may fit, since compiled layers hold less" in str(small)
+    assert "GiB: it may fit, since compiled layers use less" in str(small)
 
 
 def test_checkpoints_are_computed_again_as_on_cuda(training, tmp_path):
@@ -264,7 +276,7 @@ def test_checkpoints_are_computed_again_as_on_cuda(training, tmp_path):
     def activations(checkpoint):
         training.gradient_checkpointing_kwargs = checkpoint
         args = ModelConfig(str(tmp_path / "phi"), dtype="bfloat16", **LORA)
-        return estimate_memory(args, training, BF16, **STEP | {"rows": 16}).activations
+        return estimate_memory(args, training, BF16, **{**STEP, "rows": 16}).activations
 
     # The other kind of checkpoint is computed again where the types of CUDA are out of reach.
     assert activations({"use_reentrant": True}) < activations({"use_reentrant": False}) == activations(None)
@@ -287,7 +299,7 @@ def test_auto_halves_a_batch_until_it_fits_in_what_is_free(monkeypatch, free, ro
     assert choose_batch_tokens(row_by_row, BATCHES, free * GIB) == rows * 100
 
 
-def test_what_torch_holds_in_reserve_is_free(monkeypatch):
+def test_what_torch_has_reserved_is_free(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10 * GIB, 16 * GIB))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 5 * GIB)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 2 * GIB)
@@ -320,8 +332,8 @@ def test_auto_on_a_gpu_and_on_a_cpu(base, training, chatml, monkeypatch):
     assert str(given).startswith("Memory per device")
 
 
-def test_a_view_of_a_weight_is_nothing_new():
-    """Every linear layer transposes its weight: counted as new, the weights would be there twice."""
+def test_a_view_of_a_weight_does_not_count():
+    """Every linear layer transposes its weight, which would be counted twice."""
     weight = torch.zeros(8, 4)
     with _LiveBytes(there=[weight]) as live:
         assert weight.t()[1:].shape == (3, 8)

@@ -67,8 +67,22 @@ def test_parts_and_compiled_layers_train_as_the_whole_batch_does(
         torch.testing.assert_close(other.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
 
 
-def test_auto_is_for_a_plan_to_choose(chatml, tmp_path):
-    with pytest.raises(UserError, match=r"max_batch_tokens: auto needs a plan; .* estimate.plan_memory"):
+def test_neftunes_noise_is_scaled_by_the_length_of_a_pair(chatml, tmp_path):
+    run = trainer(chatml, tmp_path, neftune_noise_alpha=5.0, batch_options={"max_batch_tokens": 128})
+    scales = []
+
+    def record(module, args):
+        scales.append(module.neftune_noise_alpha / args[0].shape[1] ** 0.5)
+
+    run.model.get_input_embeddings().register_forward_pre_hook(record)
+    run.train()
+    mean_length = sum(map(len, run.train_dataset["input_ids"])) / len(run.train_dataset)
+    assert len(scales) > 3
+    assert scales == pytest.approx([5.0 / mean_length**0.5] * len(scales))
+
+
+def test_auto_must_be_resolved_first(chatml, tmp_path):
+    with pytest.raises(UserError, match=r"max_batch_tokens: auto must be resolved first; .* memory.plan_memory"):
         trainer(chatml, tmp_path, batch_options={"max_batch_tokens": "auto"})
 
 
