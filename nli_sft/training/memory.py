@@ -49,7 +49,7 @@ from .launchers import launched_with
 
 GIB = 2**30
 
-# Fitted to measured peaks; see docs/results.md. WORKSPACE is part of what torch reports as allocated, the others are not.
+# Fitted to measured peaks; see docs/results.md. torch counts WORKSPACE as allocated, and not the others.
 WORKSPACE = 0.1 * GIB
 FRAGMENTATION = 1.05
 CONTEXT = 0.6 * GIB
