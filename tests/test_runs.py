@@ -202,18 +202,18 @@ def test_a_damaged_file_ends_in_a_sentence_that_names_it(past, tmp_path, name, h
         ("eval/snli-test/metrics.json", "weights", []),
     ],
 )
-def test_a_value_of_another_type_is_told(past, tmp_path, name, key, value):
+def test_a_value_of_another_type_is_refused(past, tmp_path, name, key, value):
     folder = shutil.copytree(past, tmp_path / "run")
     write_json(folder / name, json.loads((folder / name).read_text()) | {key: value})
     with pytest.raises(UserError, match=f"{key} should not be"):
         read_all(folder)
 
 
-def test_predictions_without_a_column_are_told(past, tmp_path):
+def test_predictions_without_a_column_are_refused(past, tmp_path):
     folder = shutil.copytree(past, tmp_path / "run")
     path = folder / "eval" / "snli-test" / "predictions.parquet"
     pd.read_parquet(path).drop(columns="tuned_p_neutral").to_parquet(path)
-    with pytest.raises(UserError, match="predictions.parquet has no column 'tuned_p_neutral'; remove"):
+    with pytest.raises(UserError, match="predictions.parquet has no column 'tuned_p_neutral'; delete"):
         read_all(folder)
 
 

@@ -407,9 +407,10 @@ class NLITrainer(ResumableTrainer):
 
     def _scale_noise(self, row_length: int) -> None:
         """Scale NEFTune's noise by the mean length of a pair, where transformers scales it by that of a row."""
-        if self.neftune_noise_alpha is not None:
+        alpha = self.args.neftune_noise_alpha
+        if alpha is not None:
             scale = math.sqrt(row_length / self._mean_length)
-            self.model.get_input_embeddings().neftune_noise_alpha = self.neftune_noise_alpha * scale
+            self.model.get_input_embeddings().neftune_noise_alpha = alpha * scale
 
     def _summed_figures(self) -> list[float]:
         """The sums of all processes since the last log: those of `graph.label_loss`, and the tokens."""

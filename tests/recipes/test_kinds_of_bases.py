@@ -123,7 +123,8 @@ def test_tokens_beyond_the_embedding(train, tmp_path):
 
 
 def test_an_adapter_as_base_names_the_command_that_merges_it(train, script, tmp_path, workspace):
-    first = make_run(tmp_path / "first", workspace / "base", evaluated=False)
+    data = str(workspace / "data")
+    first = make_run(tmp_path / "first", workspace / "base", evaluated=False, dataset_name=data)
     output = train(first, *LORA)
     assert f"{first} is an adapter, not a whole model" in output
     assert not (tmp_path / "run").exists()
