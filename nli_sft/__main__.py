@@ -1,4 +1,4 @@
-"""Predict the labels of pairs from the command line, one JSON object a pair.
+"""Predict the labels of pairs from the command line, one JSON object per pair.
 
 nli-sft predict --model me/snli --premise "A man sleeps." --hypothesis "A person is awake."
 nli-sft predict --model outputs/qwen3-0.6b-lora pairs.tsv --output predictions.jsonl
@@ -15,38 +15,50 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import UserError, __version__
 from .labels import LABELS
 
-# Pairs judged at a time: enough that those that share a premise meet, few enough to hold.
+if TYPE_CHECKING:
+    from .classifier import NLIClassifier
+    from .data.prompts import PromptEncoder
+
+# Pairs predicted at a time: enough to bring pairs of one premise together, few enough to keep in memory.
 CHUNK = 4096
 
 PROBABILITIES = tuple(f"p_{label}" for label in LABELS)
 
-# What a program that writes to a closed pipe ends with.
+# Exit status of a program that SIGPIPE ends.
 SIGPIPE_STATUS = 141
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; what the user got wrong ends in a sentence."""
+    """Run one command. Errors of the user end in a message without a traceback."""
     stdout = sys.stdout
     try:
         args = _parse(argv)
-        with redirect_stdout(sys.stderr):  # libraries print notes, and what is printed is to be JSON lines
+        with redirect_stdout(sys.stderr):  # libraries print messages, but standard output is for JSON lines
             predict(args, stdout)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.stderr.write("\nStopped by Ctrl-C.\n")
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader had enough, as head has
+    except BrokenPipeError:  # the reader has closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # for the flush at the end of the process
         sys.exit(SIGPIPE_STATUS)
+
+
+class _Pair(NamedTuple):
+    where: str  # for error messages
+    premise: str
+    hypothesis: str
+    row: dict[str, Any]
 
 
 def predict(args: argparse.Namespace, stdout: TextIO) -> None:
@@ -54,14 +66,14 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
     if (args.premise is None) != (args.hypothesis is None) or (args.premise is None) == (args.file is None):
         raise UserError("predict: give --premise and --hypothesis, or a file of pairs (- for standard input)")
     if args.batch_size < 1:
-        raise UserError(f"--batch_size takes a number of pairs from 1, not {args.batch_size}")
+        raise UserError(f"--batch_size is {args.batch_size}; give a number of pairs, at least 1")
     _check_output(args)
-    # Heavy imports only now, so that --help is quick.
+    # Heavy imports, here so that --help is quick.
     from .classifier import NLIClassifier, find_run
     from .models.loading import load_encoder
 
     with _file(args.file) as file:
-        for _ in _pairs(file, args):  # once before anything is loaded: the last row may be the bad one
+        for _ in _pairs(file, args):  # check all rows before loading the model
             pass
         run = find_run(args.model, args.revision)
         _check_tokens(load_encoder(run), file, args)
@@ -70,62 +82,64 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
         )
         with _lines(args.output, stdout) as lines:
             pairs = _pairs(file, args)
-            while chunk := [pair for _, *pair in islice(pairs, CHUNK)]:
+            while chunk := list(islice(pairs, CHUNK)):
                 _write_predictions(classifier, chunk, lines)
 
 
-def _check_tokens(encoder, file: Path | None, args: argparse.Namespace) -> None:
-    for where, premise, hypothesis, _ in _pairs(file, args):
+def _check_tokens(encoder: "PromptEncoder", file: Path | None, args: argparse.Namespace) -> None:
+    for pair in _pairs(file, args):
         try:
-            encoder.check_pair(premise, hypothesis)
+            encoder.check_pair(pair.premise, pair.hypothesis)
         except UserError as error:
-            raise UserError(f"{where}: {error}") from None
+            raise UserError(f"{pair.where}: {error}") from None
 
 
-def _write_predictions(classifier, chunk: list[tuple[str, str, dict]], lines: TextIO) -> None:
-    judgements = classifier([premise for premise, _, _ in chunk], [hypothesis for _, hypothesis, _ in chunk])
-    for (_, _, row), judgement in zip(chunk, judgements, strict=True):
-        said = {f"p_{label}": round(p, 6) for label, p in judgement.probabilities.items()}
-        row = _as_json(row) | {"prediction": judgement.label} | said
+def _write_predictions(classifier: "NLIClassifier", chunk: list[_Pair], lines: TextIO) -> None:
+    predictions = classifier([pair.premise for pair in chunk], [pair.hypothesis for pair in chunk])
+    for pair, prediction in zip(chunk, predictions, strict=True):
+        probabilities = {f"p_{label}": round(p, 6) for label, p in prediction.probabilities.items()}
+        row = _as_json(pair.row) | {"prediction": prediction.label} | probabilities
         lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     lines.flush()
 
 
-def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[tuple[str, str, str, dict]]:
-    """(where, premise, hypothesis, row) of the pair on the command line, or of each in the file, all checked."""
+def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[_Pair]:
+    """The pair on the command line, or those in the file, checked."""
     from .data import sources
     from .data.files import read_columns, read_rows
 
     roles = ("premise", "hypothesis")
     if file is None:
         texts = {role: sources.check_text(getattr(args, role), f"--{role}: the {role}") for role in roles}
-        yield "--premise and --hypothesis", texts["premise"], texts["hypothesis"], texts
+        yield _Pair("--premise and --hypothesis", texts["premise"], texts["hypothesis"], texts)
         return
-    there = read_columns(file)
-    repeated = next((name for name in there if there.count(name) > 1), None)
+    found = read_columns(file)
+    repeated = next((name for name in found if found.count(name) > 1), None)
     if repeated == "":
-        raise UserError(f"{file.name}: the heading leaves {there.count('')} columns without a name; name them")
+        raise UserError(f"{file.name}: {found.count('')} columns of the header have no name; name them")
     if repeated is not None:
-        raise UserError(f"{file.name}: the heading has {repeated} {there.count(repeated)} times; rename all but one")
+        raise UserError(
+            f"{file.name}: the header has column {repeated} {found.count(repeated)} times; rename all but one"
+        )
     named = {role: getattr(args, f"{role}_column") for role in roles if getattr(args, f"{role}_column") is not None}
-    columns = sources.find_columns(file.name, there, named, roles)
+    columns = sources.find_columns(file.name, found, named, roles)
     for number, row in read_rows(file):
         where = f"{file.name} row {number}"
         clash = [name for name in ("prediction", *PROBABILITIES) if name in row]
         if clash:
-            raise UserError(f"{where}: the columns {', '.join(clash)} are what predict writes; rename or remove them")
-        texts = [
+            raise UserError(f"{where}: predict writes the columns {', '.join(clash)} itself; rename or remove them")
+        premise, hypothesis = (
             sources.check_text(
                 sources.column_value(row, columns[role]), f"{where}, column {columns[role]}: the {role}"
             )
             for role in roles
-        ]
-        yield where, *texts, row
+        )
+        yield _Pair(where, premise, hypothesis, row)
 
 
 @contextmanager
 def _file(name: str | None) -> Iterator[Path | None]:
-    """The file of pairs; standard input becomes one, as it is read twice."""
+    """The file of pairs. Standard input is copied to one, because it is read more than once."""
     from .data.files import FORMATS, guess_suffix
 
     if name != "-":
@@ -148,27 +162,28 @@ def _check_output(args: argparse.Namespace) -> None:
     args.output = args.output.expanduser()
     folder = args.output.absolute().parent
     if args.output.suffix.lower() in (".csv", ".tsv", ".txt", ".parquet", ".json", ".gz"):
-        raise UserError(f"--output {args.output}: predictions are JSON lines; call the file .jsonl")
+        raise UserError(f"--output {args.output}: predictions are JSON lines; name the file .jsonl")
     is_other = args.output.exists() and not args.output.is_file()  # a folder, or a device such as /dev/stdout
     if is_other or not os.access(folder, os.W_OK):
-        raise UserError(f"--output {args.output}: cannot be written; give a file in a folder that is there")
+        raise UserError(f"--output {args.output}: cannot be written; give a file in an existing folder")
     if args.file and args.output.resolve() == Path(args.file).expanduser().resolve():
         raise UserError(f"--output {args.output} is the file of pairs; give another one")
 
 
 @contextmanager
 def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
-    """Where to write. A file gets its name when it is whole; until then it ends in .partial."""
-    # In a JSON text, what replaces half a character is the very escape that it would have.
-    encoding = {"encoding": "utf-8", "errors": "backslashreplace"}
+    """The stream to write to. A file is renamed from .partial when it is complete."""
+    # Lone surrogates become \\uXXXX, which is also their escape in JSON.
+    errors = "backslashreplace"
     if output is None:
-        stdout.reconfigure(**encoding)
+        if isinstance(stdout, TextIOWrapper):
+            stdout.reconfigure(encoding="utf-8", errors=errors)
         yield stdout
         return
-    output = output.resolve()  # of a link, where it leads
+    output = output.resolve()  # follow a link
     partial = output.with_name(f"{output.name}.partial")
     try:
-        with partial.open("w", **encoding) as lines:
+        with partial.open("w", encoding="utf-8", errors=errors) as lines:
             yield lines
         partial.replace(output)
     except OSError as error:
@@ -177,14 +192,14 @@ def _lines(output: Path | None, stdout: TextIO) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
-def _as_json(value: object) -> object:
-    """A value as JSON has it: dates in ISO form, bytes in base64, `null` for NaN, others as text."""
+def _as_json(value: Any) -> Any:
+    """A value for JSON: dates in ISO format, bytes in base64, `null` for NaN and infinity, others as text."""
     if isinstance(value, dict):
         return {str(key): _as_json(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [_as_json(one) for one in value]
     if isinstance(value, float):
-        return value if abs(value) < float("inf") else None  # NaN is not less either
+        return value if abs(value) < float("inf") else None  # the comparison is false for NaN too
     if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, (bytes, bytearray)):
@@ -193,10 +208,10 @@ def _as_json(value: object) -> object:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends in one sentence, as everything else does."""
+    """Raises UserError where argparse prints its usage."""
 
-    def error(self, message: str):
-        raise UserError(f"{message}; {self.prog} --help lists what it takes")
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -221,13 +236,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit on the Hub")
     command.add_argument("--premise")
     command.add_argument("--hypothesis")
-    command.add_argument("--premise_column", help="column of the premise, if unusual")
-    command.add_argument("--hypothesis_column", help="column of the hypothesis, if unusual")
+    command.add_argument("--premise_column", help="column of the premise, if it has another name")
+    command.add_argument("--hypothesis_column", help="column of the hypothesis, if it has another name")
     command.add_argument("--output", type=Path, help="write to this .jsonl file; standard output by default")
-    command.add_argument("--batch_size", type=int, default=64, help="pairs a forward pass; 64 by default")
+    command.add_argument("--batch_size", type=int, default=64, help="pairs per forward pass; 64 by default")
     dtypes = ("float32", "bfloat16", "float16", "auto")
-    command.add_argument("--dtype", choices=dtypes, help="to compute in; by default what suits the device")
-    command.add_argument("--device", help="such as cpu or cuda:1; an accelerator by default")
+    command.add_argument(
+        "--dtype", choices=dtypes, help="of weights and computation; by default chosen for the device"
+    )
+    command.add_argument("--device", help="cpu, cuda:1, …; by default an accelerator if there is one")
     return parser
 
 

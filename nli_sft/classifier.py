@@ -1,17 +1,18 @@
-"""`NLIClassifier`: a tuned model as a function, from premise and hypothesis to label and probabilities.
+"""`NLIClassifier`: predict label and probabilities of a premise and a hypothesis with a tuned model.
 
     classifier = NLIClassifier.from_pretrained("outputs/qwen3-0.6b-lora")  # or the Hub id of a pushed run
     classifier("A man sleeps.", "A person is awake.").label
 
-The prompt, the label words and the scoring are those of training and evaluation: nothing is asked in another way than
-it was measured.
+It uses the prompt, the label words and the scoring of training and evaluation, so its accuracy is the one measured.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import cast, overload
 
 import torch
 from peft import PeftModel
@@ -32,11 +33,11 @@ from .runs import read_run
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one pair.
+    """The prediction for one pair.
 
     Attributes:
-        label: the label that constrained greedy generation says, one of `labels.LABELS`.
-        probabilities: {label: probability}, in the order of `LABELS`, adding up to 1.
+        label: the label from constrained greedy generation, one of `labels.LABELS`.
+        probabilities: {label: probability}, in the order of `LABELS`; they sum to 1.
     """
 
     label: str
@@ -44,7 +45,7 @@ class Prediction:
 
 
 class NLIClassifier:
-    """Judges pairs with a model and the prompt it was trained on. Safe to call from several threads.
+    """Predicts labels with a model and the prompt it was trained with. Thread-safe.
 
     Attributes:
         encoder: the prompt, bound to the tokenizer.
@@ -54,8 +55,8 @@ class NLIClassifier:
         model: a causal LM, or one with an adapter.
         encoder: the encoder it was trained with.
         batch_args: whether to score on tries, and how long their rows may be.
-        batch_size: pairs a forward pass at first; halved by itself where they do not fit in memory.
-        precision: what to compute in; that of the weights by default.
+        batch_size: pairs per forward pass at first; halved automatically if they do not fit in memory.
+        precision: of the computation; by default that of the weights.
     """
 
     def __init__(
@@ -68,18 +69,22 @@ class NLIClassifier:
         precision: Precision | None = None,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(f"batch_size is {batch_size!r}; give a number of pairs from 1")
+            raise UserError(f"batch_size is {batch_size!r}; give a number of pairs, at least 1")
         self.model = model.eval()
         self.precision = precision
         self.encoder = encoder
         self.batch_size = batch_size
-        # No graphs: they would keep to the weights of the first call, and a user may change the model.
+        # No CUDA graphs: they read the weights of the first call, but a user may change the model.
         self._batch_args = replace(batch_args or BatchConfig(), cuda_graph="false")
         self._scorer = Scorer(
-            self.model, encoder, self._batch_args, batch_size, distinguishing_prefixes(encoder.answers)
+            cast(PreTrainedModel, self.model),  # a PeftModel has the same interface
+            encoder,
+            self._batch_args,
+            batch_size,
+            distinguishing_prefixes(encoder.answers),
         )
-        # Scoring hooks into the model, and a tokenizer changes its own state: one thread at a time. An untuned twin
-        # (`before_tuning`) shares model and lock.
+        # One thread at a time, because scoring hooks into the model and tokenizers have state. The classifier of
+        # `before_tuning` shares model and lock.
         self._lock = threading.Lock()
         self._mode: Callable[[], AbstractContextManager] = nullcontext
         self._load_base: Callable[[], PreTrainedModel] | None = None
@@ -96,19 +101,19 @@ class NLIClassifier:
     ) -> "NLIClassifier":
         """Load a run folder, an exported model, or either from the Hub.
 
-        Only safetensors are read, and no code that comes with a model is run.
+        Only safetensors are read, and code that comes with a model is never run.
 
         Args:
-            name: a folder, or a Hub id such as `me/qwen3-0.6b-snli`. What `recipes/sft.py`, `recipes/export.py` and
-                `recipes/push.py` make can be loaded.
+            name: a folder, or a Hub id such as `me/qwen3-0.6b-snli`. It can be the output of `recipes/sft.py`,
+                `recipes/export.py` or `recipes/push.py`.
             revision: branch, tag or commit on the Hub.
-            device: by default an accelerator where there is one.
-            dtype: `float32`, `bfloat16`, `float16` or `auto`, of weights and products. By default weights and
-                precision are those of an evaluation on this device (`precision.py`).
+            device: by default an accelerator if there is one.
+            dtype: of weights and computation: `float32`, `bfloat16`, `float16` or `auto`. By default as in an
+                evaluation on this device (`precision.py`).
             batch_size: as for the class.
 
         Raises:
-            UserError: if there is no such folder or repository, or it lacks what is needed, naming it.
+            UserError: if there is no such folder or repository, or a file is missing.
         """
         folder = find_run(name, revision)
         recipe, _, _ = read_run(folder)
@@ -121,8 +126,8 @@ class NLIClassifier:
             if dtype not in (*names, "auto"):
                 raise UserError(f"dtype is {dtype!r}; give one of {', '.join(names)} or auto")
             model_args = replace(model_args, dtype=dtype)
-            precision = Precision(names.get(dtype, precision.name), "as asked for")
-        encoder = load_encoder(folder)  # first: it sees whether the run is whole
+            precision = Precision(names.get(dtype, precision.name), "as requested")
+        encoder = load_encoder(folder)  # before the weights: it checks that the folder is complete
         classifier = cls(
             load_tuned(folder, model_args, device=device),
             encoder,
@@ -134,55 +139,65 @@ class NLIClassifier:
             classifier._load_base = lambda: load_model(model_args, device=device)
         return classifier
 
+    @overload
+    def __call__(self, premise: str, hypothesis: str) -> Prediction: ...
+
+    @overload
+    def __call__(self, premise: Iterable[str], hypothesis: Iterable[str]) -> list[Prediction]: ...
+
     def __call__(self, premise: str | Iterable[str], hypothesis: str | Iterable[str]) -> Prediction | list[Prediction]:
-        """Judge one pair, or any number of them.
+        """Predict the label of one pair, or of several.
 
         Args:
-            premise, hypothesis: two texts, or two iterables of as many texts: lists, generators, columns of a
-                `datasets.Dataset`, of a data frame.
+            premise, hypothesis: two texts, or two iterables of texts of equal length, such as lists, generators, or
+                columns of a `datasets.Dataset` or a data frame.
 
         Returns:
-            One `Prediction` for two texts, else a list in the order given.
+            One `Prediction` for two texts, else a list in the same order.
 
         Raises:
-            UserError: if the two are not as many, or hold something other than text, or a control token of the
-                tokenizer, with which a text could dictate its own answer; or if the model's scores are no numbers.
+            UserError: if the lengths differ; if a value is not a text, or contains a control token of the tokenizer,
+                with which it could dictate its own answer; or if scores are NaN or infinite.
         """
         if isinstance(premise, str) and isinstance(hypothesis, str):
-            check_text(premise, "premise"), check_text(hypothesis, "hypothesis")
-            return self._judge([premise], [hypothesis])[0]
+            check_text(premise, "premise")
+            check_text(hypothesis, "hypothesis")
+            return self._predict([premise], [hypothesis])[0]
         if not all(isinstance(one, Iterable) and not isinstance(one, (str, Mapping)) for one in (premise, hypothesis)):
-            raise UserError("premise and hypothesis: give two texts, or two lists of as many texts")
+            raise UserError("premise and hypothesis: give two texts, or two lists of texts")
         premises, hypotheses = list(premise), list(hypothesis)
         if len(premises) != len(hypotheses):
-            raise UserError(f"{len(premises):,} premises but {len(hypotheses):,} hypotheses: give as many of both")
+            raise UserError(f"{len(premises):,} premises but {len(hypotheses):,} hypotheses; give equally many")
         for role, texts in (("premise", premises), ("hypothesis", hypotheses)):
             for index, text in enumerate(texts):
                 check_text(text, f"{role} {index}")
-        return self._judge(premises, hypotheses) if premises else []
+        return self._predict(premises, hypotheses) if premises else []
 
     def before_tuning(self) -> "NLIClassifier":
-        """The same prompt on the model as it was before tuning.
+        """A classifier with the same prompt and the model before tuning.
 
-        With an adapter it is the same model, the adapter being switched off while it is asked; a full model's base is
-        loaded beside it.
+        With an adapter, it shares this model and disables the adapter for each call. For a full model, it loads the
+        base as a second model.
         """
-        is_peft = isinstance(self.model, PeftModel)
-        if not is_peft and self._load_base is None:
-            raise UserError("the base of this model is not known: it was not loaded with from_pretrained")
-        twin = NLIClassifier(
-            self.model if is_peft else self._load_base(),
+        if isinstance(self.model, PeftModel):
+            base = self.model
+        elif self._load_base is not None:
+            base = self._load_base()
+        else:
+            raise UserError("the base of this model is unknown; load the classifier with from_pretrained")
+        untuned = NLIClassifier(
+            base,
             self.encoder,
             batch_args=self._batch_args,
             batch_size=self.batch_size,
             precision=self.precision,
         )
-        twin._lock = self._lock
-        if is_peft:
-            twin._mode = self.model.disable_adapter
-        return twin
+        untuned._lock = self._lock
+        if isinstance(base, PeftModel):
+            untuned._mode = partial(PeftModel.disable_adapter, base)
+        return untuned
 
-    def _judge(self, premises: list[str], hypotheses: list[str]) -> list[Prediction]:
+    def _predict(self, premises: list[str], hypotheses: list[str]) -> list[Prediction]:
         autocast = self.precision.autocast(self.model.device) if self.precision else nullcontext()
         with self._lock, self._mode(), autocast:
             prompts = self.encoder.encode(premises, hypotheses)
@@ -196,7 +211,7 @@ class NLIClassifier:
 
 
 def find_run(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a run: the one named, or what a repository of the Hub holds, downloaded.
+    """The folder of a run: a local one, or a downloaded repository of the Hub.
 
     Raises:
         UserError: if there is neither.
@@ -207,14 +222,14 @@ def find_run(name: str | Path, revision: str | None = None) -> Path:
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:
-    """The device that is asked for; by default an accelerator where there is one.
+    """The requested device; by default an accelerator if there is one, else the CPU.
 
     Raises:
-        UserError: if there is no such device.
+        UserError: if the device is not available.
     """
     if wanted is not None:
         try:
             return torch.empty(0, device=wanted).device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"device: {wanted} is not there; give cpu, or one such as cuda:0") from error
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+            raise UserError(f"device: {wanted} is not available; give cpu, or one such as cuda:0") from error
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -1,11 +1,11 @@
-"""A page to try a model on: premise and hypothesis in, probabilities before and after tuning out.
+"""A web page to try a model: type premise and hypothesis, see the probabilities before and after tuning.
 
 pip install -e ".[app]"
 python recipes/app.py --model outputs/qwen3-0.6b-lora
 python recipes/app.py --model me/qwen3-0.6b-snli
 
-As a Space: copy this file there as app.py and the folder nli_sft beside it, write the dependencies that pyproject.toml
-lists into its requirements.txt, and set its variable NLI_SFT_MODEL to the Hub id.
+To make it a Space: copy this file as app.py and the folder nli_sft, list the dependencies of pyproject.toml in
+requirements.txt, and set the variable NLI_SFT_MODEL to the Hub id.
 """
 
 import os
@@ -45,7 +45,7 @@ def main(args):
     tuned = NLIClassifier.from_pretrained(args.model, device=args.device)
     base = tuned.before_tuning()
 
-    def judge(premise, hypothesis):
+    def predict(premise, hypothesis):
         if not premise.strip() or not hypothesis.strip():
             raise gr.Error("Write a premise and a hypothesis.")
         try:
@@ -57,17 +57,17 @@ def main(args):
         gr.Markdown(f"# Does it follow?\n{Path(args.model).name}: entailment, neutral or contradiction.")
         premise = gr.Textbox(label="Premise", lines=2, elem_id="premise")
         hypothesis = gr.Textbox(label="Hypothesis", lines=2, elem_id="hypothesis")
-        button = gr.Button("Predict", variant="primary", elem_id="judge")
+        button = gr.Button("Predict", variant="primary", elem_id="predict")
         with gr.Row():
             bars = [gr.Label(label=f"{when} tuning", elem_id=when.lower()) for when in ("Before", "After")]
-        gr.on([button.click, hypothesis.submit], judge, [premise, hypothesis], bars, api_name="judge")
+        gr.on([button.click, hypothesis.submit], predict, [premise, hypothesis], bars, api_name="predict")
         for title, pairs in examples(Path(args.model)).items():
             gr.Examples(pairs, [premise, hypothesis], label=title)
     page.launch(server_port=args.port)
 
 
 def examples(run):
-    """A few pairs of each kind that the report tells of, or some of our own where there are no predictions."""
+    """A few fixed, wrong and regressed pairs of the first evaluation, or `EXAMPLES` if there are no predictions."""
     folder = next((path for path in evaluation_folders(run) if (path / "predictions.parquet").exists()), None)
     if folder is None:
         return {"Examples": EXAMPLES}

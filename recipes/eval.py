@@ -32,8 +32,8 @@ from nli_sft.training.resources import ResourceRecorder
 
 
 def main(args):
-    datasets.disable_progress_bars()  # the bars that count are those of the evaluation
-    PartialState(cpu=default_device().type == "cpu")  # accelerate joins processes on a CPU only if it is told
+    datasets.disable_progress_bars()  # only the bars of the evaluation are of interest
+    PartialState(cpu=default_device().type == "cpu")  # accelerate needs cpu=True to join processes on a CPU
     resources = ResourceRecorder()
     recipe, prompt, record = read_run(args.run)
     if recipe.get("trust_remote_code") and not args.trust_remote_code:
@@ -51,12 +51,13 @@ def main(args):
     )
 
     device = PartialState().device
+    assert device is not None  # set by PartialState above
     precision = choose_precision(args.precision, device)
     if PartialState().is_main_process:
         print(f"{precision}.")
     weights = fingerprints(args.run)
     with resources.phase("evaluation") as phase, precision.autocast(device):
-        judgements = evaluate_run(
+        results = evaluate_run(
             args.run,
             precision.suit(from_recipe(ModelConfig, recipe)),
             sets,
@@ -67,15 +68,15 @@ def main(args):
             checks=suite.checks if suite else None,
             trust_remote_code=args.trust_remote_code,
         )
-        phase.count(pairs=sum(len(one.pairs) * len(judged) for one, judged in zip(sets, judgements, strict=True)))
+        phase.count(pairs=sum(len(one.pairs) * len(by_model) for one, by_model in zip(sets, results, strict=True)))
     used = resources.summary(run=args.run)
 
     if not PartialState().is_main_process:
         return
-    judged_now = set()
-    for one, judged in zip(sets, judgements, strict=True):
-        results = {model: result for model, (_, result) in judged.items()}
-        seen = trained_on(args.run, pair_hashes(one.pairs))
+    evaluated = set()
+    for one, by_model in zip(sets, results, strict=True):
+        metrics = {model: result for model, (_, result) in by_model.items()}
+        overlap = trained_on(args.run, pair_hashes(one.pairs))
         summary = {
             "name": one.name,
             "source": one.source,
@@ -83,23 +84,23 @@ def main(args):
             "pairs": len(one.pairs),
             "unlabelled_pairs_dropped": one.unlabelled,
             "unlinked_edits_dropped": one.unlinked,
-            "train_test_overlap": None if seen is None else int(seen.sum()),
+            "train_test_overlap": None if overlap is None else int(overlap.sum()),
             "data_fingerprint": fingerprint(one.pairs),
             "prompt_fingerprint": prompt.fingerprint,
             "weights": weights,
-            **results,
+            **metrics,
             "resources": used,
             "versions": versions(),
         }
-        scores = {model: score for model, (score, _) in judged.items()}
+        scores = {model: score for model, (score, _) in by_model.items()}
         folder = evaluation_folder(args.run, one.name or one.source, one.split)
-        write_evaluation(folder, one.pairs, scores, summary, seen)
-        judged_now.add(folder.name)
+        write_evaluation(folder, one.pairs, scores, summary, overlap)
+        evaluated.add(folder.name)
     if suite is not None:
         write_suite(args.run, suite, sets, missing)
     report = Report(args.run)
     for evaluation in report.evaluations:
-        if evaluation.folder.name not in judged_now:
+        if evaluation.folder.name not in evaluated:
             continue
         if seen := evaluation.summary["train_test_overlap"]:
             print(

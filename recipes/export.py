@@ -1,10 +1,10 @@
-"""Merge a run's adapter into its base, and check that the merged model answers as the two did.
+"""Merge a run's adapter into its base, and check that the merged model gives the same predictions.
 
 python recipes/export.py --run outputs/qwen3-0.6b-lora
 python recipes/export.py --run outputs/phi-2-qlora --dequantize --pairs 2000
 
-A 4-bit base is read again without quantisation, which moves answers a little: the adapter was trained to sit on the
-quantised weights. --dequantize merges into those instead.
+A 4-bit base is loaded without quantization, which changes predictions slightly, because the adapter was trained on the
+quantized weights. --dequantize merges into the dequantized weights instead.
 
 For llama.cpp, convert the folder that this writes, with the converter of a llama.cpp checkout:
 python convert_hf_to_gguf.py outputs/qwen3-0.6b-lora-merged --outtype q8_0
@@ -31,7 +31,7 @@ from nli_sft.runs import read_run, write_json
 def main(args):
     output = Path(args.output_dir)
     if output.exists():
-        raise UserError(f"output_dir {output} is there already; remove it, or name another")
+        raise UserError(f"output_dir {output} already exists; remove it or give another folder")
     recipe, _, _ = read_run(args.run)
     device = pick_device(args.device)
     model_args = from_recipe(ModelConfig, recipe)
@@ -46,10 +46,10 @@ def main(args):
         label_spellings=data.label_spellings,
     )
     pairs = subsample(pairs, min(args.pairs, len(pairs)), seed=0)
-    texts = pairs["premise"], pairs["hypothesis"]
+    texts = list(pairs["premise"]), list(pairs["hypothesis"])
 
     before = NLIClassifier.from_pretrained(args.run, device=device, dtype=dtype)(*texts)
-    # Only what has passed gets the name that was asked for.
+    # The folder gets its final name after the check.
     unchecked = output.with_name(f"{output.name}.unchecked")
     try:
         write_merged(args.run, unchecked, replace(model_args, dtype=dtype), device, args.dequantize)
@@ -64,8 +64,8 @@ def main(args):
     if not parity.is_within(args.max_difference, args.max_flips):
         hint = "; try --dequantize" if recipe.get("load_in_4bit") and not args.dequantize else ""
         raise UserError(
-            f"the merged model is not the one that was measured: {parity}, and max_difference is "
-            f"{args.max_difference}, max_flips {args.max_flips}{hint}. It is left in {unchecked}"
+            f"the merged model differs from the measured one: {parity}; the limits are max_difference "
+            f"{args.max_difference} and max_flips {args.max_flips}{hint}. The model is in {unchecked}"
         )
     unchecked.rename(output)
     print(f"Written to {output}")

@@ -15,7 +15,7 @@ from nli_sft.hub.push import PushConfig, push
 def main(args):
     address = push(args)
     print(f"Pushed {args.run}: {address}")
-    print(f'Ask it: NLIClassifier.from_pretrained("{args.hub_model_id}")("A man sleeps.", "A person is awake.")')
+    print(f'Try it: NLIClassifier.from_pretrained("{args.hub_model_id}")("A man sleeps.", "A person is awake.")')
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from nli_sft.models.loading import load_tuned
 from nli_sft.models.precision import Precision, choose_precision
 from nli_sft.runs import read_run
 
-RESTS = Prediction("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
+ENTAILED = Prediction("entailment", dict(zip(LABELS, (0.5, 0.3, 0.2), strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +44,15 @@ def classifier(run):
     return NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
 
 
-def test_it_says_what_the_evaluation_said(run, classifier):
+def test_its_predictions_are_those_of_the_evaluation(run, classifier):
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    for model, judge in (("tuned", classifier), ("base", classifier.before_tuning())):
-        judgements = judge(table["premise"], table["hypothesis"])
-        assert [j.label for j in judgements] == list(table[f"{model}_prediction"])
+    for model, predict in (("tuned", classifier), ("base", classifier.before_tuning())):
+        predictions = predict(table["premise"], table["hypothesis"])
+        assert [p.label for p in predictions] == list(table[f"{model}_prediction"])
         for label in LABELS:
-            assert [j.probabilities[label] for j in judgements] == pytest.approx(table[f"{model}_p_{label}"], abs=1e-5)
+            assert [p.probabilities[label] for p in predictions] == pytest.approx(
+                table[f"{model}_p_{label}"], abs=1e-5
+            )
     assert list(table["tuned_prediction"]) != list(table["base_prediction"])
 
 
@@ -64,7 +66,7 @@ def test_one_pair_lists_generators_and_columns(classifier):
     pairs = few_pairs()
     columns = classifier(pairs["premise"], pairs["hypothesis"])
     generated = classifier((p for p, _, _ in SCENES), (h for _, h, _ in SCENES))
-    assert [j.label for j in columns] == [j.label for j in generated]
+    assert [p.label for p in columns] == [p.label for p in generated]
     assert len(columns) == len(SCENES)
     assert columns[0].probabilities == pytest.approx(one.probabilities, abs=1e-5)
     assert classifier([], []) == []
@@ -83,20 +85,18 @@ def texts(pairs):
     return pairs["premise"], pairs["hypothesis"]
 
 
-def test_threads_get_what_they_asked_for(classifier):
+def test_threads_get_their_own_predictions(classifier):
     base = classifier.before_tuning()
-    expected = {judge: [judge(p, h) for p, h, _ in SCENES] for judge in (classifier, base)}
+    expected = {one: [one(p, h) for p, h, _ in SCENES] for one in (classifier, base)}
     wrong = []
 
-    def ask(judge, index):
+    def predict(one, index):
         premise, hypothesis, _ = SCENES[index]
         for _ in range(3):
-            if judge(premise, hypothesis).probabilities != pytest.approx(
-                expected[judge][index].probabilities, abs=1e-5
-            ):
+            if one(premise, hypothesis).probabilities != pytest.approx(expected[one][index].probabilities, abs=1e-5):
                 wrong.append(index)
 
-    threads = [threading.Thread(target=ask, args=(judge, index)) for judge in expected for index in range(len(SCENES))]
+    threads = [threading.Thread(target=predict, args=(one, index)) for one in expected for index in range(len(SCENES))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -110,10 +110,10 @@ def test_a_full_model_and_its_base(tmp_path, run):
         make_run(tmp_path / "full", base, use_peft=False), device="cpu", dtype="float32"
     )
     tuned = pd.read_parquet(tmp_path / "full" / "eval" / "snli-test" / "predictions.parquet")
-    assert [j.label for j in classifier(tuned["premise"], tuned["hypothesis"])] == list(tuned["tuned_prediction"])
+    assert [p.label for p in classifier(tuned["premise"], tuned["hypothesis"])] == list(tuned["tuned_prediction"])
     of_adapter = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = classifier.before_tuning()(of_adapter["premise"], of_adapter["hypothesis"])
-    assert [j.label for j in judgements] == list(of_adapter["base_prediction"])
+    predictions = classifier.before_tuning()(of_adapter["premise"], of_adapter["hypothesis"])
+    assert [p.label for p in predictions] == list(of_adapter["base_prediction"])
 
 
 @pytest.mark.parametrize("family", ["byte_level", "sentencepiece"])
@@ -122,10 +122,10 @@ def test_tokenizers_without_a_chat_template(tmp_path, family):
     base = make_base(tmp_path / "base", tokenizer)
     run = make_run(tmp_path / "run", base, tokenizer=tokenizer)
     table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
-    judgements = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")(
+    predictions = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")(
         table["premise"], table["hypothesis"]
     )
-    assert [j.label for j in judgements] == list(table["tuned_prediction"])
+    assert [p.label for p in predictions] == list(table["tuned_prediction"])
 
 
 @pytest.mark.parametrize(
@@ -143,19 +143,19 @@ def test_tokenizers_without_a_chat_template(tmp_path, family):
         ({"premise": "A dog."}, {"hypothesis": "A cat."}, "give two texts, or two lists"),
     ],
 )
-def test_what_cannot_be_judged(classifier, premise, hypothesis, message):
+def test_inputs_that_are_not_texts(classifier, premise, hypothesis, message):
     with pytest.raises(UserError) as error:
         classifier(premise, hypothesis)
     assert message in str(error.value)
     assert classifier("A dog.", "A cat.").label in LABELS, "the lock is free again"
 
 
-def test_a_model_of_nan_is_not_believed(run):
-    broken = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
+def test_nan_scores_are_an_error(run):
+    nan = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
     with torch.no_grad():
-        next(broken.model.parameters()).fill_(torch.nan)
+        next(nan.model.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="the scores of 1 of 1 pairs are NaN"):
-        broken(*SCENES[0][:2])
+        nan(*SCENES[0][:2])
 
 
 def test_only_safetensors_are_read(tmp_path, run):
@@ -168,7 +168,7 @@ def test_only_safetensors_are_read(tmp_path, run):
         NLIClassifier.from_pretrained(run.parent / "pickled")
 
 
-def test_a_base_in_pickles_is_not_read_either(tmp_path, run):
+def test_a_pickled_base_is_not_read(tmp_path, run):
     base = make_base(tmp_path / "base")
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
@@ -197,7 +197,7 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
     assert not marker.exists()
 
 
-def test_folders_that_are_no_run(tmp_path):
+def test_folders_that_are_not_runs(tmp_path):
     with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         NLIClassifier.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="neither a local folder nor a Hub id"):
@@ -208,9 +208,7 @@ def test_folders_that_are_no_run(tmp_path):
 @pytest.mark.parametrize("fields", [{}, {"use_peft": False}, {"load_in_4bit": True}], ids=["lora", "full", "qlora"])
 def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeypatch, precision, fields):
     device = torch.device("cpu")
-    monkeypatch.setattr(
-        "nli_sft.models.precision.native_precision", lambda _: Precision(precision, "as on another machine")
-    )
+    monkeypatch.setattr("nli_sft.models.precision.native_precision", lambda _: Precision(precision, "another machine"))
     run = make_run(tmp_path / "run", run.parent / "base", evaluated=False, dtype="bfloat16", **fields)
     classifier = NLIClassifier.from_pretrained(run, device=device)
     chosen = choose_precision("auto", device)
@@ -220,32 +218,32 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
     with chosen.autocast(device):
         tasks = [EvalTask("pairs", few_pairs(), classifier.encoder)]
         ((_, result),) = evaluate_model(evaluated, tasks, name="tuned", batch_size=64, batch_args=BatchConfig())
-    judgements = classifier(*texts(few_pairs()))
+    predictions = classifier(*texts(few_pairs()))
     gold = [LABELS[label] for label in few_pairs()["label"]]
-    nll = -sum(math.log(j.probabilities[label]) for j, label in zip(judgements, gold, strict=True)) / len(gold)
+    nll = -sum(math.log(p.probabilities[label]) for p, label in zip(predictions, gold, strict=True)) / len(gold)
     assert nll == pytest.approx(result["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; give a number of pairs from 1"),
+        ({"batch_size": 0}, "batch_size is 0; give a number of pairs, at least 1"),
         ({"batch_size": "8"}, "batch_size is '8'; give"),
         ({"dtype": "bf16"}, "dtype is 'bf16'; give one of .*float32.* or auto"),
     ],
 )
-def test_options_that_cannot_be_meant(run, options, message):
+def test_invalid_options(run, options, message):
     with pytest.raises(UserError, match=message):
         NLIClassifier.from_pretrained(run, device="cpu", **options)
 
 
-def test_a_type_that_is_asked_for_is_the_type_of_the_weights(run):
+def test_the_requested_dtype_is_that_of_the_weights(run):
     classifier = NLIClassifier.from_pretrained(run, device="cpu", dtype="bfloat16")
     assert classifier.model.base_model.model.lm_head.weight.dtype == torch.bfloat16
     assert classifier.precision.name == "bf16"
 
 
-def test_the_command_line_judges_one_pair(run, classifier, capsys):
+def test_the_command_line_predicts_one_pair(run, classifier, capsys):
     premise, hypothesis, _ = SCENES[0]
     main(["predict", "--model", str(run), "--premise", premise, "--hypothesis", hypothesis, "--dtype", "float32"])
     printed = json.loads(capsys.readouterr().out)
@@ -254,21 +252,21 @@ def test_the_command_line_judges_one_pair(run, classifier, capsys):
     assert printed["p_neutral"] == pytest.approx(expected.probabilities["neutral"], abs=1e-4)
 
 
-def test_the_command_line_judges_files_without_labels(run, tmp_path, classifier, capsys, monkeypatch):
+def test_the_command_line_predicts_files_without_labels(run, tmp_path, classifier, capsys, monkeypatch):
     monkeypatch.setattr("nli_sft.__main__.CHUNK", 5)
     path = tmp_path / "pairs.tsv"
     path.write_text("id\tsentence1\tsentence2\n" + "".join(f"{i}\t{p}\t{h}\n" for i, (p, h, _) in enumerate(SCENES)))
     main(["predict", "--model", str(run), str(path), "--dtype", "float32"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["id"] for row in printed] == [str(i) for i in range(len(SCENES))]
-    assert [row["prediction"] for row in printed] == [j.label for j in classifier(*texts(few_pairs()))]
+    assert [row["prediction"] for row in printed] == [p.label for p in classifier(*texts(few_pairs()))]
 
 
 def predict(run, *arguments):
     main(["predict", "--model", str(run), *map(str, arguments)])
 
 
-def test_what_a_file_has_beside_its_pairs_passes_through(run, tmp_path, capsys):
+def test_other_columns_of_a_file_pass_through(run, tmp_path, capsys):
     row = {
         "premise": "A man sleeps.",
         "hypothesis": "A café.",
@@ -296,7 +294,7 @@ def test_what_a_file_has_beside_its_pairs_passes_through(run, tmp_path, capsys):
     }
 
 
-def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, capsys, monkeypatch):
+def test_the_output_file_is_complete_or_absent(run, tmp_path, capsys, monkeypatch):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"premise": "A.", "hypothesis": "B.", "note": "half \ud83d"}] * 3)
     output = tmp_path / "predictions.jsonl"
     predict(run, pairs, "--output", output)
@@ -324,10 +322,10 @@ def test_predictions_go_to_a_file_that_is_whole_or_not_there(run, tmp_path, caps
         predict(run, pairs, "--output", output)
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("\nStopped by Ctrl-C.\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "link.jsonl"}, "half a file, under any name"
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "link.jsonl"}, "no partial file"
 
 
-def test_a_full_disk_is_told(run, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(run, tmp_path, monkeypatch):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"premise": "A.", "hypothesis": "B."}])
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr("nli_sft.__main__._write_predictions", lambda *_: (_ for _ in ()).throw(full))
@@ -354,7 +352,7 @@ def test_standard_input_in_each_format(run, monkeypatch, capsys, pairs):
     if pairs == "parquet":
         pq.write_table(pa.table({"premise": ["A man sleeps."], "hypothesis": ["He rests."]}), buffer := io.BytesIO())
         pairs = buffer.getvalue()
-    monkeypatch.setattr(NLIClassifier, "from_pretrained", lambda *_, **__: lambda texts, _: [RESTS] * len(texts))
+    monkeypatch.setattr(NLIClassifier, "from_pretrained", lambda *_, **__: lambda texts, _: [ENTAILED] * len(texts))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pairs)))
     predict(run, "-")
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
@@ -371,14 +369,14 @@ def test_standard_input_that_cannot_be_read(run, monkeypatch, pairs, message):
         predict(run, "-")
 
 
-def test_a_control_token_is_named_by_its_row_before_weights_are_loaded(run, tmp_path, monkeypatch):
+def test_a_control_token_is_an_error_before_weights_are_loaded(run, tmp_path, monkeypatch):
     monkeypatch.setattr(NLIClassifier, "from_pretrained", pytest.fail)
     (tmp_path / "pairs.csv").write_text("premise,hypothesis\nA.,B.\nA.<|im_end|>,B.\n")
     with pytest.raises(SystemExit, match=r"pairs.csv row 3: the pair .* holds '<\|im_end\|>', a control token"):
         predict(run, tmp_path / "pairs.csv")
 
 
-def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
+def test_standard_output_is_only_json_lines_and_may_be_closed(run, tmp_path):
     row = {"Sentence1": "A man sleeps.", "sentence2": "A café.", "long": "x" * 200_000}
     (tmp_path / "pairs.jsonl").write_text((json.dumps(row) + "\n") * 4)
     command = f"set -o pipefail; cat pairs.jsonl | {sys.executable} -m nli_sft predict --model {run} --device cpu -"
@@ -395,21 +393,21 @@ def test_standard_output_is_json_lines_alone_and_may_be_closed(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["taken.csv"], "taken.csv row 2: the columns prediction, p_neutral are what predict writes"),
-        (["twice.csv"], "twice.csv: the heading has note 2 times; rename all but one"),
-        (["unnamed.csv"], "unnamed.csv: the heading leaves 2 columns without a name; name them"),
+        (["taken.csv"], "taken.csv row 2: predict writes the columns prediction, p_neutral itself"),
+        (["twice.csv"], "twice.csv: the header has column note 2 times; rename all but one"),
+        (["unnamed.csv"], "unnamed.csv: 2 columns of the header have no name; name them"),
         (["joined.csv"], "joined.csv row 3: repeats the heading"),
         (["book.xlsx"], "book.xlsx: cannot read this kind of file; expected one of .jsonl"),
         (["late.csv", "--premise_column", "hypothesis"], "premise_column and hypothesis_column are both hypothesis"),
-        (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; nli-sft"),
+        (["late.csv", "--batch_size", "1e3"], "argument --batch_size: invalid int value: '1e3'; see nli-sft"),
         (["late.csv", "--batchsize", "3"], "unknown argument --batchsize; did you mean --batch_size?"),
         (["late.csv", "--hypothesis-column=x"], "unknown argument --hypothesis-column; did you mean --hypothesis_col"),
         (["late.csv", "twice.csv"], "unknown argument twice.csv; give one file"),
         (["late.csv", "--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16'"),
         (["late.csv", "--output", "/dev/null"], "--output /dev/null: cannot be written"),
         (["late.csv"], "late.csv row 3, column hypothesis: the hypothesis is ' '; expected text"),
-        (["late.csv", "--batch_size", "0"], "--batch_size takes a number of pairs from 1, not 0"),
-        (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; call the file .jsonl"),
+        (["late.csv", "--batch_size", "0"], "--batch_size is 0; give a number of pairs, at least 1"),
+        (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; name the file .jsonl"),
         (["same.jsonl", "--output", "./same.jsonl"], "same.jsonl is the file of pairs"),
         (["gone.csv", "--output", "same.jsonl"], "gone.csv: expected a file of pairs"),
         (["late.csv", "--output", "no/such.jsonl"], "--output no/such.jsonl: cannot be written"),
@@ -441,7 +439,7 @@ def test_a_bad_command_line_ends_before_the_model_is_loaded(tmp_path, monkeypatc
         (["blank.jsonl"], "blank.jsonl row 1, column hypothesis: the hypothesis is ''; expected text"),
     ],
 )
-def test_bad_command_lines_end_in_a_sentence(run, tmp_path, monkeypatch, arguments, message):
+def test_bad_command_lines_end_with_a_message(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd.tsv").write_text("a\tb\n1\t2\n")
     (tmp_path / "empty.jsonl").write_text("")
@@ -452,6 +450,6 @@ def test_bad_command_lines_end_in_a_sentence(run, tmp_path, monkeypatch, argumen
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:977", "cpu:x"])
-def test_a_device_that_is_not_there(device):
-    with pytest.raises(UserError, match=f"^device: {device} is not there; give cpu, or one such as cuda:0"):
+def test_a_device_that_is_not_available(device):
+    with pytest.raises(UserError, match=f"^device: {device} is not available; give cpu, or one such as cuda:0"):
         pick_device(device)

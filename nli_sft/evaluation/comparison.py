@@ -1,11 +1,12 @@
-"""Two sets of predictions on the same pairs: is one better, by how much, and how sure is that?
+"""Compare two sets of predictions on the same pairs: the difference in accuracy, its interval and its p-value.
 
-SNLI has about three hypotheses for each premise, and answers to one premise err together. So what is resampled here is
-premises, not pairs.
+SNLI has about three hypotheses per premise, and errors on pairs of one premise are correlated. So the bootstrap
+resamples premises, not pairs.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from .. import UserError
 RESAMPLES = 2_000
 SEED = 0
 
-# With fewer groups than this a bootstrap interval is too narrow to rest a claim on.
+# With fewer groups, a bootstrap interval is too narrow to support a claim.
 MIN_PREMISES = 20
 
 # On fewer pairs, an accuracy of 80 % has a 95 % interval of more than 7 points.
@@ -37,8 +38,8 @@ class Comparison:
         before, after: accuracy.
         difference: `after - before`.
         interval: 95 % bootstrap interval of the difference, resampled by premise.
-        fixed, regressed, both_right, both_wrong: pairs that turned right, turned wrong, stayed right, stayed wrong.
-        p_value: that a changed pair is as likely to be broken as to be fixed; see `change_p_value`.
+        fixed, regressed, both_right, both_wrong: pairs that became right, became wrong, stayed right, stayed wrong.
+        p_value: of the hypothesis that accuracy did not change; see `change_p_value`.
         agreement: share of pairs with the same prediction before and after.
     """
 
@@ -55,7 +56,7 @@ class Comparison:
     p_value: float
     agreement: float
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"interval": list(self.interval)}
 
 
@@ -68,11 +69,11 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """Compare two sets of predictions, given pair by pair in one order (`align` sees to that for two files).
+    """Compare two sets of predictions on the same pairs in the same order (see `align`).
 
     Args:
         gold, before, after: (n,) labels, as names or ids.
-        premises: (n,) texts or ids; pairs with the same one are resampled together.
+        premises: (n,) texts or ids; pairs of one premise are resampled together.
 
     Raises:
         ValueError: if there are no pairs, or the lengths differ.
@@ -102,24 +103,24 @@ def compare(
 
 
 def buckets(gold: np.ndarray, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """(n,) the name of each pair's bucket, one of `BUCKETS`."""
+    """(n,) the bucket of each pair, one of `BUCKETS`."""
     return np.array(BUCKETS)[(before == gold) * 2 + (after == gold)]
 
 
 def mcnemar(fixed: int, regressed: int) -> float:
-    """p-value of the exact, two-sided test on the pairs that changed sides (McNemar, 1947); 1 if none did."""
+    """p-value of the exact two-sided test on fixed and regressed pairs (McNemar, 1947); 1 if there are none."""
     return float(binomtest(fixed, fixed + regressed).pvalue) if fixed + regressed else 1.0
 
 
 def change_p_value(change: np.ndarray, groups: np.ndarray) -> float:
-    """Two-sided p-value that accuracy did not change, where pairs of one premise may change together.
+    """Two-sided p-value of the hypothesis that accuracy did not change, with pairs clustered by premise.
 
-    The larger of McNemar's exact p-value, which takes pairs as independent, and that of a t-test with errors clustered
-    by premise (Cameron and Miller, 2015), which is too small where few pairs changed.
+    The larger of two p-values: McNemar's exact test, which treats pairs as independent, and a t-test with errors
+    clustered by premise (Cameron and Miller, 2015), whose p-value is too small if few pairs changed.
 
     Args:
-        change: (n,) -1 for a pair that turned wrong, 1 for one that turned right, 0 for the others.
-        groups: (n,) group numbers from 0 without a gap.
+        change: (n,) 1 for a fixed pair, -1 for a regressed one, 0 for the others.
+        groups: (n,) group numbers 0, 1, … without gaps.
     """
     by_pair = mcnemar(int((change > 0).sum()), int((change < 0).sum()))
     sums = np.bincount(groups, weights=change - change.mean())
@@ -133,18 +134,18 @@ def change_p_value(change: np.ndarray, groups: np.ndarray) -> float:
 def smallest_difference(
     pairs: int, changed: int, *, design_effect: float = 1.0, power: float = 0.8, level: float = 0.05
 ) -> float | None:
-    """The smallest difference of two accuracies that `change_p_value` finds in a share `power` of such comparisons.
+    """The smallest difference of two accuracies that `change_p_value` detects with this power.
 
-    The formula of Connor (1987), "Sample size for testing differences in proportions for the paired-sample design",
-    solved for the difference, with as many pairs as would tell as much if each had a premise of its own.
+    Solves the sample-size formula of Connor (1987), "Sample size for testing differences in proportions for the
+    paired-sample design", for the difference, with the number of pairs divided by the design effect.
 
     Args:
-        pairs: how many were judged by both.
-        changed: of how many one was right and the other wrong.
-        design_effect: by how much pairs that share a premise inflate the variance; see `design_effect`.
+        pairs: number of pairs that both predicted.
+        changed: number of pairs that one predicted right and the other wrong.
+        design_effect: factor by which shared premises inflate the variance; see `design_effect`.
 
     Returns:
-        A share of the pairs, or `None` where no difference that so few changed pairs allow would be found.
+        A share of the pairs, or `None` if so few changed pairs allow no detectable difference.
     """
     share, n = changed / pairs, pairs / design_effect
     z_level, z_power = norm.isf(level / 2), norm.isf(1 - power)
@@ -153,15 +154,17 @@ def smallest_difference(
         needed = z_level * np.sqrt(share) + z_power * np.sqrt(share - difference**2)
         return needed - difference * np.sqrt(n)
 
-    return float(brentq(excess, 0, share)) if changed and excess(share) < 0 else None
+    if not changed or excess(share) >= 0:
+        return None
+    return cast(float, brentq(excess, 0, share))  # a pair only with full_output
 
 
 def design_effect(values: np.ndarray, groups: np.ndarray) -> float:
-    """The variance of a mean over groups that err together, over that of as many independent values (Kish, 1965).
+    """The variance of a mean of grouped values, divided by that of as many independent values (Kish, 1965).
 
     Args:
         values: (n,) numbers.
-        groups: (n,) group numbers from 0 without a gap.
+        groups: (n,) group numbers 0, 1, … without gaps.
     """
     centred = values - values.mean()
     return float((np.bincount(groups, weights=centred) ** 2).sum() / (centred**2).sum()) if centred.any() else 1.0
@@ -170,15 +173,15 @@ def design_effect(values: np.ndarray, groups: np.ndarray) -> float:
 def bootstrap_interval(
     values: np.ndarray, groups: np.ndarray, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = SEED
 ) -> tuple[float, float]:
-    """Percentile interval of the mean of `values`, whole groups being drawn with replacement.
+    """Percentile interval of the mean of `values`, drawing whole groups with replacement.
 
-    The cluster bootstrap (Field and Welsh, 2007), which `scipy.stats.bootstrap` does not do. Groups with the same size
-    and the same sum cannot be told apart, so instead of drawing groups it draws how many come from each such kind: for
-    9,824 pairs and 2,000 resamples a few milliseconds, and the same distribution.
+    The cluster bootstrap (Field and Welsh, 2007), which `scipy.stats.bootstrap` lacks. Groups of equal size and sum
+    are interchangeable, so this draws how many groups of each kind a resample has: the same distribution, in a few
+    milliseconds for 9,824 pairs and 2,000 resamples.
 
     Args:
         values: (n,) integers, here -1, 0 or 1.
-        groups: (n,) group numbers from 0 without a gap.
+        groups: (n,) group numbers 0, 1, … without gaps.
     """
     sizes = np.bincount(groups)
     sums = np.bincount(groups, weights=values)
@@ -190,13 +193,13 @@ def bootstrap_interval(
 
 
 def accuracy_interval(accuracy: float, pairs: int) -> tuple[float, float]:
-    """Wilson's 95 % interval (1927) of a share of pairs that are right."""
+    """95 % Wilson score interval (1927) of an accuracy."""
     interval = binomtest(round(accuracy * pairs), pairs).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
 
 def choice_warning(pairs: int) -> str | None:
-    """A sentence for a validation set that is too small to choose a checkpoint by; `None` for a larger one."""
+    """A warning if the validation set is too small to choose a checkpoint by, else `None`."""
     if pairs >= MIN_PAIRS_TO_CHOOSE:
         return None
     low, high = accuracy_interval(0.8, pairs)
@@ -207,14 +210,15 @@ def choice_warning(pairs: int) -> str | None:
 
 
 def align(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `second` in the order of `first`, two tables of predictions with uid, premise, hypothesis and label.
+    """The rows of `second` in the order of `first`; both are tables of predictions.
 
     Raises:
-        UserError: with an example, if the two do not hold the same pairs with the same gold labels.
+        UserError: with an example, if the two do not have the same pairs with the same gold labels.
     """
     for name, table in (("first", first), ("second", second)):
-        if table["uid"].duplicated().any():
-            raise UserError(f"the {name} table has uid {table['uid'][table['uid'].duplicated()].iloc[0]} twice")
+        repeated = table["uid"].to_numpy()[table["uid"].duplicated()]
+        if len(repeated):
+            raise UserError(f"the {name} table has uid {repeated[0]} twice")
     missing = set(first["uid"]) ^ set(second["uid"])
     if missing:
         example = min(missing)
@@ -240,12 +244,12 @@ def headline(
     before: str = "before",
     after: str = "after",
 ) -> str:
-    """One sentence that claims what the interval allows and no more.
+    """One sentence that claims no more than the interval supports.
 
     Args:
         subject: what made the difference.
-        pairs: what was judged, in the plural.
-        before, after: the two sides, where they are not one model before and after.
+        pairs: what was predicted, in the plural.
+        before, after: names of the two, if they are not one model before and after tuning.
     """
     c = comparison
     low, high = c.interval

@@ -35,11 +35,11 @@ def set_figures(pairs: pd.DataFrame, right: np.ndarray, probabilities: np.ndarra
     figures = {}
     if "subset" in pairs:
         figures["by_subset"] = by_subset(pairs, right)
-    if "label_counts" in pairs and (has_counts := pairs["label_counts"].notna().to_numpy()).any():
+    if "label_counts" in pairs and (has_counts := pairs["label_counts"].notna().to_numpy(bool)).any():
         figures["annotators"] = against_annotators(
             np.stack(pairs["label_counts"][has_counts].tolist()), probabilities[has_counts]
         )
-    if "edit_of" in pairs and pairs["edit_of"].notna().any():
+    if "edit_of" in pairs and pairs["edit_of"].notna().to_numpy().any():
         figures["edits"] = edits(pairs, right)
     return figures
 

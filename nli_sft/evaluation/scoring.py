@@ -1,12 +1,9 @@
-"""Constrained answers: the only texts a judge may say are its three label words.
+"""Constrained prediction: the model may only answer with one of its three label words.
 
-Two ways that must agree, and one control:
-
-- `generate_labels` runs `model.generate` with `prefix_allowed_tokens_fn`: what a deployed model does.
-- `score_prompts` reads the log-probability of every token of every answer from forward passes; `LabelScores` turns
-  them into the same choice, the probability of each label, and the mass that the unrestricted model puts on the
-  labels.
-- `generate_unconstrained` lets the model say what it likes, for the share of answers that name no label.
+- `generate_labels` runs `model.generate` with `prefix_allowed_tokens_fn`, as a deployed model does.
+- `score_prompts` reads the log-probability of every token of every answer from forward passes. `LabelScores` derives
+  the same prediction from them, the probability of each label, and the label mass without constraints.
+- `generate_unconstrained` generates without constraints, to measure how many answers name no label.
 """
 
 import logging
@@ -32,19 +29,19 @@ from ..models.bases import InputLimits
 
 logger = logging.getLogger(__name__)
 
-# Plain greedy decoding, whatever a model's generation_config.json asks for: a repetition penalty would punish the
+# Plain greedy decoding, whatever generation_config.json says: a repetition penalty would lower the probability of the
 # label words that the prompt lists.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
-Answers = list[list[int]]  # token ids of each label's answer, in label order; none begins another
+Answers = list[list[int]]  # token ids of each label's answer, in label order; none is a prefix of another
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """What a model thinks of n pairs.
+    """The scores of a model on n pairs.
 
     Attributes:
-        choice: (n,) int64. The label that constrained greedy generation says.
+        choice: (n,) int64. The label from constrained greedy generation.
         log_probs: (n, labels) float32. Log-probability of each label under constrained generation: at every step only
             tokens that continue some answer are allowed, and a label's probability is the product over its steps.
         unconstrained: (n, labels) float32. Sum of the unconstrained log-probabilities of an answer's tokens, which
@@ -59,45 +56,45 @@ class LabelScores:
     def from_token_log_probs(cls, token_log_probs: torch.Tensor, answers: Answers) -> "LabelScores":
         """From (n, labels, longest answer) log-probabilities, as `score_prompts` returns them.
 
-        Dividing by the mass of the allowed tokens turns an unrestricted probability into a restricted one, so no
-        logits are needed: the normaliser of the full vocabulary cancels.
+        A softmax over the allowed tokens gives the constrained probabilities; the normalizer of the full vocabulary
+        cancels, so no logits are needed.
         """
-        restricted = torch.zeros_like(token_log_probs)
-        alive = torch.ones(token_log_probs.shape[:2], dtype=torch.bool)  # answers that greedy has not left
+        constrained = torch.zeros_like(token_log_probs)
+        alive = torch.ones(token_log_probs.shape[:2], dtype=torch.bool)  # answers that greedy decoding can still reach
         for step in range(token_log_probs.shape[2]):
             for options in _branches(answers, step).values():
-                # One column for each distinct next token, through any of the answers that take it.
+                # One column for each distinct next token, from the first answer that has it.
                 columns = [labels[0] for labels in options.values()]
                 step_log_probs = torch.log_softmax(token_log_probs[:, columns, step], dim=1)
                 best = step_log_probs.argmax(dim=1)
                 for column, labels in enumerate(options.values()):
-                    restricted[:, labels, step] = step_log_probs[:, [column]]
+                    constrained[:, labels, step] = step_log_probs[:, [column]]
                     alive[:, labels] &= (best == column)[:, None]
-        choice = alive.int().argmax(dim=1)  # greedy has left all answers but one
-        return cls(choice, restricted.sum(dim=2), token_log_probs.sum(dim=2))
+        choice = alive.int().argmax(dim=1)  # exactly one answer is left
+        return cls(choice, constrained.sum(dim=2), token_log_probs.sum(dim=2))
 
     @property
     def label_mass(self) -> torch.Tensor:
-        """(n,) probability that the unrestricted model says any of the label words."""
+        """(n,) total probability of the label words without constraints."""
         return self.unconstrained.exp().sum(dim=1)
 
-    def check_numbers(self, model: torch.nn.Module, asked: str, fix: str) -> None:
-        """Refuse scores that are no numbers: whatever they were counted as, it would be wrong.
+    def check_numbers(self, model: torch.nn.Module, what: str, fix: str) -> None:
+        """Raise an error if scores are NaN or infinite, as every metric of them would be wrong.
 
         Args:
-            model: the model that gave them, whose weights are looked through for the reason.
-            asked: which model was asked what.
-            fix: what to do where the weights themselves are no numbers.
+            model: the model that was scored; its weights are searched for the cause.
+            what: model and set, for the error message.
+            fix: what to do if weights are NaN or infinite.
 
         Raises:
-            UserError: with the number of pairs that have NaN or infinity among their scores.
+            UserError: with the number of affected pairs.
         """
-        broken = int((~self.unconstrained.isfinite().all(dim=1)).sum())
-        if not broken:
+        affected = int((~self.unconstrained.isfinite().all(dim=1)).sum())
+        if not affected:
             return
         weight = next((name for name, values in model.named_parameters() if not values.isfinite().all()), None)
         raise UserError(
-            f"{asked}: the scores of {broken:,} of {len(self.unconstrained):,} pairs are NaN or infinite, "
+            f"{what}: the scores of {affected:,} of {len(self.unconstrained):,} pairs are NaN or infinite, "
             + (
                 "though the weights are not, so something overflows on the way: try precision: fp32"
                 if weight is None
@@ -107,7 +104,7 @@ class LabelScores:
 
 
 def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, list[int]]]:
-    """For every beginning of `step` tokens: each token that may come next -> the labels whose answers take it."""
+    """{prefix of `step` tokens: {next token: labels whose answers continue with it}}."""
     branches: dict[tuple[int, ...], dict[int, list[int]]] = {}
     for label, answer in enumerate(answers):
         if step < len(answer):
@@ -116,16 +113,15 @@ def _branches(answers: Answers, step: int) -> dict[tuple[int, ...], dict[int, li
 
 
 def distinguishing_prefixes(answers: Answers) -> Answers:
-    """The shortest beginning of each answer that no other has.
+    """The shortest prefix of each answer that distinguishes it from the others.
 
-    Constrained decoding chooses within these; the tokens after them are the only ones allowed. So their scores hold
-    the `choice` and the `log_probs` of the whole answers, for less work; `unconstrained` and `label_mass` are of the
-    prefixes.
+    Constrained decoding has no choice after these. So scoring them alone gives the `choice` and the `log_probs` of the
+    whole answers in less time; `unconstrained` and `label_mass` are those of the prefixes.
     """
 
     def shortest(answer: list[int]) -> list[int]:
-        beginnings = (answer[: step + 1] for step in range(len(answer)))
-        return next(start for start in beginnings if sum(a[: len(start)] == start for a in answers) == 1)
+        prefixes = (answer[: step + 1] for step in range(len(answer)))
+        return next(prefix for prefix in prefixes if sum(a[: len(prefix)] == prefix for a in answers) == 1)
 
     return [shortest(answer) for answer in answers]
 
@@ -133,17 +129,17 @@ def distinguishing_prefixes(answers: Answers) -> Answers:
 def allowed_tokens(
     answers: Answers, prompt_length: int, end_token_id: int
 ) -> Callable[[int, torch.Tensor], list[int]]:
-    """The `prefix_allowed_tokens_fn` of `generate` that walks down the answers, then ends.
+    """A `prefix_allowed_tokens_fn` for `generate` that allows the answers only, then the end token.
 
     Args:
         answers: token ids of each label's answer.
-        prompt_length: tokens before the answer, padding included (all rows padded on the left).
+        prompt_length: tokens before the answer, including the padding (on the left).
         end_token_id: allowed once an answer is complete.
     """
 
     def allowed(_batch_index: int, ids: torch.Tensor) -> list[int]:
-        said = tuple(ids[prompt_length:].tolist())
-        return list(_branches(answers, len(said)).get(said, {end_token_id: []}))
+        generated = tuple(ids[prompt_length:].tolist())
+        return list(_branches(answers, len(generated)).get(generated, {end_token_id: []}))
 
     return allowed
 
@@ -152,7 +148,7 @@ def allowed_tokens(
 def generate_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], answers: Answers
 ) -> list[int]:
-    """Constrained greedy generation: the label id said for each prompt."""
+    """Constrained greedy generation: the label id for each prompt."""
     input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
     with trie.exact_logits(model):
@@ -164,8 +160,8 @@ def generate_labels(
             pad_token_id=tokenizer.pad_token_id,
             **GREEDY,
         )
-    said = output[:, input_ids.shape[1] :].tolist()
-    return [next(label for label, answer in enumerate(answers) if row[: len(answer)] == answer) for row in said]
+    generated = output[:, input_ids.shape[1] :].tolist()
+    return [next(label for label, answer in enumerate(answers) if row[: len(answer)] == answer) for row in generated]
 
 
 def score_prompts(
@@ -182,23 +178,23 @@ def score_prompts(
 ) -> LabelScores:
     """Score any number of prompts and return the scores in the order given.
 
-    A batch that does not fit in memory is halved, and stays halved: no pair is lost or scored twice.
+    If a batch does not fit in memory, the batch size is halved for the remaining pairs.
 
     Args:
-        batch_size: prompts a forward pass, at first.
+        batch_size: prompts per forward pass, at first.
         max_row_tokens: the longest row of a trie, or `None` for padded batches.
-        progress: the text before a progress bar; no bar without it.
-        gold: the right labels, for the accuracy so far on that bar.
-        graphs: from `scoring_graphs`; kept by the caller, they serve again while the model runs in the same way.
+        progress: description of a progress bar, or `None` for no bar.
+        gold: gold label ids, to show the accuracy so far on the bar.
+        graphs: from `scoring_graphs`; the caller can use them again as long as the model does not change.
     """
     if max_row_tokens is None:
         order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    else:  # prompts that share a premise stand together
-        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda index: prompts[index].tobytes())
-    scored: list[torch.Tensor] = []  # left on the device: to fetch them is to wait for them
+    else:  # brings prompts that share a premise together
+        sort_keys = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
+        order = sorted(range(len(prompts)), key=sort_keys.__getitem__)
+    scored: list[torch.Tensor] = []  # left on the device, because copying them would wait for it
     done = 0
-    # leave=None: a bar within another one is gone when it is done.
+    # leave=None: a nested bar disappears when it is complete.
     with tqdm(total=len(prompts), desc=progress, unit="pair", disable=progress is None, leave=None) as bar:
         accuracy = _AccuracySoFar(bar, answers, None if gold is None else [gold[index] for index in order])
         while done < len(order):
@@ -216,7 +212,7 @@ def score_prompts(
                 if size == 1 or not should_reduce_batch_size(error):
                     raise
                 batch_size, graphs = size // 2, None
-                logger.info("out of memory: scoring goes on with %d prompts a batch", batch_size)
+                logger.info("out of memory: scoring continues with %d prompts per batch", batch_size)
             if (
                 batch_size < size
             ):  # not in the except clause: there the traceback holds on to what the pass had computed
@@ -228,7 +224,7 @@ def score_prompts(
 
 
 class _AccuracySoFar:
-    """The accuracy on a progress bar, brought up to date once a second: to know it is to wait for the device."""
+    """Shows the accuracy on a progress bar. At most once a second, as it has to wait for the device."""
 
     def __init__(self, bar: tqdm, answers: Answers, gold: list[int] | None):
         self.bar, self.answers, self.gold = bar, answers, gold
@@ -239,15 +235,15 @@ class _AccuracySoFar:
         if self.gold is None or self.bar.disable or time.monotonic() < self.shown + 1:
             return
         log_probs = torch.cat([scores.cpu() for scores in scored[self.counted :]])
-        said = LabelScores.from_token_log_probs(log_probs, self.answers).choice.tolist()
-        self.right += sum(map(int.__eq__, said, self.gold[self.done :]))
-        self.counted, self.done = len(scored), self.done + len(said)
+        predicted = LabelScores.from_token_log_probs(log_probs, self.answers).choice.tolist()
+        self.right += sum(map(int.__eq__, predicted, self.gold[self.done :]))
+        self.counted, self.done = len(scored), self.done + len(predicted)
         self.bar.set_postfix(accuracy=f"{self.right / self.done:.1%}", refresh=False)
         self.shown = time.monotonic()
 
 
 def _score_batches(model, prompts, batches, answers, pad_token_id, max_row_tokens, graphs):
-    """Yield each batch of indices with its scores, tries being packed ahead in a thread."""
+    """Yield each batch of indices with its scores. On CUDA, a thread packs tries ahead."""
     if max_row_tokens is None:
         for batch in batches:
             yield batch, score_padded(model, [prompts[index] for index in batch], answers, pad_token_id)
@@ -258,7 +254,7 @@ def _score_batches(model, prompts, batches, answers, pad_token_id, max_row_token
         for batch in batches:
             packed = pack_scoring([prompts[index] for index in batch], answers, max_row_tokens)
             packed = packed if graphs is None else graphs.pad(packed)
-            # From other memory a copy to the device waits for all work before it.
+            # A copy from memory that is not pinned waits for all earlier work.
             yield batch, {name: values.pin_memory() if on_cuda else values for name, values in packed.items()}
 
     for batch, packed in prefetch(pack()) if on_cuda else pack():
@@ -271,14 +267,14 @@ def _score_batches(model, prompts, batches, answers, pad_token_id, max_row_token
 def scoring_graphs(
     model: PreTrainedModel, pairs: int, max_row_tokens: int | None, compiled: bool = False
 ) -> graph.ScoringGraphs | None:
-    """Graphs for `score_prompts` with batches of `pairs` prompts; `None` where there can be none.
+    """CUDA graphs for `score_prompts` with batches of `pairs` prompts, or `None` if they are not possible.
 
-    One device alone, since sharded models wait for each other in every pass, and plain attention: FlexAttention
-    compiles for each mask.
+    They need a single process, because sharded models synchronize in every pass, and an attention other than
+    FlexAttention, which compiles for each mask.
 
     Args:
-        compiled: run layers that are compiled as such. To compile them for scoring takes seconds, which pays from some
-            hundred thousand pairs on.
+        compiled: use the compiled layers. Compiling them for scoring takes seconds, which pays off from some hundred
+            thousand pairs.
     """
     alone = PartialState().num_processes == 1 and model.device.type == "cuda"
     if not alone or max_row_tokens is None or model.config._attn_implementation == "flex_attention":
@@ -287,14 +283,14 @@ def scoring_graphs(
 
 
 class Scorer:
-    """Scores prompts with one model: the one wiring for training, evaluation and `NLIClassifier`.
+    """Scores prompts with one model, in training, evaluation and `NLIClassifier`.
 
     Args:
         model: a causal LM, or one with an adapter, on its device.
         encoder: the encoder of the prompts.
-        batch_args: tries or padded batches, how long their rows may be, and whether CUDA graphs are wanted. Graphs are
-            kept, and read the weights that the model held when they were recorded.
-        batch_size: prompts a forward pass, at first; halved where they do not fit in memory.
+        batch_args: tries or padded batches, how long their rows may be, and whether to use CUDA graphs. Graphs are
+            kept, and read the weight tensors that the model had when they were recorded.
+        batch_size: prompts per forward pass, at first; halved if they do not fit in memory.
         answers: token ids of each label's answer; those of the encoder by default.
     """
 
@@ -317,12 +313,14 @@ class Scorer:
     def __call__(
         self, prompts: list[list[int]], *, progress: str | None = None, gold: list[int] | None = None
     ) -> LabelScores:
-        """Score any number of prompts, on this process alone; `progress` and `gold` as for `score_prompts`.
+        """Score any number of prompts in this process; `progress` and `gold` as for `score_prompts`.
 
         Raises:
-            UserError: if a prompt holds a token, or has a length, that the model cannot read.
+            UserError: if a prompt has a token or a length that the model cannot read.
         """
-        longest_answer = max(map(len, self.encoder.answers))  # whatever is scored: what is too long is so everywhere
+        longest_answer = max(
+            map(len, self.encoder.answers)
+        )  # not those of `self.answers`: the limit is the same everywhere
         self._limits.check(prompts, self.encoder.tokenizer, longest_answer - 1)
         row_tokens = self._row_tokens(max(map(len, prompts), default=0) + longest_answer)
         return score_prompts(
@@ -334,7 +332,7 @@ class Scorer:
             max_row_tokens=row_tokens,
             progress=progress,
             gold=gold,
-            # To record one takes as long as some passes without it.
+            # Recording a graph takes as long as a few passes without it.
             graphs=self._kept_graphs(row_tokens) if len(prompts) > self.batch_size else None,
         )
 
@@ -356,15 +354,15 @@ class Scorer:
 
 
 def pack_scoring(prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> dict[str, torch.Tensor]:
-    """The tensors of `trie.pack_scoring`. A pair longer than a row gets rows of its own length in its batch alone."""
+    """The tensors of `trie.pack_scoring`, with longer rows if a pair of this batch does not fit."""
     longest = max(map(len, prompts)) + max(map(len, answers)) - 1
     batch = trie.pack_scoring(prompts, answers, max(max_row_tokens, longest))
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
-@torch.no_grad()  # not inference mode: FSDP2 and ZeRO-3 keep tensors that they make here, and train on with them
+@torch.no_grad()  # not inference mode: FSDP2 and ZeRO-3 keep tensors created here and train with them
 def score_packed(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What `score_padded` returns, but on the model's device: one pass over a trie of prompts and answers."""
+    """As `score_padded`, in one pass over a trie of prompts and answers; the result stays on the device."""
     with trie.exact_logits(model, batch["predict"]):
         logits = model(**trie.model_inputs(model, batch), use_cache=False).logits[0]
     return trie.answer_log_probs(logits, batch["answer_nodes"], batch["answer_ids"])
@@ -376,13 +374,13 @@ def score_padded(
 ) -> torch.Tensor:
     """Log-probability of every token of every answer after every prompt, by padded forward passes.
 
-    The last token of an answer is predicted but never fed, so answers of one token cost a single pass a prompt.
+    The last token of an answer is predicted but never fed, so answers of one token need a single pass per prompt.
 
     Returns:
-        (prompts, labels, longest answer) float32 on the CPU, 0 beyond an answer's end.
+        (prompts, labels, longest answer) float32 on the CPU, 0 after the end of an answer.
     """
     fed = [answer[:-1] for answer in answers]
-    # Answers that are fed nothing, or the beginning of what another is fed, are read from that other's pass.
+    # If an answer's fed tokens are a prefix of another's, its scores are read from the other's row.
     paths = [path for i, path in enumerate(fed) if not any(_begins(path, other, i, j) for j, other in enumerate(fed))]
     rows = [[*prompt, *path] for prompt in prompts for path in paths]
     input_ids, attention_mask = pad_left(rows, pad_token_id)
@@ -411,24 +409,24 @@ def score_padded(
 
 
 def _begins(path: list[int], other: list[int], i: int, j: int) -> bool:
-    """Whether `path` is covered by `other`; of equal ones the first covers the rest."""
+    """Whether `other` covers `path`: it starts with it, or equals it and comes first."""
     return i != j and other[: len(path)] == path and (len(path) < len(other) or j < i)
 
 
 def gather_scores(own: LabelScores, total: int, process_index: int, num_processes: int) -> LabelScores:
-    """Put together the scores of all processes, of which each has judged every `num_processes`-th pair."""
+    """Join the scores of all processes, each of which scored every `num_processes`-th pair."""
     if num_processes == 1:
         return own
-    parts = gather_object([(process_index, own)])
+    gathered = gather_object([(process_index, own)])
     whole = LabelScores(*(torch.empty(total, *part.shape[1:], dtype=part.dtype) for part in vars(own).values()))
-    for index, part in parts:
+    for index, part in gathered:
         for name, values in vars(part).items():
             getattr(whole, name)[index::num_processes] = values
     return whole
 
 
 def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probability in float32 of one token a row: (n, vocabulary), (n,) -> (n,)."""
+    """Log-probability in float32 of one token per row: (n, vocabulary), (n,) -> (n,)."""
     logits = logits.float()
     return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
@@ -437,7 +435,7 @@ def token_log_probs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 def generate_unconstrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy generation without constraints: the token ids that the model says of its own accord."""
+    """Greedy generation without constraints: the generated token ids of each prompt."""
     input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
     output = model.generate(
         input_ids=input_ids.to(model.device),
@@ -450,7 +448,7 @@ def generate_unconstrained(
 
 
 def named_label(text: str, label_words: tuple[str, ...]) -> int | None:
-    """The one label whose word stands in the first line of `text`, or `None` if none does, or several do."""
+    """The label whose word is in the first line of `text`; `None` for no label, or several."""
     first_line = text.strip().partition("\n")[0]
     named = [
         label
@@ -461,7 +459,7 @@ def named_label(text: str, label_words: tuple[str, ...]) -> int | None:
 
 
 def pad_left(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, attention mask), both (rows, longest); on the left, whatever the tokenizer does, to align answers."""
+    """(ids, attention mask), both (rows, longest); always on the left, to align answers."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_token_id)
     mask = torch.zeros_like(ids)

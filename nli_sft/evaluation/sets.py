@@ -1,4 +1,4 @@
-"""The sets of pairs that a run is evaluated on, and those that its temperature is fitted on."""
+"""Load the sets that a run is evaluated on, and the pairs that its temperature is fitted on."""
 
 import logging
 import re
@@ -24,36 +24,37 @@ from ..data.sources import (
 
 logger = logging.getLogger(__name__)
 
-# The keys of a recipe that say how the rows of its source are read.
+# Recipe keys for reading the rows of a source.
 READING_KEYS = ("premise_column", "hypothesis_column", "label_column", "uid_column", "label_spellings")
 
-# With fewer pairs a temperature says more of them than of the model.
+# A temperature fitted on fewer pairs is too noisy.
 MIN_PAIRS_TO_CALIBRATE = 100
 
 
 def load_calibration_pairs(
     args: EvalConfig, *, trained_on: TrainDataConfig, seed: int, sets: Iterable["EvaluationSet"]
 ) -> Dataset | None:
-    """Validation pairs of a run's own source to fit a temperature on; `None`, with the reason logged, if it has none.
+    """Validation pairs of the run's own source to fit a temperature on, or `None`, with the reason logged.
 
-    Premises that one of `sets` holds are left out: ChaosNLI, for one, was made from SNLI's validation split.
+    Pairs whose premise is in one of `sets` are left out: ChaosNLI, for one, consists of SNLI validation pairs.
 
     Args:
-        seed: of the sample of them.
+        seed: for the sample.
     """
     if not args.calibration_pairs:
         return None
     try:
         validation = load_validation(trained_on)
     except SourceMissing as error:
-        logger.warning("no temperature is fitted: the validation pairs of the run cannot be had (%s)", error)
+        logger.warning("no temperature is fitted: the validation pairs of the run cannot be loaded (%s)", error)
         return None
-    judged = set().union(*(one.pairs["premise"][:] for one in sets))
+    evaluated = set().union(*(one.pairs["premise"][:] for one in sets))
     premises = validation["premise"][:]
-    pairs = validation.select([index for index, premise in enumerate(premises) if premise not in judged])
+    pairs = validation.select([index for index, premise in enumerate(premises) if premise not in evaluated])
     if len(pairs) < MIN_PAIRS_TO_CALIBRATE:
         logger.warning(
-            "no temperature is fitted: %d validation pairs of the run have premises that are not judged; it takes %d",
+            "no temperature is fitted: only %d validation pairs have a premise outside the evaluation sets; "
+            "at least %d are needed",
             len(pairs),
             MIN_PAIRS_TO_CALIBRATE,
         )
@@ -63,34 +64,36 @@ def load_calibration_pairs(
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """The pairs of one split that a run is judged on."""
+    """The pairs of one split to evaluate a run on."""
 
     source: str
     split: str
     pairs: Dataset
-    unlabelled: int  # pairs left out because annotators did not agree on a label
+    unlabelled: int  # pairs left out: annotators did not agree on a label
     name: str | None = None  # in a suite
-    unlinked: int = 0  # edits left out because the pair that they were made of is not there
+    unlinked: int = 0  # edits left out: their original is missing
 
     def __str__(self) -> str:
         return self.name or f"{Path(self.source).name} {self.split}"
 
 
 def load_evaluation_sets(args: EvalConfig, *, trained_on: TrainDataConfig) -> list[EvaluationSet]:
-    """What to judge a run on: by default the test split of its own source, then the further `sources`.
+    """Load the sets to evaluate a run on: by default the test split of its own source, then any further `sources`.
 
-    Where its own source has no labelled test split, as a single file has not, it is judged on its validation pairs.
-    Columns and label spellings of other sources are those of the run, where they fit and `args` names no others.
+    If its own source has no labelled test split (a single file, for example), its validation pairs are used. Other
+    sources are read with the columns and label spellings of the run if these fit and `args` sets no others.
 
-    A further source is a name, with a split after a colon where it has several: `hans.jsonl`, `demo:test`. The colon
-    of a URL is none of these: a slash comes after it.
+    A further source is a name, with an optional split after a colon: `hans.jsonl`, `demo:test`. The colon of a URL is
+    followed by a slash and starts no split.
     """
     if args.dataset_name is None:
         sets = [_load_own_set(trained_on, args.split)]
     else:
         sets = [_load_other_set(args, args.split, trained_on)]
     for source in args.sources or ():
-        name, split = re.fullmatch(r"(.+?)(?::([^:/]+))?", source).groups()
+        match = re.fullmatch(r"(.+?)(?::([^:/]+))?", source)
+        assert match is not None, "sources are not empty"
+        name, split = match.groups()
         sets.append(_load_other_set(DataConfig(dataset_name=name), split, trained_on))
     if args.max_samples is None:
         return sets
@@ -98,7 +101,7 @@ def load_evaluation_sets(args: EvalConfig, *, trained_on: TrainDataConfig) -> li
 
 
 def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
-    """A split of the source that a run was trained on; train and validation are those of the run."""
+    """A split of the source that a run was trained on; train and validation are split as for the run."""
     dropped: Counter = Counter()
     try:
         if split in SPLIT_NAMES["validation"]:
@@ -111,8 +114,8 @@ def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
             raise
         own = _load_own_set(data, "validation")
         logger.warning(
-            "%s has no labelled test split, so the run is judged on its %s validation pairs, by which its checkpoint "
-            "may have been chosen; dataset_name or split names other pairs",
+            "%s has no labelled test split. The run is evaluated on its %s validation pairs, which may also have "
+            "selected its checkpoint; set dataset_name or split to use other pairs",
             data.dataset_name,
             f"{len(own.pairs):,}",
         )
@@ -121,7 +124,7 @@ def _load_own_set(data: TrainDataConfig, split: str | None) -> EvaluationSet:
 
 
 def _load_other_set(data: DataConfig, split: str | None, trained_on: DataConfig) -> EvaluationSet:
-    """A split of another source, or all of a file, with the columns and spellings of the run where they fit."""
+    """A split of another source, or all of a file, read with the columns and spellings of the run if these fit."""
     split = split or (None if is_whole(fetch(data.dataset_name)) else "test")
     keys = [key for key in READING_KEYS if getattr(data, key) is None and getattr(trained_on, key) is not None]
 
@@ -141,5 +144,5 @@ def _load_other_set(data: DataConfig, split: str | None, trained_on: DataConfig)
             return load(data)
         except UserError:
             raise error from None
-    logger.warning("%s is read as the run's own source: by its %s", data.dataset_name, ", ".join(keys))
+    logger.warning("%s is read with %s of the run's own source", data.dataset_name, ", ".join(keys))
     return found

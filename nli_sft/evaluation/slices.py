@@ -1,14 +1,15 @@
-"""Named subsets of pairs, what tuning did on each, and the few sentences that the figures allow.
+"""Named subsets (slices) of pairs, the change in accuracy on each, and sentences about the significant changes.
 
-A slice is computed from the pair alone (its texts, its gold label, what its source says of it), never from a
-prediction, so that it cannot be chosen to fit a result. The word lists follow what Gururangan et al. (2018),
-"Annotation Artifacts in Natural Language Inference Data", found to give SNLI's labels away.
+A slice depends on the pair alone (texts, gold label, columns of its source), never on a prediction, so that it cannot
+be chosen to fit a result. The word lists follow the cues for SNLI's labels in Gururangan et al. (2018), "Annotation
+Artifacts in Natural Language Inference Data".
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,55 +19,55 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from ..labels import LABELS, TWO_WAY_LABELS
 from .comparison import MIN_PREMISES, bootstrap_interval, change_p_value, points
 
-# Smaller slices are left out: their figures say little, and each one makes the correction harder on the others.
+# Smaller slices are left out: they show little, and each one makes the correction stricter for the others.
 MIN_PAIRS = 30
 LEVEL = 0.05
 
 
-def _listed(text: str) -> frozenset[str]:
+def _words_in(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-NEGATIONS = _listed("no not never none nobody nothing nowhere neither nor without cannot")
-NUMBERS = _listed(
+NEGATIONS = _words_in("no not never none nobody nothing nowhere neither nor without cannot")
+NUMBERS = _words_in(
     "zero one two three four five six seven eight nine ten eleven twelve dozen twenty thirty forty fifty hundred "
     "thousand million"
 )
-COLOURS = _listed(
+COLOURS = _words_in(
     "red blue green yellow black white brown orange pink purple gray grey gold golden silver beige tan violet "
     "turquoise maroon blond blonde"
 )
-MOODS_AND_PURPOSES = _listed(
+MOODS_AND_PURPOSES = _words_in(
     "happy sad angry excited tired bored scared afraid nervous proud lonely hungry upset worried calm glad joyful "
     "because since want wants wanting hope hopes hoping try tries trying plan plans planning wait waits waiting "
     "prepare prepares preparing practice practices practicing"
 )
-KINDS_OF_PERSON = _listed(
+KINDS_OF_PERSON = _words_in(
     "man men woman women boy boys girl girls child children kid kids baby babies toddler toddlers lady ladies guy "
     "guys gentleman mother father mom dad son daughter teenager teenagers couple"
 )
-ANY_PERSON = _listed("person persons people human humans someone somebody anyone anybody individual group")
+ANY_PERSON = _words_in("person persons people human humans someone somebody anyone anybody individual group")
 
-# scikit-learn's list takes negations and numbers for function words; in a hypothesis they decide.
+# scikit-learn's list includes negations and numbers, but these can determine the label.
 FUNCTION_WORDS = (ENGLISH_STOP_WORDS | {"does", "did", "being", "having", "s"}) - NEGATIONS - NUMBERS
 
-# A possessive's "s" is a word of its own, so that "man's" shares "man" with the premise.
+# The "s" of a possessive is a separate word, so that "man's" matches "man" in the premise.
 _WORD = re.compile(r"[^\W_]+(?:'t)?")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What tuning did on one named subset.
+    """The change in accuracy on one slice.
 
     Attributes:
-        family, name: what the pairs were divided by, and the part of it.
-        where: the slice as the end of a sentence that starts with "where".
-        pairs: how many.
+        family, name: the property that divides the pairs, and its value.
+        where: the slice as a clause that follows "where".
+        pairs: number of pairs.
         before, after: accuracy in the slice; change: their difference; interval: its 95 % bootstrap interval.
         rest_change, rest_after: the same figures of all other pairs.
-        p_change: that the slice did not change, by premise; p_contrast: that it changed as the rest did;
-            p_after: that it is as accurate after tuning as the rest. All three corrected together with those of all
-            slices (Holm, 1979).
+        p_change, p_contrast, p_after: p-values of the hypotheses that accuracy on the slice did not change, changed as
+            on the other pairs, and is after tuning the same as on the other pairs. Clustered by premise, and
+            corrected together over all slices (Holm, 1979).
     """
 
     family: str
@@ -87,7 +88,7 @@ class Slice:
     def changed(self) -> bool:
         return self.p_change < LEVEL
 
-    def as_dict(self) -> dict[str, object]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"interval": list(self.interval)}
 
 
@@ -95,21 +96,21 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
     """The members of every slice: {(family, name, where): (n,) booleans}.
 
     Args:
-        pairs: premise, hypothesis, label (a name), and what else the source tells: hard, agreement, subset,
-            genre, rule; trained_on, where the run saw some of them in training.
+        pairs: premise, hypothesis, label (a name), and optionally hard, agreement, subset, genre, rule, and
+            trained_on if the run was trained on some of them.
     """
     premise_words = [set(words(text)) for text in pairs["premise"]]
     hypothesis_words = [words(text) for text in pairs["hypothesis"]]
     content = [set(ws) - FUNCTION_WORDS for ws in hypothesis_words]
     new = np.array([len(c - p) for c, p in zip(content, premise_words, strict=True)])
-    # A hypothesis of function words alone says nothing that the premise does not.
+    # A hypothesis without content words counts as fully shared.
     shared = 1 - new / np.maximum(1, [len(c) for c in content])
     length = np.array([len(ws) for ws in hypothesis_words])
 
     def has(test: Callable[[str], bool]) -> np.ndarray:
         return np.array([any(map(test, ws)) for ws in hypothesis_words])
 
-    # (family, name, the rest of a sentence that starts with "where"): members
+    # (family, name, where): members
     label_slices = {
         ("Gold label", label, f"the gold label is {label}"): (pairs["label"] == label).to_numpy()
         for label in (*LABELS, *TWO_WAY_LABELS[1:])
@@ -151,7 +152,7 @@ def _is_number(word: str) -> bool:
 
 
 def source_slices(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
-    """The slices of `describe` that come from what the source says of its pairs."""
+    """The slices of `describe` that come from columns of the source."""
     members = {}
     if "trained_on" in pairs:
         members[("Training data", "unseen", "the pair is not in the training data")] = ~pairs["trained_on"].to_numpy()
@@ -166,7 +167,7 @@ def source_slices(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]
     ):
         for value in sorted(set(pairs[column].dropna())) if column in pairs else []:
             members[(family, str(value), where.format(value))] = (pairs[column] == value).to_numpy()
-    # HANS means something only by subset and label: who always answers the same is right on half of every subset.
+    # HANS needs subset and label: a constant answer is right on half of every subset.
     if "subset" in pairs and set(pairs["label"]) == set(TWO_WAY_LABELS):
         for value, label in product(sorted(set(pairs["subset"].dropna())), TWO_WAY_LABELS):
             where = f"the subset is {value} and the gold label is {label}"
@@ -181,9 +182,9 @@ def words(text: str) -> list[str]:
 
 
 def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np.ndarray) -> list[Slice]:
-    """What changed on every slice with at least `MIN_PAIRS` pairs and `MIN_PREMISES` premises.
+    """The change on every slice with at least `MIN_PAIRS` pairs and `MIN_PREMISES` premises.
 
-    Contrasts with the rest use a t-test with errors clustered by premise (Cameron and Miller, 2015).
+    Contrasts with the other pairs use a t-test with errors clustered by premise (Cameron and Miller, 2015).
 
     Args:
         pairs: as for `describe`.
@@ -194,7 +195,7 @@ def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np
     found, p_values = [], []
     for (family, name, where), inside in describe(pairs).items():
         groups = pd.factorize(premises[inside])[0]
-        # A slice that holds every pair says what the whole says.
+        # A slice of all pairs adds nothing.
         if inside.all() or inside.sum() < MIN_PAIRS or groups.max() + 1 < MIN_PREMISES:
             continue
         found.append(
@@ -224,26 +225,26 @@ def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np
 
 
 def contrast_p_value(values: np.ndarray, inside: np.ndarray, groups: np.ndarray) -> float:
-    """Two-sided p-value that the mean of `values` is the same inside and outside, groups being independent.
+    """Two-sided p-value of the hypothesis that `values` have the same mean inside and outside, clustered by group.
 
     Args:
         values: (n,) numbers.
         inside: (n,) booleans, some of each.
-        groups: (n,) group numbers from 0 without a gap.
+        groups: (n,) group numbers 0, 1, … without gaps.
     """
     mean_inside, mean_outside = values[inside].mean(), values[~inside].mean()
-    # How much each value moves the difference of the two means; what a group moves it by is the sum over the group.
+    # The influence of each value on the difference of the means; that of a group is the sum of its values'.
     influence = np.where(inside, (values - mean_inside) / inside.sum(), -(values - mean_outside) / (~inside).sum())
     by_group = np.bincount(groups, weights=influence)
     n = len(by_group)
     error = np.sqrt(n / (n - 1) * (by_group**2).sum())
-    if error < 1e-12:  # every value is the same inside, and the same outside
+    if error < 1e-12:  # the values are constant inside and constant outside
         return 1.0 if np.isclose(mean_inside, mean_outside) else 0.0
     return float(2 * student_t.sf(abs(mean_inside - mean_outside) / error, df=n - 1))
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction (1979): below 0.05, the chance of one false claim among all is below 0.05."""
+    """Holm's step-down correction (1979): rejecting below 0.05 keeps the family-wise error rate below 0.05."""
     order = np.argsort(p_values)
     stepped = np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1))
     corrected = np.empty_like(stepped)
@@ -252,7 +253,7 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def explain(slices: list[Slice]) -> list[str]:
-    """Two to five sentences that say where tuning helped, from the significant slices and only from them."""
+    """Two to five sentences about where tuning helped, based on significant slices only."""
     if not slices:
         return [
             f"Nothing can be said about where tuning helped: no slice has {MIN_PAIRS} pairs on {MIN_PREMISES} "
@@ -264,19 +265,21 @@ def explain(slices: list[Slice]) -> list[str]:
     uneven = sorted((s for s in slices if s.p_after < LEVEL), key=lambda s: s.after - s.rest_after)
     if not (rose or fell or contrasts or uneven):
         return [
-            f"Nothing can be said about where tuning helped: on none of the {len(slices)} slices is a change, or a "
-            f"difference from the other pairs, larger than chance allows.",
-            "More pairs would show more.",
+            f"Nothing can be said about where tuning helped: on none of the {len(slices)} slices is the change, or "
+            f"the difference from the other pairs, statistically significant.",
+            "More pairs could show smaller differences.",
         ]
 
-    sentences = [f"Of {len(slices)} slices, accuracy rose on {len(rose)} and fell on {len(fell)} by more than chance."]
+    sentences = [
+        f"Of {len(slices)} slices, accuracy rose significantly on {len(rose)} and fell significantly on {len(fell)}."
+    ]
     if fell:
         worst = fell[0]
         sentences.append(
             f"It fell most where {worst.where}: from {worst.before:.1%} to {worst.after:.1%} of {worst.pairs:,} pairs."
         )
     if not contrasts:
-        sentences.append("On none does the change differ from that on the other pairs by more than chance.")
+        sentences.append("On none does the change differ significantly from that on the other pairs.")
     if contrasts and contrasts[-1].change > contrasts[-1].rest_change:
         sentences.append(_contrast_sentence("most", contrasts[-1]))
     if contrasts and contrasts[0].change < contrasts[0].rest_change and contrasts[0] not in fell[:1]:

@@ -1,4 +1,4 @@
-"""Suites: the sets that a run is judged on together, listed in a YAML file.
+"""Suites: sets that a run is evaluated on together, listed in a YAML file.
 
     sets:
       snli: {dataset_name: stanfordnlp/snli, split: test}
@@ -6,15 +6,17 @@
     label_order_pairs: 2000
     prompt_pairs: 2000
 
-A set that cannot be had is told as missing, with the reason, wherever the others are told.
+Reports list a set that cannot be loaded as missing, with the reason.
 """
 
 import difflib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
 from functools import cache
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import Dataset
 from huggingface_hub import constants, get_session
@@ -29,33 +31,36 @@ from ..runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
 from .evaluate import Checks
 from .sets import EvaluationSet
 
-# How long the Hub may take to answer.
+# Timeout of the check that the Hub can be reached.
 HUB_SECONDS = 5
 
 
 @dataclass
 class SuiteSet(DataConfig):
-    """One set of a suite: where it is on the Hub or on disk, as in a recipe, and what is special about it."""
+    """One set of a suite. The inherited keys say, as in a recipe, where it is and how to read it."""
 
     name: str = ""
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder, file or URL of a file."})
     split: str | None = field(default=None, metadata={"help": "Split to evaluate on; of a single file, all of it."})
     part_of: str | None = field(
-        default=None, metadata={"help": "A set listed before, of which this is the part that `where` marks."}
+        default=None,
+        metadata={"help": "Name of a set listed before this one, of which this set is a subset (see `where`)."},
     )
-    where: str | None = field(default=None, metadata={"help": "The column of `part_of` that marks it, such as hard."})
+    where: str | None = field(
+        default=None, metadata={"help": "Column of `part_of` that marks the subset, such as hard."}
+    )
     originals: str | None = field(
         default=None,
         metadata={
-            "help": "Where the pairs are of which those of this set are minimal edits: as dataset_name, or under the "
-            "name of the set and _originals in --suite_root."
+            "help": "Source of the original pairs that this set edits minimally: given as dataset_name is, or in "
+            "--suite_root as the name of this set with _originals appended."
         },
     )
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Sets to judge a run on, and what to check on the first of them."""
+    """Sets to evaluate a run on, and the checks to run on the first of them."""
 
     name: str
     sets: list[SuiteSet]
@@ -66,38 +71,41 @@ def load_suite(name: str, folder: Path) -> Suite:
     """Read a suite: a .yaml file, or the name of one in `folder`.
 
     Raises:
-        UserError: naming the file and the key, for a suite that cannot be meant.
+        UserError: with the file and the key, if the suite is invalid.
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else folder / f"{name}.yaml"
     if not path.is_file():
-        there = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
-        raise UserError(f"suite: {name!r} is neither a .yaml file that is there nor one of {there}")
-    content, written = read_yaml(path), read_yaml(path, as_written=True)
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f"suite: {name!r} is neither an existing .yaml file nor one of: {known}")
+    content: dict[str, Any] = read_yaml(path)
+    texts: dict[str, Any] = read_yaml(path, as_written=True)
     checks = [f.name for f in fields(Checks)]
     if not isinstance(content.get("sets"), dict) or not content["sets"]:
-        raise UserError(f"{path}: a suite has the key sets, with one or more sets by name, and may have {checks}")
+        raise UserError(f"{path}: the key sets is missing or empty; list at least one set by name under it")
     _check_keys(path, content, ["sets", *checks])
     known = [f.name for f in fields(SuiteSet) if f.name != "name"]
     sets = []
-    for (set_name, entry), as_written in zip(content["sets"].items(), written["sets"].values(), strict=True):
+    for (set_name, entry), entry_texts in zip(content["sets"].items(), texts["sets"].values(), strict=True):
         entry = entry or {}
         _check_keys(f"{path}, set {set_name}", entry, known)
-        if entry.get("label_spellings"):  # yes and no are words here, as in recipes
-            entry = entry | {"label_spellings": as_written["label_spellings"]}
+        if entry.get("label_spellings"):  # as in recipes, yes and no are words, not booleans
+            entry = entry | {"label_spellings": entry_texts["label_spellings"]}
         sets.append(SuiteSet(name=set_name, **entry))
         if sets[-1].part_of not in (None, *(one.name for one in sets[:-1])):
-            raise UserError(f"{path}, set {set_name}: part_of {sets[-1].part_of!r} is not a set listed before it")
+            raise UserError(
+                f"{path}, set {set_name}: part_of {sets[-1].part_of!r} is not a set listed before this one"
+            )
     return Suite(path.stem, sets, Checks(**{key: content[key] for key in checks if key in content}))
 
 
 def load_suite_sets(suite: Suite, args: EvalConfig) -> tuple[list[EvaluationSet], dict[str, str]]:
-    """The sets of a suite that can be had, and why the others cannot: {name: reason}.
+    """Load the sets of a suite; return also {name: reason} for those that are missing.
 
-    A set is taken from `args.suite_root` if it is there under its name, as a file or as a folder with one file a
-    split; else from where the suite says that it is.
+    A set is read from `args.suite_root` if there is a file, or a folder with one file per split, with its name; else
+    from the source that the suite gives.
 
     Raises:
-        UserError: if none can be had, or one that is there cannot be read.
+        UserError: if all sets are missing, or one exists but cannot be read.
     """
     if args.suite_root is not None and not Path(args.suite_root).expanduser().is_dir():
         raise UserError(f"suite_root {args.suite_root} is not a folder")
@@ -109,7 +117,7 @@ def load_suite_sets(suite: Suite, args: EvalConfig) -> tuple[list[EvaluationSet]
         except SourceMissing as error:
             missing[one.name] = str(error)
     if not sets:
-        raise UserError(f"suite {suite.name}: none of its sets can be had; {missing[suite.sets[0].name]}")
+        raise UserError(f"suite {suite.name}: none of its sets can be loaded; {missing[suite.sets[0].name]}")
     return list(sets.values()), missing
 
 
@@ -128,8 +136,8 @@ def _load_set(one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig)
 def _find(
     one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig, dropped: Counter
 ) -> tuple[str, str | None, Dataset]:
-    """(source, split, pairs) of a set, or of the part of a set before that it is."""
-    whole = before.get(one.part_of)
+    """(source, split, pairs) of a set, or of the subset of a set listed before."""
+    whole = before.get(one.part_of) if one.part_of is not None else None
     if _in_root(one.name, args) is None and whole is not None and one.where in whole.pairs.column_names:
         marks = whole.pairs[one.where]
         return whole.source, whole.split, whole.pairs.select([index for index, mark in enumerate(marks) if mark])
@@ -141,7 +149,7 @@ def _load(
 ) -> tuple[str, str | None, Dataset]:
     local = _in_root(name, args)
     if local is not None:
-        # As published, or as ours: the columns and the split that a suite names are those of its Hub set.
+        # The columns and the split in the suite are those of the Hub set, not of a local copy.
         split = next((split for split in ("test", "validation") if has_split(local, split)), None)
         if split is None and Path(local).is_dir():
             raise SourceMissing(f"{local} has no file for a test or validation split")
@@ -151,8 +159,7 @@ def _load(
         raise SourceMissing(f"there is no {name} in suite_root{where}")
     if not (URL.match(elsewhere) or is_demo(elsewhere) or fetch(elsewhere).exists() or hub_answers()):
         raise SourceMissing(
-            f"{elsewhere}: the Hub is out of reach, and no such path is here; HF_HUB_OFFLINE=1 takes what was fetched "
-            f"before"
+            f"{elsewhere}: the Hub cannot be reached and there is no such path; set HF_HUB_OFFLINE=1 to read the cache"
         )
     split = one.split
     if fetch(elsewhere).is_file() and not has_split(elsewhere, split or "test"):
@@ -173,12 +180,12 @@ def _load(
 
 @cache
 def hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once: the datasets library would try half a minute for each set."""
+    """Whether the Hub can be reached. Checked once, because datasets would retry for half a minute for each set."""
     if constants.HF_HUB_OFFLINE:
-        return True  # then nothing is asked for, and what was fetched before is taken
+        return True  # datasets then reads its cache only
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except Exception:  # of the HTTP client, of proxies, of the operating system
+    except Exception:  # from the HTTP client, a proxy or the operating system
         return False
     return True
 
@@ -192,24 +199,25 @@ def _in_root(name: str, args: EvalConfig) -> str | None:
 
 
 def link_edits(originals: Dataset, edited: Dataset, dropped: Counter) -> Dataset:
-    """Originals and their edits in one set, the edits with the uid of their original as `edit_of`.
+    """Join originals and their edits into one set, where an edit has the uid of its original as `edit_of`.
 
-    An edit keeps one text of its original and changes the other, and with it the label; where several originals
-    qualify, it is the one with the most alike other text. Edits of none are left out and counted as `unlinked`.
+    An edit keeps one text of its original and changes the other text and the label. If several originals qualify,
+    the one with the most similar changed text is used. Edits without an original are left out and counted as
+    `unlinked`.
     """
     rows = {column: [] for column in ("uid", "premise", "hypothesis", "label", "edit_of")}
 
-    def add(row: dict, uid: str, edit_of: str | None) -> None:
+    def add(row: dict[str, Any], uid: str, edit_of: str | None) -> None:
         values = uid, row["premise"], row["hypothesis"], LABELS[row["label"]], edit_of
         for column, value in zip(rows, values, strict=True):
             rows[column].append(value)
 
     by_text: dict[tuple[str, str], list[dict]] = {}
-    for row in originals:
+    for row in cast(Iterable[dict[str, Any]], originals):
         add(row, row["uid"], None)
         for kept, changed in (("premise", "hypothesis"), ("hypothesis", "premise")):
             by_text.setdefault((kept, row[kept]), []).append(row | {"changed": row[changed]})
-    for row in edited:
+    for row in cast(Iterable[dict[str, Any]], edited):
         found = [
             (SequenceMatcher(None, row[changed], original["changed"]).ratio(), original["uid"])
             for kept, changed in (("premise", "hypothesis"), ("hypothesis", "premise"))
@@ -241,12 +249,12 @@ def _check_keys(where: object, content: dict, known: list[str]) -> None:
 
 
 def write_suite(run: str | Path, suite: Suite, sets: list[EvaluationSet], missing: dict[str, str]) -> None:
-    """Write `eval/<suite>.json`: which evaluations of the run are those of the suite, and why others are missing."""
+    """Write `eval/<suite>.json`: the evaluations of the run that belong to the suite, and why others are missing."""
     order = [one.name for one in suite.sets]
     if not (Path(run) / HYPOTHESIS_ONLY).is_dir():
         order.append(HYPOTHESIS_ONLY)
         reason = "the run has no hypothesis-only baseline; hypothesis_only_control: true trains one"
         missing = missing | {HYPOTHESIS_ONLY: reason}
-    keys = {one.name: evaluation_folder(run, one.name, one.split).name for one in sets}
+    keys = {one.name: evaluation_folder(run, one.name or one.source, one.split).name for one in sets}
     content = {"suite": suite.name, "order": order, "evaluated": keys, "missing": missing}
     write_json(Path(run) / "eval" / f"{suite.name}.json", content)

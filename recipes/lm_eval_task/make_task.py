@@ -1,10 +1,9 @@
-"""Write a task for lm-evaluation-harness that asks a run's prompt of a run's pairs, and the command that runs it.
+"""Write a task for lm-evaluation-harness with the prompt and the pairs of a run, and print the command to run it.
 
 python recipes/lm_eval_task/make_task.py --run outputs/qwen3-0.6b-lora
 python recipes/lm_eval_task/make_task.py --run outputs/qwen3-0.6b-lora --dataset_name hans.jsonl --max_samples 1000
 
-The task is made from the run's own prompt object, so the two cannot drift apart. README.md beside this file says what
-its `acc` is to our figures.
+The task uses the prompt of the run. README.md in this folder explains how its `acc` relates to our accuracy.
 """
 
 import re
@@ -12,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nli_sft.configs import DataConfig, EvalConfig, from_recipe, run_script
+from nli_sft.configs import DataConfig, EvalConfig, TrainDataConfig, from_recipe, run_script
 from nli_sft.evaluation.sets import load_evaluation_sets
 from nli_sft.hub.lm_eval_task import model_args, write_task
 from nli_sft.models.loading import load_encoder, locate_model
@@ -38,17 +37,19 @@ class TaskConfig(DataConfig):
 
 def main(args):
     recipe, _, _ = read_run(args.run)
-    (pairs,) = load_evaluation_sets(from_recipe(EvalConfig, vars(args)), trained_on=from_recipe(DataConfig, recipe))
+    (pairs,) = load_evaluation_sets(
+        from_recipe(EvalConfig, vars(args)), trained_on=from_recipe(TrainDataConfig, recipe)
+    )
     encoder = load_encoder(args.run, recipe.get("trust_remote_code", False))
     name = re.sub(r"\W+", "_", f"{Path(args.run).resolve().name}_{pairs}")
     task = write_task(args.output_dir or Path(args.run) / "lm_eval", name, encoder, pairs.pairs)
 
     is_adapter = (Path(args.run) / "adapter_config.json").is_file()
     base = locate_model(recipe["model_name_or_path"]) if is_adapter else args.run
-    told = shlex.quote(model_args(encoder, base, args.run if is_adapter else None))
+    arguments = shlex.quote(model_args(encoder, base, args.run if is_adapter else None))
     folder = shlex.quote(str(task.parent))
-    print(f"{len(pairs.pairs):,} pairs in {task}. To judge the run on them:\n")
-    print(f"lm_eval --model hf --model_args {told} \\")
+    print(f"{len(pairs.pairs):,} pairs in {task}. To evaluate the run on them:\n")
+    print(f"lm_eval --model hf --model_args {arguments} \\")
     print(f"    --include_path {folder} --tasks {name} --batch_size 16 --log_samples --output_path {folder}")
 
 

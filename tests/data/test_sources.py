@@ -656,7 +656,7 @@ def test_other_files_are_read_as_the_source_of_the_run_where_that_fits(tmp_path,
     same, others = load_evaluation_sets(args, trained_on=run)
     assert list(same.pairs["label"]) == [0, 1, 2] * 2
     assert list(others.pairs["label"]) == [0, 1, 2], "which has other columns and labels"
-    assert caplog.text.count("is read as the run's own source: by its premise_column, hypothesis_column") == 1
+    assert caplog.text.count("is read with premise_column, hypothesis_column") == 1
     args.label_spellings, args.dataset_name = ["y", "m", "n"], unusual(tmp_path, "english", ["y", "m", "n"])
     assert list(load_evaluation_sets(args, trained_on=run)[0].pairs["label"]) == [0, 1, 2] * 2
     args.label_spellings = None
@@ -674,7 +674,7 @@ def test_a_run_without_a_labelled_test_split_is_evaluated_on_validation(tmp_path
     for split in (None, "validation", "dev"):
         (found,) = load_evaluation_sets(EvalConfig(run="run", split=split), trained_on=run)
         assert found.pairs["uid"] == held_out["uid"]
-    assert caplog.text.count("has no labelled test split, so the run is judged on its 6 validation pairs") == 1
+    assert caplog.text.count("has no labelled test split. The run is evaluated on its 6 validation pairs") == 1
     with pytest.raises(sources.SourceMissing, match="single file, so it has no test split"):
         load_evaluation_sets(EvalConfig(run="run", split="test"), trained_on=run)
 

@@ -64,12 +64,12 @@ def test_the_bootstrap_draws_whole_premises():
     assert (low, high) == (0, 1)
 
 
-def test_the_bootstrap_takes_premises_of_different_size():
+def test_the_bootstrap_allows_groups_of_different_size():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(60), rng.integers(1, 5, 60))
-    values = rng.choice([0, 1, 1, 1], len(groups))  # far from zero, so that it matters what sums are divided by
+    values = rng.choice([0, 1, 1, 1], len(groups))  # a mean far from zero, so that the divisor matters
     drawn = []
-    for _ in range(4_000):  # the plain way
+    for _ in range(4_000):  # straightforwardly
         chosen = rng.integers(0, 60, 60)
         rows = np.concatenate([np.flatnonzero(groups == group) for group in chosen])
         drawn.append(values[rows].mean())
@@ -77,13 +77,13 @@ def test_the_bootstrap_takes_premises_of_different_size():
     assert bootstrap_interval(values, groups, resamples=20_000) == pytest.approx(expected, abs=0.015)
 
 
-def test_the_interval_covers_the_truth_as_often_as_it_says():
-    # Premises make their three pairs alike, so that intervals that took pairs as independent would cover some 80 %.
+def test_the_interval_has_its_nominal_coverage():
+    # Pairs of a premise are correlated; intervals that treat pairs as independent would cover some 80 %.
     rng = np.random.default_rng(1)
     groups = np.repeat(np.arange(150), 3)
     truth, covered, covered_by_pair = 0.2, 0, 0
     for seed in range(400):
-        chance = rng.choice([0.2, 1.0], 150)  # of a pair's being fixed rather than broken, by premise
+        chance = rng.choice([0.2, 1.0], 150)  # that a pair is fixed and not regressed, by premise
         values = np.where(rng.uniform(size=450) < np.repeat(chance, 3), 1, -1)
         low, high = bootstrap_interval(values, groups, resamples=500, seed=seed)
         covered += low <= truth <= high
@@ -144,13 +144,13 @@ def test_tables_of_other_pairs_are_refused(second, message):
         align(table(["a", "b", "c"]), second)
 
 
-def outcome(fixed, broken, same, premises=None):
-    """A comparison with so many pairs fixed, broken, and right both times."""
-    n = fixed + broken + same
+def outcome(fixed, regressed, same, premises=None):
+    """A comparison with so many pairs fixed, regressed, and right both times."""
+    n = fixed + regressed + same
     gold = np.zeros(n, int)
     before, after = np.zeros(n, int), np.zeros(n, int)
     before[:fixed] = 1
-    after[fixed : fixed + broken] = 1
+    after[fixed : fixed + regressed] = 1
     return compare(gold, before, after, np.arange(n) if premises is None else np.arange(n) % premises)
 
 
@@ -176,21 +176,21 @@ def test_points_are_signed():
 
 
 @pytest.mark.parametrize(("pairs", "share"), [(1_000, 0.2), (400, 0.5)])
-def test_the_smallest_difference_is_found_four_times_in_five(pairs, share):
+def test_the_smallest_difference_is_detected_four_times_in_five(pairs, share):
     """Against a simulation: changed pairs are drawn with that true difference, and tested."""
     difference = smallest_difference(pairs, round(pairs * share))
     rng = np.random.default_rng(0)
     fixed = (share + difference) / 2
     drawn = rng.multinomial(pairs, [fixed, share - fixed, 1 - share], size=2_000)
     found = np.mean([mcnemar(int(f), int(b)) < 0.05 for f, b, _ in drawn])
-    assert found == pytest.approx(0.8, abs=0.04)  # the exact test is a little more careful than the formula
+    assert found == pytest.approx(0.8, abs=0.04)  # the exact test is slightly more conservative than the formula
     assert smallest_difference(4 * pairs, round(4 * pairs * share)) == pytest.approx(difference / 2, rel=0.1)
     assert smallest_difference(pairs, round(pairs * share), design_effect=4) > 1.8 * difference
 
 
 @pytest.mark.parametrize("together", [0, 0.5, 1])
-def test_the_smallest_difference_is_that_of_the_test_by_premise(together):
-    """Three pairs a premise change `together` in that share of premises; power is counted with the test itself."""
+def test_the_smallest_difference_matches_the_power_of_the_clustered_test(together):
+    """In a share `together` of premises, all three pairs change alike; power is measured with the test itself."""
     rng = np.random.default_rng(0)
     groups, share = np.repeat(np.arange(300), 3), 0.2
 
@@ -205,12 +205,12 @@ def test_the_smallest_difference_is_that_of_the_test_by_premise(together):
     assert found == pytest.approx(0.8, abs=0.05)
 
 
-def test_with_few_changed_pairs_no_difference_could_be_found():
+def test_with_few_changed_pairs_no_difference_is_detectable():
     assert smallest_difference(10_000, 3) is None
     assert smallest_difference(100, 0) is None
 
 
-def test_the_design_effect_is_the_size_of_groups_that_err_together():
+def test_the_design_effect_of_identical_values_is_the_group_size():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(2_000), 3)
     assert design_effect(rng.integers(-1, 2, 6_000), groups) == pytest.approx(1, abs=0.1)
@@ -218,11 +218,11 @@ def test_the_design_effect_is_the_size_of_groups_that_err_together():
     assert design_effect(np.zeros(6_000), groups) == 1
 
 
-def test_a_validation_set_too_small_to_choose_by_gets_a_warning():
+def test_a_validation_set_too_small_to_choose_a_checkpoint_gets_a_warning():
     assert choice_warning(MIN_PAIRS_TO_CHOOSE) is None
-    told = choice_warning(60)
-    assert told.startswith("Warning: 60 validation pairs are too few to choose a checkpoint reliably")
+    warning = choice_warning(60)
+    assert warning.startswith("Warning: 60 validation pairs are too few to choose a checkpoint reliably")
     low, high = accuracy_interval(0.8, 60)
     assert (low, high) == pytest.approx((0.682, 0.882), abs=0.001)
-    assert f"{low:.0%} to {high:.0%}" in told
+    assert f"{low:.0%} to {high:.0%}" in warning
     assert accuracy_interval(1.0, 60)[1] == pytest.approx(1)

@@ -18,7 +18,7 @@ def test_accuracy_and_wilson_interval():
     assert result["accuracy_interval"] == pytest.approx([0.3006, 0.9544], abs=1e-4)
 
 
-def test_wilson_interval_of_a_full_score_does_not_reach_from_one_to_one():
+def test_wilson_interval_of_a_perfect_score_is_not_empty():
     low, high = compute([0] * 10, [0] * 10)["accuracy_interval"]
     assert low == pytest.approx(10 / (10 + 1.959964**2), abs=1e-6)
     assert high == 1
@@ -55,7 +55,7 @@ def test_calibration_error_and_bins():
     assert result["mean_confidence"] == pytest.approx(0.75)
 
 
-def test_a_bin_holds_its_upper_edge():
+def test_a_bin_includes_its_upper_edge():
     (only,) = compute([0], [0], [[1 / 3, 1 / 3, 1 / 3]])["reliability"]
     assert (only["low"], only["high"]) == (pytest.approx(4 / 15), pytest.approx(5 / 15))
 
@@ -93,7 +93,7 @@ def test_mass_is_averaged():
         (([0], [0], [[0.5, 0.5]]), r"expected probabilities of shape \(1, 3\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message):
+def test_inputs_that_do_not_match_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         compute(*arguments)
 
@@ -103,7 +103,7 @@ def test_every_metric_goes_through_the_module(monkeypatch):
     assert compute([0], [1])["references"] == [0]
 
 
-def test_evaluate_loads_it_from_its_folder_and_offline(tmp_path):
+def test_evaluate_loads_the_module_from_its_folder_offline(tmp_path):
     metric = evaluate.load(str(METRICS_PATH), cache_dir=str(tmp_path))
     by_library = metric.compute(
         predictions=PREDICTED, references=GOLD, probabilities=PROBABILITIES, mass=[0.1, 0.2, 0.3, 0.4]

@@ -33,36 +33,36 @@ def test_scoring_and_generation_agree_on_every_pair(words, family, padding_side,
     pairs = few_pairs(4)
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(tokenizer), seed=1)
-    said = generate_labels(model, tokenizer, prompts, encoder.answers)
+    predicted = generate_labels(model, tokenizer, prompts, encoder.answers)
     scores = score_prompts(
         model, prompts, encoder.answers, tokenizer.pad_token_id, batch_size=7, max_row_tokens=max_row_tokens
     )
-    assert scores.choice.tolist() == said
-    assert len(set(said)) > 1, "a model that always says one label cannot tell the ways apart"
+    assert scores.choice.tolist() == predicted
+    assert len(set(predicted)) > 1, "a model that always predicts one label tests nothing"
     torch.testing.assert_close(scores.log_probs.exp().sum(dim=1), torch.ones(len(prompts)))
-    # The tokens after an answer is decided are forced, and can be left out.
-    beginnings = distinguishing_prefixes(encoder.answers)
+    # Tokens after the distinguishing prefix are forced, so they can be left out.
+    prefixes = distinguishing_prefixes(encoder.answers)
     if words == "shared first tokens":
-        assert max(map(len, beginnings)) > 1
-        assert sum(map(len, beginnings)) < sum(map(len, encoder.answers))
+        assert max(map(len, prefixes)) > 1
+        assert sum(map(len, prefixes)) < sum(map(len, encoder.answers))
     short = score_prompts(
-        model, prompts, beginnings, tokenizer.pad_token_id, batch_size=7, max_row_tokens=max_row_tokens
+        model, prompts, prefixes, tokenizer.pad_token_id, batch_size=7, max_row_tokens=max_row_tokens
     )
-    assert short.choice.tolist() == said
+    assert short.choice.tolist() == predicted
     torch.testing.assert_close(short.log_probs, scores.log_probs, rtol=1e-4, atol=1e-5)
-    # One by one, with no padding at all, the answers are the same.
-    assert [generate_labels(model, tokenizer, [prompt], encoder.answers)[0] for prompt in prompts[:6]] == said[:6]
+    # Without padding, one by one, the predictions are the same.
+    assert [generate_labels(model, tokenizer, [prompt], encoder.answers)[0] for prompt in prompts[:6]] == predicted[:6]
 
 
 @pytest.mark.parametrize("max_row_tokens", [None, 128])
-def test_joint_scores_are_those_of_plain_forward_passes(chatml, max_row_tokens):
+def test_unconstrained_scores_match_plain_forward_passes(chatml, max_row_tokens):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs()
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(chatml))
     scores = score_prompts(model, prompts, encoder.answers, 0, batch_size=5, max_row_tokens=max_row_tokens)
-    for prompt, joint in zip(prompts, scores.unconstrained, strict=True):
-        for answer, score in zip(encoder.answers, joint, strict=True):
+    for prompt, sums in zip(prompts, scores.unconstrained, strict=True):
+        for answer, score in zip(encoder.answers, sums, strict=True):
             with torch.no_grad():
                 log_probs = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
             steps = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -71,7 +71,7 @@ def test_joint_scores_are_those_of_plain_forward_passes(chatml, max_row_tokens):
     assert (scores.label_mass < 1).all()
 
 
-def test_restricted_probabilities_by_hand():
+def test_constrained_probabilities_by_hand():
     """Answers x y, x z and w: the first step chooses between x and w, the second between y and z."""
     answers = [[1, 2], [1, 3], [4]]
     log = torch.tensor([[[0.3, 0.1], [0.3, 0.4], [0.2, 1.0]], [[0.2, 0.1], [0.2, 0.4], [0.3, 1.0]]]).log()
@@ -84,7 +84,7 @@ def test_restricted_probabilities_by_hand():
 
 
 def test_greedy_may_leave_the_most_probable_answer():
-    """Greedy takes x (0.55) and then has 0.3 at best, although w has 0.45: `choice` says what `generate` would."""
+    """Greedy takes x (0.55) and then has 0.3 at best, although w has 0.45: `choice` is what `generate` gives."""
     answers = [[1, 2], [1, 3], [4]]
     log = torch.tensor([[[0.55, 0.5], [0.55, 0.5], [0.45, 1.0]]]).log()
     log[:, 2, 1] = 0
@@ -103,16 +103,16 @@ def test_generation_is_constrained_whatever_the_model_prefers(chatml):
     assert set(generate_labels(model, chatml, prompts, encoder.answers)) <= {0, 1, 2}
 
 
-def test_a_repetition_penalty_does_not_reach_the_judgement(chatml):
+def test_a_repetition_penalty_does_not_change_predictions(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs(2)
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
     model = tiny_llama(len(chatml), seed=1)
-    said = generate_labels(model, chatml, prompts, encoder.answers)
-    free = generate_unconstrained(model, chatml, prompts, 4)
+    predicted = generate_labels(model, chatml, prompts, encoder.answers)
+    unconstrained = generate_unconstrained(model, chatml, prompts, 4)
     model.generation_config.repetition_penalty = 5.0
-    assert generate_labels(model, chatml, prompts, encoder.answers) == said
-    assert generate_unconstrained(model, chatml, prompts, 4) == free
+    assert generate_labels(model, chatml, prompts, encoder.answers) == predicted
+    assert generate_unconstrained(model, chatml, prompts, 4) == unconstrained
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
@@ -143,7 +143,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(chatml, monkeypatch):
     assert max(seen) == 3  # 24, 12 and 6 did not fit
 
 
-def test_other_errors_are_not_taken_for_memory(chatml, monkeypatch):
+def test_other_errors_are_not_treated_as_out_of_memory(chatml, monkeypatch):
     def broken(*_):
         raise RuntimeError("shape mismatch")
 

@@ -35,7 +35,7 @@ def suite_file(folder, text):
     return load_suite(str(path), ROOT_SUITES)
 
 
-def test_a_suite_takes_files_by_name_of_the_set_and_tells_what_is_missing(tmp_path):
+def test_a_suite_reads_files_by_set_name_and_lists_missing_sets(tmp_path):
     root = tmp_path / "root"
     (root / "first").mkdir(parents=True)
     write_jsonl(root / "first" / "train.jsonl", rows(2))
@@ -67,21 +67,21 @@ def test_a_suite_takes_files_by_name_of_the_set_and_tells_what_is_missing(tmp_pa
     assert sets[0].split == "test", "the split that a suite names is that of its Hub set"
     assert list(sets[1].pairs["hypothesis"]) == ["Hypothesis 0.", "Hypothesis 2.", "Hypothesis 4."]
     assert set(missing) == {"fourth", "fifth"}
-    assert "the Hub is out of reach" in missing["fourth"]
+    assert "not on the Hub" in missing["fourth"]
     assert missing["fifth"] == f"there is no fifth in suite_root {root}"
     (root / "fifth").mkdir()
     _, missing = load_suite_sets(suite, EvalConfig(run="run", suite="own", suite_root=str(root)))
     assert missing["fifth"] == f"{root / 'fifth'} has no file for a test or validation split"
 
 
-def test_a_set_that_is_there_and_broken_is_an_error_and_not_missing(tmp_path):
+def test_a_set_that_cannot_be_read_is_an_error_and_not_missing(tmp_path):
     write_jsonl(tmp_path / "first.jsonl", [{"premise": "A.", "hypothesis": "B.", "label": "so"}])
     suite = suite_file(tmp_path, "sets: {first: }")
     with pytest.raises(UserError, match="first.jsonl row 1, column label: unknown label 'so'"):
         load_suite_sets(suite, EvalConfig(run="run", suite="own", suite_root=str(tmp_path)))
 
 
-def test_edits_are_linked_to_the_pair_that_they_were_made_of(tmp_path):
+def test_edits_are_linked_to_their_originals(tmp_path):
     originals = pairs_dataset(
         {
             "uid": ["1", "2"],
@@ -129,28 +129,28 @@ def test_edits_are_linked_to_the_pair_that_they_were_made_of(tmp_path):
     [
         ("sets: {a: {datset_name: x}}", "set a: unknown key 'datset_name'; did you mean 'dataset_name'"),
         ("sets: {a: }\nlabel_order: 3", "unknown key 'label_order'; did you mean 'label_order_pairs'"),
-        ("a: b", "a suite has the key sets"),
-        ("sets: {a: {part_of: b}}", "set a: part_of 'b' is not a set listed before it"),
+        ("a: b", "the key sets is missing or empty"),
+        ("sets: {a: {part_of: b}}", "set a: part_of 'b' is not a set listed before this one"),
         ("sets: [", "not YAML"),
         ("sets: {a: {split: x}, a: }", "key 'a' is on lines 1 and 1; keep one"),
     ],
 )
-def test_a_suite_that_cannot_be_meant(tmp_path, text, message):
+def test_an_invalid_suite(tmp_path, text, message):
     with pytest.raises(UserError, match=message):
         suite_file(tmp_path, text)
 
 
-def test_without_any_set_there_is_nothing_to_judge(tmp_path):
+def test_a_suite_without_any_set_is_an_error(tmp_path):
     suite = suite_file(tmp_path, "sets: {a: }")
-    with pytest.raises(UserError, match="none of its sets can be had; there is no a in suite_root"):
+    with pytest.raises(UserError, match="none of its sets can be loaded; there is no a in suite_root"):
         load_suite_sets(suite, EvalConfig(run="run", suite="own"))
     with pytest.raises(UserError, match="suite_root nowhere is not a folder"):
         load_suite_sets(suite, EvalConfig(run="run", suite="own", suite_root="nowhere"))
-    with pytest.raises(UserError, match="'stres' is neither a .yaml file that is there nor one of stress"):
+    with pytest.raises(UserError, match="'stres' is neither an existing .yaml file nor one of: stress"):
         load_suite("stres", ROOT_SUITES)
 
 
-def test_the_stress_suite_holds_what_it_promises():
+def test_the_stress_suite_lists_its_sets():
     suite = load_suite("stress", ROOT_SUITES)
     names = "snli snli_hard mnli_matched mnli_mismatched anli_r1 anli_r2 anli_r3 hans breaking_nli sick"
     assert [one.name for one in suite.sets] == [*names.split(), "chaosnli_snli", "chaosnli_mnli", "counterfactual"]
@@ -160,23 +160,23 @@ def test_the_stress_suite_holds_what_it_promises():
     assert all(len(revision) == 40 for revision in pinned)
 
 
-def test_a_suite_is_not_mixed_with_other_sources():
+def test_a_suite_excludes_other_sources():
     with pytest.raises(UserError, match="suite lists its own sets"):
         EvalConfig(run="run", suite="stress", sources=["a.jsonl"])
     with pytest.raises(UserError, match="name one with --suite"):
         EvalConfig(run="run", suite_root="folder")
 
 
-def test_the_hub_is_asked_once_whether_it_answers(tmp_path, monkeypatch):
-    asked = []
+def test_the_hub_is_contacted_once(tmp_path, monkeypatch):
+    requests = []
 
     class Unreachable:
         def head(self, url, timeout):
-            asked.append((url, timeout))
+            requests.append((url, timeout))
             raise OSError("no route to host")
 
     def load(source, *_, **__):
-        raise AssertionError(f"{source} was asked for")
+        raise AssertionError(f"{source} was loaded")
 
     write_jsonl(tmp_path / "here.jsonl", rows())
     text = f"sets: {{here: {{dataset_name: {tmp_path / 'here.jsonl'}}}, "
@@ -189,24 +189,24 @@ def test_the_hub_is_asked_once_whether_it_answers(tmp_path, monkeypatch):
     suites.hub_answers.cache_clear()
     assert [one.name for one in sets] == ["here"]
     assert set(missing) == {"one", "two"}
-    assert missing["two"].startswith("nobody/two: the Hub is out of reach, and no such path is here")
-    assert asked == [(suites.constants.ENDPOINT, suites.HUB_SECONDS)]
+    assert missing["two"].startswith("nobody/two: the Hub cannot be reached and there is no such path")
+    assert requests == [(suites.constants.ENDPOINT, suites.HUB_SECONDS)]
 
 
-# Loads a suite as recipes/eval.py does, in a process of its own: where the Hub is cannot be changed later.
+# Loads a suite as recipes/eval.py does, in a new process: the address of the Hub is read on import.
 LOAD = """
 import json, sys
 from pathlib import Path
 from nli_sft.configs import EvalConfig
 from nli_sft.evaluation.suites import load_suite, load_suite_sets
 sets, missing = load_suite_sets(load_suite(sys.argv[1], Path()), EvalConfig(run="run", suite="stress"))
-told = {one.name: {"split": one.split, "unlabelled": one.unlabelled, "rows": one.pairs.to_list(),
+loaded = {one.name: {"split": one.split, "unlabelled": one.unlabelled, "rows": one.pairs.to_list(),
     "labels": one.pairs.features["label"].names} for one in sets}
-print(json.dumps([told, missing]))
+print(json.dumps([loaded, missing]))
 """
 
 
-def load_apart(suite, hub, cache, **environment):
+def load_in_new_process(suite, hub, cache, **environment):
     result = subprocess.run(
         [sys.executable, "-c", LOAD, str(suite)],
         capture_output=True,
@@ -218,8 +218,8 @@ def load_apart(suite, hub, cache, **environment):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_the_stress_suite_is_had_from_where_its_sets_are_published(tmp_path):
-    """All sets, with the layouts that they have there; once fetched, without a network too."""
+def test_the_stress_suite_loads_its_sets_as_published(tmp_path):
+    """All sets in their published layouts; after the first download also without a network."""
     suite = load_suite("stress", ROOT_SUITES)
     with LoopbackHub() as hub:
         publish(hub, suite)
@@ -228,12 +228,12 @@ def test_the_stress_suite_is_had_from_where_its_sets_are_published(tmp_path):
             assert f"https://{host}/" in text
             text = text.replace(f"https://{host}/", f"{hub.url}/elsewhere/{host}/")
         (tmp_path / "stress.yaml").write_text(text)
-        sets, missing = load_apart(tmp_path / "stress.yaml", hub, tmp_path / "cache")
-    again = load_apart(tmp_path / "stress.yaml", hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
+        sets, missing = load_in_new_process(tmp_path / "stress.yaml", hub, tmp_path / "cache")
+    again = load_in_new_process(tmp_path / "stress.yaml", hub, tmp_path / "cache", HF_HUB_OFFLINE="1")
 
     assert missing == {}
     assert list(sets) == [one.name for one in suite.sets]
-    assert again == [sets, missing], "what was fetched once is there without a network"
+    assert again == [sets, missing], "downloaded sets load without a network"
     for name in ("snli", "mnli_matched", "mnli_mismatched", "anli_r1", "anli_r2", "anli_r3"):
         assert [row["label"] for row in sets[name]["rows"]] == [0, 1, 2], name
         assert sets[name]["labels"] == list(LABELS)
@@ -249,7 +249,7 @@ def test_the_stress_suite_is_had_from_where_its_sets_are_published(tmp_path):
     ]
     breaking = [(row["label"], row["subset"], row["label_counts"]) for row in sets["breaking_nli"]["rows"]]
     assert breaking == [(2, "cardinals", [0, 0, 3]), (0, "colors", [2, 1, 0])]
-    assert [(row["uid"], row["label"]) for row in sets["sick"]["rows"]] == [("2", 2)], "its test split alone"
+    assert [(row["uid"], row["label"]) for row in sets["sick"]["rows"]] == [("2", 2)], "only its test split"
     for name in ("chaosnli_snli", "chaosnli_mnli"):
         (row,) = sets[name]["rows"]
         assert (row["label"], row["label_counts"], row["premise"]) == (1, [30, 70, 0], "A man sleeps.")
@@ -260,10 +260,12 @@ def test_the_stress_suite_is_had_from_where_its_sets_are_published(tmp_path):
         counterfactual[0]["uid"],
         counterfactual[1]["uid"],
     ]
-    assert counterfactual[3]["premise"] == 'A man says "no" loudly.', "the quotes of the file are not the text's"
+    assert counterfactual[3]["premise"] == 'A man says "no" loudly.', (
+        "quotes of the file format are not part of the text"
+    )
 
 
-def test_a_url_that_leads_nowhere_is_told_as_missing(tmp_path):
+def test_an_unreachable_url_is_listed_as_missing(tmp_path):
     with LoopbackHub() as hub:
         hub.elsewhere["host/page.zip"] = b"<!doctype html>File deleted"
         hub.elsewhere["host/own.csv"] = b"premise,hypothesis,label\nA man.,A person.,entailment\n"
@@ -273,13 +275,13 @@ def test_a_url_that_leads_nowhere_is_told_as_missing(tmp_path):
             f"  gone: {{dataset_name: '{hub.url}/elsewhere/host/gone.csv'}}\n"
             f"  page: {{dataset_name: 'zip://a/b.txt::{hub.url}/elsewhere/host/page.zip'}}\n"
         )
-        sets, missing = load_apart(own, hub, tmp_path / "cache")
+        sets, missing = load_in_new_process(own, hub, tmp_path / "cache")
     assert [row["uid"] for row in sets["there"]["rows"]] == ["own-all-1"]
     assert "gone.csv cannot be downloaded (FileNotFoundError" in missing["gone"]
     assert "page.zip cannot be downloaded" in missing["page"]
 
 
-def test_a_set_that_is_a_loading_script_is_told_with_where_its_tables_may_be(tmp_path):
+def test_a_loading_script_is_missing_with_a_hint_where_its_tables_are(tmp_path):
     with LoopbackHub() as hub:
         repository = hub.add("owner/script", {"script.py": b"raise SystemExit", "README.md": b""}, "dataset")
         repository.commit({"plain_text/validation/0000.parquet": three_pairs()}, "refs/convert/parquet")
@@ -288,12 +290,12 @@ def test_a_set_that_is_a_loading_script_is_told_with_where_its_tables_may_be(tmp
             "sets:\n  script: {dataset_name: owner/script, split: validation}\n"
             "  tables: {dataset_name: owner/script, split: validation, dataset_revision: refs/convert/parquet}\n"
         )
-        sets, missing = load_apart(own, hub, tmp_path / "cache")
+        sets, missing = load_in_new_process(own, hub, tmp_path / "cache")
     assert missing["script"].startswith("owner/script is a loading script, which the datasets library no longer runs")
     assert [row["label"] for row in sets["tables"]["rows"]] == [0, 1, 2]
 
 
-def test_spellings_stay_as_they_are_written(tmp_path):
+def test_label_spellings_stay_words(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("sets:\n  mine: {dataset_name: mine.csv, label_spellings: [yes, maybe, no]}\n")
     assert load_suite(str(path), tmp_path).sets[0].label_spellings == ["yes", "maybe", "no"]

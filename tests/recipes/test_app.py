@@ -141,7 +141,7 @@ def test_the_page_is_typed_into_and_the_bars_are_read(run, tmp_path):
             for premise, hypothesis, _ in (SCENES[0], SCENES[5]):
                 browser.type("#premise textarea", premise)
                 browser.type("#hypothesis textarea", hypothesis)
-                browser.evaluate("document.querySelector('#judge').click()")
+                browser.evaluate("document.querySelector('#predict').click()")
                 bars = browser.wait_for(READ_BARS, accept=lambda bars: all(map(ne, bars, previous)))  # noqa: B023
                 for shown, classifier in zip(bars, (base, tuned), strict=True):
                     expected = classifier(premise, hypothesis).probabilities
@@ -149,7 +149,7 @@ def test_the_page_is_typed_into_and_the_bars_are_read(run, tmp_path):
                     assert shares == pytest.approx(expected, abs=0.0051)
                 previous = bars
             browser.type("#hypothesis textarea", "<|im_end|>")
-            browser.evaluate("document.querySelector('#judge').click()")
+            browser.evaluate("document.querySelector('#predict').click()")
             browser.wait_for("document.body.innerText.includes('a control token of this tokenizer')")
         finally:
             browser.close()

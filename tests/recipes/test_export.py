@@ -83,7 +83,7 @@ def test_a_quantised_base_is_read_unquantised_or_dequantised(workspace, tmp_path
 
     with pytest.raises(SystemExit) as exit:
         export("--run", run, "--device=cpu", "--output_dir", tmp_path / "c", "--max_difference=1e-3")
-    assert "the merged model is not the one that was measured" in str(exit.value)
+    assert "the merged model differs from the measured one" in str(exit.value)
     assert "; try --dequantize" in str(exit.value)
     assert not (tmp_path / "c").exists(), "what failed does not get the name"
     assert (tmp_path / "c.unchecked" / "parity.json").is_file()
@@ -93,7 +93,7 @@ def test_what_cannot_be_exported(workspace, tmp_path, export):
     run = make(workspace, tmp_path)
     (tmp_path / "there").mkdir()
     for arguments, message in (
-        (["--output_dir", tmp_path / "there"], "is there already; remove it, or name another"),
+        (["--output_dir", tmp_path / "there"], "already exists; remove it or give another folder"),
         (["--dequantize"], "was not quantised; leave it out"),
         (["--dtype", "float8"], "float8"),
     ):
@@ -107,11 +107,11 @@ def test_what_cannot_be_exported(workspace, tmp_path, export):
 
 
 def test_parity_counts_flips_and_the_largest_move():
-    def judgement(*p):
+    def prediction(*p):
         return Prediction(LABELS[p.index(max(p))], dict(zip(LABELS, p, strict=True)))
 
     parity = Parity.between(
-        [judgement(0.5, 0.3, 0.2), judgement(0.1, 0.8, 0.1)], [judgement(0.3, 0.5, 0.2), judgement(0.1, 0.8, 0.1)]
+        [prediction(0.5, 0.3, 0.2), prediction(0.1, 0.8, 0.1)], [prediction(0.3, 0.5, 0.2), prediction(0.1, 0.8, 0.1)]
     )
     assert (parity.pairs, parity.flips) == (2, 1)
     assert parity.largest_difference == pytest.approx(0.2)

@@ -131,7 +131,7 @@ def test_the_command_printed_at_the_end_works_for_a_run_on_a_single_file(recipe,
         sys.executable, *command[1:], "--unconstrained_samples=0", cwd=workspace, command=lambda *words: words
     )
     assert result.returncode == 0, result.output
-    assert "has no labelled test split, so the run is judged on its" in result.output
+    assert "has no labelled test split. The run is evaluated on its" in result.output
     assert (
         json.loads((tmp_path / "my run/eval/my-pairs-validation/metrics.json").read_text())["train_test_overlap"] == 0
     )

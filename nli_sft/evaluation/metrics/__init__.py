@@ -1,12 +1,13 @@
-"""What a set of label predictions adds up to: accuracy, per label, confusion, calibration.
+"""Metrics of label predictions: accuracy, per-label scores, confusion matrix, calibration.
 
-`compute` gives every metric of training, evaluation and the report. It runs the `evaluate` module of this folder,
-which `evaluate.load(str(METRICS_PATH))` loads elsewhere, without a network too.
+Training, evaluation and reports get all metrics from `compute`. It runs the `evaluate` module of this folder, which
+`evaluate.load(str(METRICS_PATH))` loads anywhere, also offline.
 """
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
@@ -26,42 +27,44 @@ def compute(
     probabilities: Sequence[Sequence[float]] | np.ndarray | None = None,
     mass: Sequence[float] | np.ndarray | None = None,
     label_names: Sequence[str] = LABELS,
-) -> dict[str, object]:
-    """The figures of one model on one set of pairs, ready for JSON.
+) -> dict[str, Any]:
+    """The metrics of one model on one set of pairs, ready for JSON.
 
     Args:
         gold: (n,) label ids, indices of `label_names`.
         predicted: (n,) three-way label ids.
-        probabilities: (n, 3) probability of each label, rows adding up to 1. Without them there is no calibration.
-        mass: (n,) probability that the unrestricted model puts on the label words together.
-        label_names: the names of the gold ids: `LABELS`, or `TWO_WAY_LABELS` for a set that does not tell neutral
-            from contradiction. Predictions are then mapped by `labels.to_two_way` and the two probabilities are added.
+        probabilities: (n, 3) probability of each label; rows sum to 1. Needed for the calibration metrics.
+        mass: (n,) label mass: the total probability of the label words without constraints.
+        label_names: the names of the gold ids: `LABELS`, or `TWO_WAY_LABELS` for a set that does not distinguish
+            neutral from contradiction. Predictions are then mapped by `labels.to_two_way`, and probabilities added.
 
     Returns:
-        - `n`, `accuracy`, `accuracy_interval` [low, high]: Wilson's 95 % interval (Wilson, 1927), which takes the
+        - `n`, `accuracy`, `accuracy_interval` [low, high]: 95 % Wilson score interval (Wilson, 1927), which treats the
           pairs as independent;
         - `macro_f1`, `per_label` {name: {precision, recall, f1, n}}, 0 where undefined;
-        - `confusion`: counts, rows are gold and columns predicted, in the order of `labels`;
+        - `confusion`: counts; rows are gold labels, columns predictions, in the order of `labels`;
         - `labels`, and `label_mapping` {three-way name: two-way name}, or `None`;
         - with probabilities: `nll`, mean negative log-likelihood of the gold label in nats; `brier`, mean squared
           distance between probabilities and gold, summed over labels, 0 to 2 (Brier, 1950); `ece`, expected
-          calibration error; `mean_confidence`; `reliability`, its bins [{low, high, n, confidence, accuracy}], the
-          empty ones left out;
-        - with mass: `label_mass`, its mean.
+          calibration error; `mean_confidence`; `reliability`, its non-empty bins
+          [{low, high, n, confidence, accuracy}];
+        - with mass: its mean, `label_mass`.
 
     Raises:
-        ValueError: if there are no pairs, or lengths or shapes do not match.
+        ValueError: if there are no pairs, or lengths or shapes differ.
     """
-    from .metrics import NLIMetrics  # `evaluate` is needed when there is something to compute, not to import this
+    from .metrics import NLIMetrics  # here, so that importing this does not import `evaluate`
 
     if len(gold) != len(predicted):
         raise ValueError(f"{len(gold)} gold labels but {len(predicted)} predictions")
     if not len(gold):
         raise ValueError("no pairs to compute metrics on")
     module = NLIMetrics(keep_in_memory=True, cache_dir=tempfile.gettempdir())  # a home folder may be read-only
-    return module.compute(
+    result = module.compute(
         predictions=predicted, references=gold, probabilities=probabilities, mass=mass, label_names=label_names
     )
+    assert result is not None, "None only in processes other than the first of a distributed metric"
+    return result
 
 
 def compute_arrays(
@@ -70,17 +73,23 @@ def compute_arrays(
     probabilities: Sequence[Sequence[float]] | np.ndarray | None,
     mass: Sequence[float] | np.ndarray | None,
     label_names: Sequence[str],
-) -> dict[str, object]:
-    """What the module computes, with the arguments and the result of `compute`."""
-    gold, predicted = np.asarray(gold), np.asarray(predicted)
+) -> dict[str, Any]:
+    """The computation itself, with the arguments and the result of `compute`."""
+    gold_ids, predicted_ids = np.asarray(gold), np.asarray(predicted)
     names = list(label_names)
     is_two_way = len(names) != len(LABELS)
     if is_two_way:
-        predicted = np.array([to_two_way(label) for label in predicted])
+        predicted_ids = np.array([to_two_way(label) for label in predicted])
 
     ids = list(range(len(names)))
-    precision, recall, f1, support = precision_recall_fscore_support(gold, predicted, labels=ids, zero_division=0)
-    right = gold == predicted
+    per_label: tuple[np.ndarray, ...] = precision_recall_fscore_support(  # pyright: ignore[reportAssignmentType]
+        gold_ids,
+        predicted_ids,
+        labels=ids,
+        zero_division=0,  # pyright: ignore[reportArgumentType]
+    )
+    precision, recall, f1, support = per_label  # each (labels,)
+    right = gold_ids == predicted_ids
     interval = binomtest(int(right.sum()), len(gold)).proportion_ci(method="wilson")
     result = {
         "n": len(gold),
@@ -91,33 +100,32 @@ def compute_arrays(
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
             for name, p, r, f, n in zip(names, precision, recall, f1, support, strict=True)
         },
-        "confusion": confusion_matrix(gold, predicted, labels=ids).tolist(),
+        "confusion": confusion_matrix(gold_ids, predicted_ids, labels=ids).tolist(),
         "labels": names,
         "label_mapping": {name: names[to_two_way(i)] for i, name in enumerate(LABELS)} if is_two_way else None,
     }
     if probabilities is not None:
-        result |= _calibration(gold, predicted, _mapped(probabilities, len(gold), is_two_way), ids)
+        result |= _calibration(gold_ids, predicted_ids, _mapped(probabilities, len(gold), is_two_way), ids)
     if mass is not None:
         result["label_mass"] = float(np.mean(mass))
     return result
 
 
 def _mapped(probabilities: Sequence[Sequence[float]] | np.ndarray, n: int, is_two_way: bool) -> np.ndarray:
-    probabilities = np.asarray(probabilities, dtype=np.float64)
-    if probabilities.shape != (n, len(LABELS)):
-        raise ValueError(f"expected probabilities of shape ({n}, {len(LABELS)}), found {probabilities.shape}")
-    probabilities = probabilities / probabilities.sum(axis=1, keepdims=True)  # float32 files add up to 1 only nearly
-    if is_two_way:
-        return np.stack([probabilities[:, 0], probabilities[:, 1:].sum(axis=1)], axis=1)
-    return probabilities
+    """(n, 3) probabilities that sum to 1, or (n, 2) of a two-way set."""
+    values = np.asarray(probabilities, dtype=np.float64)
+    if values.shape != (n, len(LABELS)):
+        raise ValueError(f"expected probabilities of shape ({n}, {len(LABELS)}), found {values.shape}")
+    values = values / values.sum(axis=1, keepdims=True)  # float32 probabilities sum to 1 only approximately
+    return np.stack([values[:, 0], values[:, 1:].sum(axis=1)], axis=1) if is_two_way else values
 
 
-def _calibration(gold: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, ids: list[int]) -> dict:
+def _calibration(gold: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, ids: list[int]) -> dict[str, Any]:
     rows = np.arange(len(gold))
     confidence = probabilities[rows, predicted]
     right = gold == predicted
     edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
-    bins = np.digitize(confidence, edges[1:-1], right=True)  # a bin holds its upper edge, as in Guo et al.
+    bins = np.digitize(confidence, edges[1:-1], right=True)  # a bin includes its upper edge, as in Guo et al.
     reliability = [
         {
             "low": float(edges[b]),

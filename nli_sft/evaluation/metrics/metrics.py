@@ -1,6 +1,6 @@
-"""The metrics as a module of the `evaluate` library, which finds it by the name of its folder."""
+"""The metrics as a module for the `evaluate` library, which requires the file to be named after its folder."""
 
-# One import a line: `evaluate` scans this file for packages to check, and reads a line as one name.
+# One import per line: `evaluate` scans this file for required packages and takes a line for one name.
 import datasets
 import evaluate
 
@@ -8,18 +8,18 @@ from nli_sft.evaluation.metrics import compute_arrays
 from nli_sft.labels import LABELS
 
 DESCRIPTION = """
-How well labels of natural language inference are predicted: accuracy with Wilson's 95 % interval, macro-F1,
+Metrics of predicted labels for natural language inference: accuracy with its 95 % Wilson interval, macro-F1,
 precision, recall and F1 of each label, confusion matrix, negative log-likelihood, Brier score, expected calibration
-error with its reliability bins, and the mean probability on the label words.
+error with its reliability bins, and the mean label mass.
 """
 
 KWARGS_DESCRIPTION = """
 Args:
     predictions: three-way label ids, in the order entailment, neutral, contradiction.
     references: gold label ids, indices of label_names.
-    probabilities: optional, three probabilities a pair.
-    mass: optional, the probability of the label words together, one a pair.
-    label_names: names of the gold ids; two for a set that does not tell neutral from contradiction.
+    probabilities: optional, three probabilities per pair.
+    mass: optional, the total probability of the label words, one number per pair.
+    label_names: names of the gold ids; two for a set that does not distinguish neutral from contradiction.
 Returns: a dict; see nli_sft.evaluation.metrics.compute.
 Example:
     >>> evaluate.load(str(METRICS_PATH)).compute(predictions=[0, 2], references=[0, 1])["accuracy"]
@@ -28,14 +28,14 @@ Example:
 
 
 class NLIMetrics(evaluate.Metric):
-    """Accuracy, calibration and the rest, of predicted labels."""
+    """Accuracy, calibration and other metrics of predicted labels."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=DESCRIPTION,
             citation="",
             inputs_description=KWARGS_DESCRIPTION,
-            # What is optional, probabilities and mass, can only be a keyword argument.
+            # Optional inputs (probabilities, mass) can only be keyword arguments of `compute`.
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
