@@ -817,7 +817,7 @@ def test_the_temperature_is_fitted_on_premises_not_evaluated(tmp_path, caplog):
     assert set(held["uid"]) <= set(hold_out(load_pairs(str(tmp_path), "train"), 0.5, VALIDATION_SEED)[1]["uid"])
 
     for name, judged_sets, why in [
-        ("nobody/nothing", sets, "cannot be had"),
+        ("nobody/nothing", sets, "cannot be loaded"),
         (str(tmp_path), [EvaluationSet("all", "dev", load_pairs(str(tmp_path), "train"), 0)], "0 validation pairs"),
     ]:
         caplog.clear()
