@@ -379,7 +379,7 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
             f"{MAX_ROWS:,}",
             f"{len(table):,}",
         )
-        table = table.iloc[np.linspace(0, len(table) - 1, MAX_ROWS).astype(int)]
+        table = table.take(np.linspace(0, len(table) - 1, MAX_ROWS).astype(int))
     columns = {"uid": "uid", "premise": "premise", "hypothesis": "hypothesis", "label": "gold", "bucket": "bucket"}
     for model in ("base", "tuned"):
         columns[f"{model}_prediction"] = model
@@ -394,7 +394,7 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
                 for predicted, count in zip(evaluation.label_names, counts, strict=True)
             ]
     tables = {
-        "predictions": table[list(columns)].set_axis(list(columns.values()), axis=1).to_dict("records"),
+        "predictions": table.filter(items=list(columns)).set_axis(list(columns.values()), axis=1).to_dict("records"),
         "confusion": confusion,
         "per_label": per_label,
     }

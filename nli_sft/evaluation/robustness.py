@@ -69,16 +69,19 @@ def against_annotators(counts: np.ndarray, probabilities: np.ndarray) -> dict[st
     annotators = counts / counts.sum(axis=1, keepdims=True)
     model = np.maximum(probabilities, MIN_PROBABILITY)
     model /= model.sum(axis=1, keepdims=True)
-    distance = np.nan_to_num(jensenshannon(annotators, model, axis=1))  # NaN if rounding makes it negative
+    # NaN if rounding makes it negative. The stubs of scipy lack `axis`.
+    distance = np.nan_to_num(jensenshannon(annotators, model, axis=1))  # pyright: ignore[reportCallIssue]
     uncertainty = entropy(annotators, axis=1), entropy(model, axis=1)
     varies = all(values.max() - values.min() > 1e-12 for values in uncertainty)
+    # scipy's stubs take the result for a tuple of objects.
+    correlation = float(spearmanr(*uncertainty).statistic) if varies else None  # pyright: ignore[reportAttributeAccessIssue]
     return {
         "n": len(counts),
         "annotators_per_pair": float(counts.sum(axis=1).mean()),
         "js_divergence": float((distance**2).mean()),
         "js_distance": float(distance.mean()),
         "kl_divergence": float(entropy(annotators, model, axis=1).mean()),
-        "entropy_correlation": float(spearmanr(*uncertainty).statistic) if varies else None,
+        "entropy_correlation": correlation,
     }
 
 

@@ -149,15 +149,16 @@ def generate_labels(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], answers: Answers
 ) -> list[int]:
     """Constrained greedy generation: the label id for each prompt."""
-    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id
+    pad = pad_token_id(tokenizer)
+    input_ids, attention_mask = pad_left(prompts, pad)
+    end = tokenizer.eos_token_id if isinstance(tokenizer.eos_token_id, int) else pad
     with trie.exact_logits(model):
-        output = model.generate(
+        output = model.generate(  # pyright: ignore[reportCallIssue] (torch's stubs take it for a tensor)
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             prefix_allowed_tokens_fn=allowed_tokens(answers, input_ids.shape[1], end),
             max_new_tokens=max(map(len, answers)),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             **GREEDY,
         )
     generated = output[:, input_ids.shape[1] :].tolist()
@@ -318,16 +319,15 @@ class Scorer:
         Raises:
             UserError: if a prompt has a token or a length that the model cannot read.
         """
-        longest_answer = max(
-            map(len, self.encoder.answers)
-        )  # not those of `self.answers`: the limit is the same everywhere
+        # Not the longest of `self.answers`: the limit is the same everywhere.
+        longest_answer = max(map(len, self.encoder.answers))
         self._limits.check(prompts, self.encoder.tokenizer, longest_answer - 1)
         row_tokens = self._row_tokens(max(map(len, prompts), default=0) + longest_answer)
         return score_prompts(
             self.model,
             prompts,
             self.answers,
-            self.encoder.tokenizer.pad_token_id,
+            pad_token_id(self.encoder.tokenizer),
             batch_size=self.batch_size,
             max_row_tokens=row_tokens,
             progress=progress,
@@ -436,15 +436,22 @@ def generate_unconstrained(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
 ) -> list[list[int]]:
     """Greedy generation without constraints: the generated token ids of each prompt."""
-    input_ids, attention_mask = pad_left(prompts, tokenizer.pad_token_id)
-    output = model.generate(
+    pad = pad_token_id(tokenizer)
+    input_ids, attention_mask = pad_left(prompts, pad)
+    output = model.generate(  # pyright: ignore[reportCallIssue] (torch's stubs take it for a tensor)
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad,
         **GREEDY,
     )
     return output[:, input_ids.shape[1] :].tolist()
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the padding token, which every tokenizer of `load_tokenizer` has."""
+    assert isinstance(tokenizer.pad_token_id, int)
+    return tokenizer.pad_token_id
 
 
 def named_label(text: str, label_words: tuple[str, ...]) -> int | None:

@@ -124,7 +124,7 @@ def _prefix(encoder: PromptEncoder) -> str:
     """The text that the tokenizer puts before a plain prompt: the beginning-of-sequence token, or nothing."""
     ids = encoder.encode([""], [""])[0]
     own = encoder.tokenizer(encoder.text("", ""), add_special_tokens=False)["input_ids"]
-    return encoder.tokenizer.decode(ids[: len(ids) - len(own)])
+    return str(encoder.tokenizer.decode(ids[: len(ids) - len(own)]))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
