@@ -303,7 +303,7 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
     figures, said = {}, {}
     for name in [way for way in SCORE if way in args.score]:
         if name == "lm_eval":
-            if importlib.util.find_spec("lm_eval.models"):
+            if importlib.util.find_spec("lm_eval"):
                 figures[name] = lm_eval_speed(model, encoder, prompts, size)
             continue
         if compiled := name.endswith("compiled"):

@@ -15,6 +15,11 @@ from tiny import TOKENIZERS, chatml_tokenizer, few_pairs, tiny_llama, write_json
 from nli_sft.labels import LABELS
 
 
+def pytest_collection_modifyitems(items):
+    """Files that launch scripts first: they take longest, and at the end one worker would wait for another."""
+    items.sort(key=lambda item: "recipes" not in item.path.parts)
+
+
 @pytest.fixture(scope="session", params=TOKENIZERS)
 def any_tokenizer(request):
     return TOKENIZERS[request.param]()

@@ -151,7 +151,7 @@ def test_trls_own_flags_set_the_precision(tmp_path, flags, name):
 
 
 def test_contradictory_flags_are_refused(tmp_path):
-    with pytest.raises(RecipeError, match="precision is bf16, but bf16 and fp16 say fp32; keep precision and remove"):
+    with pytest.raises(RecipeError, match="precision is bf16, but bf16 and fp16 mean fp32; remove bf16 and fp16"):
         parse(tmp_path, "--precision=bf16", "--bf16=false")
     with pytest.raises(UserError, match="precision: fp16 needs a GPU"):
         parse(tmp_path, "--use_cpu", "--fp16=true")

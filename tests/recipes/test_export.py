@@ -94,7 +94,7 @@ def test_what_cannot_be_exported(workspace, tmp_path, export):
     (tmp_path / "there").mkdir()
     for arguments, message in (
         (["--output_dir", tmp_path / "there"], "already exists; remove it or give another folder"),
-        (["--dequantize"], "was not quantised; leave it out"),
+        (["--dequantize"], "was not quantised; leave the flag out"),
         (["--dtype", "float8"], "float8"),
     ):
         with pytest.raises(SystemExit) as exit:

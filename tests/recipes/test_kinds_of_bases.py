@@ -96,7 +96,7 @@ def test_a_quantised_base_is_trained_and_exported(train, script, tmp_path, bits,
     assert "Saved in" in train(tmp_path / "base", *LORA)
     any_difference = ["--device=cpu", "--max_difference=1", "--max_flips=1"]
     output = script("export.py", "--run", tmp_path / "run", *any_difference, *flags)
-    assert flags or "it is dequantised to merge the adapter" in output
+    assert flags or "dequantising it to merge the adapter" in output
     merged = tmp_path / "run-merged"
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
     assert json.loads((merged / "parity.json").read_text())["mean_difference"] < 0.02

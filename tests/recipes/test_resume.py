@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import ddp_command, launch, launch_command
+from launching import accelerate_command, ddp_command, launch
 from safetensors.torch import load_file
 
 from nli_sft.training.checkpoints import MANIFEST, find_checkpoint
@@ -21,7 +21,7 @@ OPTIONS = ["--num_train_epochs", "5", "--per_device_train_batch_size", "8", "--e
 OPTIONS += ["--save_strategy", "steps", "--eval_steps", "3", "--save_steps", "3", "--logging_steps", "2"]
 
 
-def start(recipe, output, *arguments, cwd, command=launch_command):
+def start(recipe, output, *arguments, cwd, command=accelerate_command):
     command = command("sft.py", "--config", recipe, "--output_dir", output, *arguments)
     with (cwd / f"{output.name}.log").open("a") as log:
         return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log, stdin=subprocess.DEVNULL)

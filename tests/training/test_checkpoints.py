@@ -451,7 +451,7 @@ def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(trainer, tm
     run.train()
     warnings = [message for message in caplog.messages if "Out of memory" in message]
     assert len(warnings) == 2
-    assert all(line.startswith("Out of memory at step 3: at most") for line in warnings)
+    assert all(line.startswith("Out of memory at step 3: repeating it, with at most") for line in warnings)
     assert run.trained_tokens == whole.trained_tokens
     for name in ("loss", "grad_norm", "num_tokens"):
         logged = [[e[name] for e in one.state.log_history if name in e] for one in (whole, run)]
