@@ -242,40 +242,6 @@ def exact_logits(model, positions=None):
             head.forward = replaced
 
 
-@contextmanager
-def training_pass(model, batch):
-    """A context in which a causal LM attends along a trie and returns the last hidden states of labelled nodes only.
-
-    For losses that read the hidden states themselves, such as TRL's fused LM head: off CUDA it would put every node
-    through the head, and on CUDA it would wait for the device to tell which nodes have a label. The mask comes by a
-    hook because TRL sums the mask it is given, which not every kind of mask can do.
-
-    Args:
-        model: a causal LM, or one wrapped by PEFT.
-        batch: of `pack_training`, with `predict`: (P,), the labelled nodes, as indices into the flattened
-            (rows * length). The hidden states come as (1, P, hidden size).
-    """
-    mask = model_inputs(model, batch)["attention_mask"]
-
-    def attend(module, args, kwargs):
-        return args, kwargs | {"attention_mask": mask}
-
-    def keep(module, args, output):
-        output.last_hidden_state = output.last_hidden_state.flatten(0, -2)[batch["predict"]][None]
-        return output
-
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    handles = [
-        causal_lm.base_model.register_forward_pre_hook(attend, with_kwargs=True),
-        causal_lm.base_model.register_forward_hook(keep),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def answer_log_probs(logits, answer_nodes, answer_ids):
     """The log-probability of each token of each answer, given its prompt and the tokens before.
 

@@ -14,8 +14,6 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from scipy.stats import t as student_t
 
-from .. import UserError
-
 RESAMPLES = 2_000
 SEED = 0
 
@@ -69,7 +67,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Comparison:
-    """Compare two sets of predictions on the same pairs in the same order (see `align`).
+    """Compare two sets of predictions on the same pairs in the same order.
 
     Args:
         gold, before, after: (n,) labels, as names or ids.
@@ -207,33 +205,6 @@ def choice_warning(pairs: int) -> str | None:
         f"Warning: {pairs:,} validation pairs are too few to choose a checkpoint reliably: an accuracy of 80% has a "
         f"95% interval of {low:.0%} to {high:.0%}. Use at least {MIN_PAIRS_TO_CHOOSE} pairs."
     )
-
-
-def align(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `second` in the order of `first`; both are tables of predictions.
-
-    Raises:
-        UserError: with an example, if the two do not have the same pairs with the same gold labels.
-    """
-    for name, table in (("first", first), ("second", second)):
-        repeated = table["uid"].to_numpy()[table["uid"].duplicated()]
-        if len(repeated):
-            raise UserError(f"the {name} table has uid {repeated[0]} twice")
-    missing = set(first["uid"]) ^ set(second["uid"])
-    if missing:
-        example = min(missing)
-        where = "first" if example in set(first["uid"]) else "second"
-        raise UserError(
-            f"not the same pairs: {len(first):,} and {len(second):,}, of which {len(missing):,} are in one only, "
-            f"such as {example} in the {where}"
-        )
-    second = second.set_index("uid").loc[first["uid"]].reset_index()
-    for column in ("premise", "hypothesis", "label"):
-        differs = first[column].to_numpy() != second[column].to_numpy()
-        if differs.any():
-            uid = first["uid"].to_numpy()[differs][0]
-            raise UserError(f"not the same pairs: the {column} differs in {differs.sum():,}, such as {uid}")
-    return second
 
 
 def headline(

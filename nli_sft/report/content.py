@@ -251,7 +251,7 @@ class Evaluation:
         )
         return (
             f"Unconstrained, the base model gave no valid label in {no_label} of {base['n']} answers and was right in "
-            f"{right}; the tuned model gave none in {tuned_no_label} and was right in {tuned_right}."
+            f"{right}. The tuned model gave no valid label in {tuned_no_label} and was right in {tuned_right}."
         )
 
     def unconstrained(self, model: str) -> Mapping[str, Any] | None:

@@ -21,7 +21,7 @@ from ..evaluation.calibration import accuracy_at
 from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Evaluation, Training
 
-BEFORE, AFTER, CONTROL, INK, FAINT = "#8c8c8c", "#0072B2", "#D55E00", "#222222", "#d9d9d9"
+BEFORE, AFTER, CONTROL, INK = "#8c8c8c", "#0072B2", "#D55E00", "#222222"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#cfe3f1", "#56a0d0", "#0072B2", "#00466e"])
 WIDTH = 4.8  # inches
 TITLE_CHARACTERS = 50

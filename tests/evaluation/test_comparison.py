@@ -1,14 +1,11 @@
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from nli_sft import UserError
 from nli_sft.evaluation.comparison import (
     MIN_PAIRS_TO_CHOOSE,
     accuracy_interval,
-    align,
     bootstrap_interval,
     buckets,
     change_p_value,
@@ -116,32 +113,6 @@ def test_pairs_that_are_not_the_same_are_refused():
         compare(GOLD, BEFORE, AFTER[:-1], list("aabbcc"))
     with pytest.raises(ValueError, match="no pairs"):
         compare([], [], [], [])
-
-
-def table(uids, **changes):
-    rows = {"uid": uids, "premise": "P", "hypothesis": [f"H{uid}" for uid in uids], "label": "neutral"}
-    return pd.DataFrame(rows | changes)
-
-
-def test_tables_are_joined_by_uid():
-    aligned = align(table(["a", "b", "c"]), table(["c", "a", "b"], answer=[3, 1, 2]))
-    assert list(aligned["uid"]) == ["a", "b", "c"]
-    assert list(aligned["answer"]) == [1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        (table(["a", "b"]), "3 and 2, of which 1 are in one only, such as c in the first"),
-        (table(["a", "b", "d"]), "2 are in one only, such as c in the first"),
-        (table(["a", "b", "b"]), "second table has uid b twice"),
-        (table(["a", "b", "c"], premise=["P", "Q", "P"]), "the premise differs in 1, such as b"),
-        (table(["a", "b", "c"], label=["neutral", "neutral", "entailment"]), "the label differs in 1, such as c"),
-    ],
-)
-def test_tables_of_other_pairs_are_refused(second, message):
-    with pytest.raises(UserError, match=message):
-        align(table(["a", "b", "c"]), second)
 
 
 def outcome(fixed, regressed, same, premises=None):

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -368,3 +369,10 @@ def test_a_damaged_file_of_a_model_is_named(runs, tmp_path, run, name, harms):
         harm(folder / name)
         with pytest.raises(UserError, match=re.escape(name)):
             load(folder)
+
+
+def test_loading_a_tuned_model_shows_no_warning(tmp_path):
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"), evaluated=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_tuned(run, ModelConfig(model_name_or_path=str(tmp_path / "base")), device=torch.device("cpu"))
