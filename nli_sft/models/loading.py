@@ -324,9 +324,8 @@ def load_tuned(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*missing adapter keys")  # they would be initialised at random
-            warnings.filterwarnings(
-                "ignore", message=".?is_gradient_checkpointing", category=FutureWarning
-            )  # PEFT reads it
+            # PEFT reads a name that transformers deprecates.
+            warnings.filterwarnings("ignore", message=".?is_gradient_checkpointing", category=FutureWarning)
             return PeftModel.from_pretrained(base, str(path)).eval()
     except Exception as error:  # of PEFT, safetensors or torch
         raise UserError(

@@ -2,10 +2,12 @@ import pytest
 import torch
 from tiny import TOKENIZERS, few_pairs, tiny_llama
 
+from nli_sft.configs import BatchConfig
 from nli_sft.data.prompts import PROMPTS, PromptEncoder, load_prompt
 from nli_sft.evaluation import scoring
 from nli_sft.evaluation.scoring import (
     LabelScores,
+    Scorer,
     distinguishing_prefixes,
     generate_labels,
     generate_unconstrained,
@@ -167,3 +169,29 @@ def test_other_errors_are_not_treated_as_out_of_memory(chatml, monkeypatch):
 )
 def test_named_label(text, label):
     assert named_label(text, ("entailment", "neutral", "contradiction")) == label
+
+
+@pytest.mark.parametrize(("wanted", "recorded"), [("auto", [128, 256]), ("false", [])])
+def test_a_scorer_records_graphs_once_for_each_length_of_rows(chatml, monkeypatch, wanted, recorded):
+    lengths = []
+    monkeypatch.setattr(scoring, "scoring_graphs", lambda model, pairs, row_tokens: lengths.append(row_tokens))
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    scorer = Scorer(tiny_llama(len(chatml)), encoder, BatchConfig(cuda_graph=wanted), batch_size=4)
+    pairs = few_pairs()
+    prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
+    for row_tokens in (128, 128, 256):
+        monkeypatch.setattr(scoring.trie, "row_tokens", lambda *_, tokens=row_tokens: tokens)
+        scorer(prompts)
+    scorer(prompts[:4])  # one batch is not worth a graph
+    assert lengths == recorded
+
+
+def test_a_scorer_keeps_to_padded_batches(chatml, caplog):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    model = tiny_llama(len(chatml))
+    model.config.is_encoder_decoder = True  # as of a model that cannot run on tries
+    scorer = Scorer(model, encoder, BatchConfig(), batch_size=4)
+    prompts = encoder.encode(["A man sleeps."], ["A man rests."])
+    for _ in range(2):
+        scorer(prompts)
+    assert [message.partition(":")[0] for message in caplog.messages] == ["Padded batches instead of tries"]

@@ -323,3 +323,11 @@ def test_bases_with_learned_positions_train_on_tries_as_on_padded_batches(chatml
         assert (run.max_row_tokens is None) == (batching == "padded")
         losses[batching] = logged(run, "loss")
     assert losses["trie"] == pytest.approx(losses["padded"], rel=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["trie", "padded"])
+def test_evaluation_uses_the_batches_of_training(chatml, tmp_path, batching):
+    run = trainer(chatml, tmp_path, batching=batching)
+    run.evaluate()
+    assert run._scorer.batch_args.batching == batching
+    assert run._scorer.batch_args.cuda_graph == "false"
