@@ -40,10 +40,16 @@ finally:
 """
 
 
+def _heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell starts with it ignored
+
+
 def interrupt(*command, ready):
     """The stderr and status of a command interrupted, with its children, after `ready` lines of "ready"."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", *command], **pipes, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", *command], **pipes, start_new_session=True, preexec_fn=_heed_ctrl_c
+    )
     assert process.stdout
     for _ in range(ready):
         assert process.stdout.readline() == "ready\n"
