@@ -207,7 +207,7 @@ class StepTimes(TrainerCallback):
 
 
 def train_speed(args, training_args, model_args, encoder, rows, batch_args=None, **changes):
-    """Speed, mean loss and the device's peak over one epoch of one trainer: ours if it is told how to batch."""
+    """Speed, mean loss and the device's peak over one epoch of one trainer: ours if `batching` is given."""
     forget_compilation()
     times = StepTimes()
     options = resolve_recipe([training_args]) | {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -272,7 +272,7 @@ def tokens_per_pair(rows, encoder, batch, collator):
 
 
 def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
-    """Pairs a second of each way to judge the same pairs, and the share on which it agrees with `generate`."""
+    """Pairs a second of each way to score the same pairs, and the share on which it agrees with `generate`."""
     if not args.score:
         return {}
     model = build_model(args, model_args).eval()
@@ -329,7 +329,7 @@ def lm_eval_speed(model, encoder, prompts, batch_size):
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=batch_size)
-    # Token ids instead of texts, so that it judges exactly the sequences that we do.
+    # Token ids instead of texts, so that it scores exactly the sequences that we do.
     requests = [(("", ""), prompt, answer) for prompt in prompts for answer in encoder.answers]
     harness._loglikelihood_tokens(requests[: 3 * batch_size], disable_tqdm=True)
     start_memory_count()

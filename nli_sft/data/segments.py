@@ -56,7 +56,7 @@ _ODD = (
     ),
 )
 _NEAR = 64  # characters of the frame beside a text that are tried as cuts
-_END = 2  # characters at either end of a text by which one beginning or end is told from another
+_END = 2  # characters at either end of a text that distinguish one beginning or end from another
 _REMEMBERED = 2**16  # segments that are kept: most sets have the pairs of a premise together
 
 Texts = dict[str, Sequence[str]]  # by slot, of as many pairs each
