@@ -55,6 +55,20 @@ RECORD_TYPES = {
 }
 METRICS_TYPES = {"source": str, "split": str, "pairs": int}
 
+# Keys about where a run is kept, what it prints and how its batches are fed, not about what it learns; and sizes that
+# follow from other keys.
+BOOKKEEPING = re.compile(
+    r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
+    r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control|"
+    r"use_cpu|eval_on_start|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
+)
+
+# The files of a run that `tracking` uploads to W&B. `report.compare.fetch_runs` rebuilds a run folder from them.
+COMPARED_FILES = ("run.json", "recipe.yaml", "prompt.json", "eval/*/metrics.json", "eval/*/predictions.parquet")
+
+# Shown for a key that a recipe leaves out.
+DEFAULT = "default"
+
 # Files of weights are hashed whole up to this size. Of larger ones, the size and 1,024 evenly spread blocks of 256 KiB
 # are hashed, the header included: training changes every block, and reading 256 MiB takes a fraction of a second.
 HASHED_WHOLE = 2**30
@@ -388,3 +402,20 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
     for split in ("train", "validation"):
         config |= {f"{split}_{key}": value for key, value in data[split].items()}
     return {re.sub(r"\W", "_", key): value for key, value in config.items()}
+
+
+def run_cost(record: Mapping) -> dict[str, float]:
+    """The measured cost of a run: seconds in total and of training, throughput, peak memory in GiB."""
+    resources = record.get("resources", {})
+    training = resources.get("phases", {}).get("training", {})
+    processes = resources.get("processes", [])
+    devices = [process["device"] for process in processes if process["device"]]
+    cost = {
+        "seconds": record["seconds"],
+        "training_seconds": training.get("seconds", record["train"]["train_runtime"]),
+        "pairs_per_second": training.get("pairs_per_second"),
+        "tokens_per_second": training.get("tokens_per_second"),
+        "peak_ram_gib": sum(process["peak_ram_bytes"] for process in processes) / 2**30 or None,
+        "peak_gpu_gib": max((device["peak_allocated_bytes"] for device in devices), default=0) / 2**30 or None,
+    }
+    return {name: figure for name, figure in cost.items() if figure is not None}

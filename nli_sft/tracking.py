@@ -26,8 +26,7 @@ from transformers.integrations import WandbCallback
 
 from . import UserError
 from .labels import LABELS
-from .report.compare import RUN_FILES, run_cost
-from .runs import evaluation_folders, read_json, write_json
+from .runs import COMPARED_FILES, evaluation_folders, read_json, run_cost, write_json
 
 if TYPE_CHECKING:
     from .configs import TrackingConfig
@@ -341,7 +340,7 @@ class _WandbRun:
     def _save_files(self) -> None:
         current = evaluation_folders(self._folder)
         stale = {path for path in self._folder.glob("eval/*/*") if path.parent not in current}
-        for pattern in RUN_FILES:
+        for pattern in COMPARED_FILES:
             for path in set(self._folder.glob(pattern)) - stale:
                 # Copied, not linked as W&B would: the folder may change before `wandb sync`.
                 copy = Path(self._run.dir, path.relative_to(self._folder))

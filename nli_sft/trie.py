@@ -183,8 +183,8 @@ def mask_mod(exit):
 
 
 def _block_mask(exit):
-    # `create_block_mask` would visit every (query, key), but `exit` alone determines the blocks: a block of earlier keys is
-    # needed if one of them is still open at the first query, and has no hole if all are still open at the last.
+    # `create_block_mask` would visit every (query, key), but `exit` alone determines the blocks: a block of earlier
+    # keys is needed if one of them is still open at the first query; it has no hole if all are open at the last.
     rows, length = exit.shape
     blocks = -(-length // FLEX_BLOCK)
     padding = blocks * FLEX_BLOCK - length

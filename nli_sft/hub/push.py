@@ -34,7 +34,6 @@ from ..data.prompts import Prompt, load_prompt
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
 from ..runs import evaluation_folders, read_json, read_run
-from .card import eval_result_files, model_card
 
 # The files to push and to download. No pickles, no training arguments (they hold the token), no pairs.
 MODEL_FILES = (
@@ -106,6 +105,8 @@ def push(args: PushConfig) -> str:
             with; if it has no results and `without_results` is not set; if the repository holds another base model,
             prompt or label words and `overwrite` is not set; or if the Hub refuses or cannot be reached.
     """
+    from .card import model_card  # here, so that downloading a run does not import the report
+
     folder = Path(args.run)
     recipe, prompt, record = read_run(folder)
     base = args.base_model or recipe["model_name_or_path"]
@@ -191,6 +192,8 @@ def _operations(folder: Path, files: list[str], args: PushConfig, recipe: dict) 
             adapter = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": args.base_model}
             contents["adapter_config.json"] = json.dumps(adapter, indent=2).encode()
     if args.eval_results:
+        from .card import eval_result_files
+
         contents |= eval_result_files(folder)
     return [CommitOperationAdd(name, content) for name, content in contents.items()]
 

@@ -24,18 +24,20 @@ from scipy.stats import t, ttest_ind
 from .. import UserError
 from ..evaluation.comparison import MIN_PREMISES, Comparison, accuracy_interval, compare, points
 from ..evaluation.slices import LEVEL, holm
-from ..runs import evaluation_folders, read_metrics, read_predictions, read_run, run_config
+from ..runs import (
+    BOOKKEEPING,
+    COMPARED_FILES,
+    DEFAULT,
+    evaluation_folders,
+    read_metrics,
+    read_predictions,
+    read_run,
+    run_config,
+    run_cost,
+)
 from .content import Training, in_own_labels
 
 logger = logging.getLogger(__name__)
-
-# Keys about where a run is kept, what it prints and how its batches are fed, not about what it learns; and sizes that
-# follow from other keys.
-BOOKKEEPING = re.compile(
-    r"parameters_\w+|output_dir|run_name|report_to|resume_from_checkpoint|disable_tqdm|save_\w+|logging_\w+|log_level\w*|"
-    r"wandb_\w+|trackio_\w+|project|hub_\w+|push_to_hub|hypothesis_only_control|"
-    r"use_cpu|eval_on_start|per_device_eval_batch_size|dataloader_(num_workers|pin_memory|persistent_workers|prefetch_factor)"
-)
 
 # Keys in which replicates may differ. The seed also draws the pairs if a recipe trains on a sample.
 REPLICATE_KEYS = {"seed", "data_seed", "train_fingerprint", "git_commit", "git_dirty"}
@@ -48,12 +50,6 @@ MIN_SEEDS = 3
 
 # Only runs that agree on these keys are ranked together.
 RANKED_BY = ("validation_fingerprint", "prompt_fingerprint")
-
-# The files of a run that `tracking` uploads to W&B. `fetch_runs` rebuilds a run folder from them.
-RUN_FILES = ("run.json", "recipe.yaml", "prompt.json", "eval/*/metrics.json", "eval/*/predictions.parquet")
-
-# Shown for a key that a recipe leaves out.
-DEFAULT = "default"
 
 # Columns that identify a pair.
 PAIR_COLUMNS = ["uid", "premise", "hypothesis", "label"]
@@ -156,23 +152,6 @@ class RunRecord:
         model = Path(str(self.config["model"])).name
         quantisation = self.config["quantisation"]
         return f"base {model}" if quantisation == "none" else f"base {model} in {quantisation}"
-
-
-def run_cost(record: Mapping) -> dict[str, float]:
-    """The measured cost of a run: seconds in total and of training, throughput, peak memory in GiB."""
-    resources = record.get("resources", {})
-    training = resources.get("phases", {}).get("training", {})
-    processes = resources.get("processes", [])
-    devices = [process["device"] for process in processes if process["device"]]
-    cost = {
-        "seconds": record["seconds"],
-        "training_seconds": training.get("seconds", record["train"]["train_runtime"]),
-        "pairs_per_second": training.get("pairs_per_second"),
-        "tokens_per_second": training.get("tokens_per_second"),
-        "peak_ram_gib": sum(process["peak_ram_bytes"] for process in processes) / 2**30 or None,
-        "peak_gpu_gib": max((device["peak_allocated_bytes"] for device in devices), default=0) / 2**30 or None,
-    }
-    return {name: figure for name, figure in cost.items() if figure is not None}
 
 
 @dataclass(frozen=True)
@@ -349,7 +328,7 @@ def fetch_runs(path: str, into: str | Path, filters: Mapping[str, object] | None
         for run in wandb.Api().runs(path, filters=dict(filters or {}), order="+created_at", lazy=False):
             folder = Path(into) / path / run.id
             for file in run.files(per_page=100):
-                if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in RUN_FILES):
+                if any(fnmatch.fnmatchcase(file.name, pattern) for pattern in COMPARED_FILES):
                     file.download(root=str(folder), replace=True)
             if (folder / "run.json").is_file():
                 origin = run.config.get("origin", run.id)

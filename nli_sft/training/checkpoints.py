@@ -206,10 +206,10 @@ class ResumableTrainer(SFTTrainer):
         self._stop_signal = None
         handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
         # Twice: the pipe to a worker breaks when it dies, and torch raises again on SIGCHLD.
-        suppressed = _IgnoreInWorkers(self.args.dataloader_num_workers)
+        dead_workers = _DeadWorkers(self.args.dataloader_num_workers)
         # Under torchrun and accelerate, SIGTERM may mean that a process has died for which this one is waiting.
         elastic = self.args.world_size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
-        with suppressed, suppressed, _StopSignals(self) if elastic else nullcontext():
+        with dead_workers, dead_workers, _StopSignals(self) if elastic else nullcontext():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RuntimeError as error:
@@ -225,13 +225,14 @@ class ResumableTrainer(SFTTrainer):
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
                 self.args.eval_on_start = eval_on_start
-        with suppressed:
+        with dead_workers:
             time.sleep(0.5)  # the second error may still come
-        with suppressed:
+        with dead_workers:
             gc.collect()  # as long as the loader exists, every process that ends raises the error again
         raise UserError(
-            f"a data loader worker died after step {self.state.global_step}, often because RAM ran out: resume with "
-            "resume_from_checkpoint: auto, and with fewer dataloader_num_workers if it happens again"
+            f"a data loader worker died after step {self.state.global_step}, often because RAM ran out "
+            f"({dead_workers.reason}): resume with resume_from_checkpoint: auto, and with fewer "
+            "dataloader_num_workers if it happens again"
         )
 
     def _remember(self, number, _frame) -> None:
@@ -453,15 +454,24 @@ class _StopSignals(AbstractContextManager):
                 os._exit(128 + number[0])
 
 
-class _IgnoreInWorkers(AbstractContextManager):
-    """Suppresses the errors that torch raises, anywhere in the program, when a data loader worker has died."""
+class _DeadWorkers(AbstractContextManager):
+    """Suppresses the errors that torch raises, anywhere in the program, when a data loader worker has died.
+
+    Attributes:
+        reason: the latest one, as text: the error itself would keep the loader alive.
+    """
 
     def __init__(self, workers: int):
         self.workers = workers
+        self.reason = ""
 
     def __exit__(self, kind, error, traceback) -> bool:
-        from_worker = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
-        return self.workers > 0 and (from_worker or isinstance(error, (ConnectionError, EOFError)))
+        # Errors that a worker passes on, which also mention it, are no deaths.
+        died = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+        suppressed = self.workers > 0 and (died or isinstance(error, (ConnectionError, EOFError)))
+        if suppressed:
+            self.reason = str(error).partition("\n")[0].strip(" .") or type(error).__name__
+        return suppressed
 
 
 class _Watch(TrainerCallback):

@@ -9,8 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import UserError
 from ..data.prompts import Prompt
-from ..report.compare import BOOKKEEPING, DEFAULT
-from ..runs import HYPOTHESIS_ONLY, read_run
+from ..runs import BOOKKEEPING, DEFAULT, HYPOTHESIS_ONLY, read_run
 from .checkpoints import UNFINISHED
 
 logger = logging.getLogger(__name__)

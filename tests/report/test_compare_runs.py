@@ -26,11 +26,10 @@ from nli_sft.report.compare import (
     load_runs,
     paired_tests,
     rank,
-    run_cost,
 )
 from nli_sft.report.compare_page import as_dict, build_views, render_page
 from nli_sft.report.tables import Table
-from nli_sft.runs import read_run, run_config
+from nli_sft.runs import read_run, run_config, run_cost
 
 RESOURCES = {
     "seconds": 130.0,
