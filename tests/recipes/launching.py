@@ -1,9 +1,12 @@
 """Start the scripts as a user does, and read what they leave behind."""
 
+import json
 import os
 import struct
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from wandb.proto import wandb_internal_pb2
@@ -53,18 +56,39 @@ def _configured(name, *arguments):
 
 
 def launch(script, *arguments, cwd, processes=1, command=None, **environment):
-    """Run a recipe script as a user does."""
-    result = subprocess.run(
-        command(script, *arguments) if command else launch_command(script, *arguments, processes=processes),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-    )
+    """Run a recipe script as a user does, but import the libraries only once for all that run as one process."""
+    read_on_import = set(environment) - {"COLUMNS"}
+    if command or processes > 1 or read_on_import:
+        result = subprocess.run(
+            command(script, *arguments) if command else launch_command(script, *arguments, processes=processes),
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+        )
+    else:
+        result = run_preloaded([ROOT / "recipes" / script, *arguments], cwd, os.environ | environment)
     result.output = result.stdout + result.stderr
     return result
+
+
+def run_preloaded(argv, cwd, environment):
+    """Run a Python script in a fork of a process that has imported the libraries (`preloaded.py`)."""
+    with tempfile.NamedTemporaryFile("r+") as stdout, tempfile.NamedTemporaryFile("r+") as stderr:
+        request = {"argv": [*map(str, argv)], "cwd": str(cwd), "environment": dict(environment)}
+        server = _preloaded()
+        server.stdin.write(json.dumps(request | {"stdout": stdout.name, "stderr": stderr.name}) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(argv, status, stdout.read(), stderr.read())
+
+
+@cache
+def _preloaded():
+    command = [sys.executable, str(Path(__file__).with_name("preloaded.py"))]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def read_wandb(folder: Path) -> list:

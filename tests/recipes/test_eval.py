@@ -13,15 +13,15 @@ from nli_sft.labels import LABELS
 
 
 @pytest.fixture(scope="module")
-def judged(lora_run, workspace):
+def evaluated(lora_run, workspace):
     folder, _ = lora_run
     result = launch("eval.py", "--run", folder, "--unconstrained_samples", "6", cwd=workspace)
     assert result.returncode == 0, result.output
     return folder / "eval" / "data-test", result.output
 
 
-def test_metrics_and_predictions_say_the_same(judged):
-    folder, output = judged
+def test_metrics_and_predictions_say_the_same(evaluated):
+    folder, output = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     table = pd.read_parquet(folder / "predictions.parquet")
     assert metrics["pairs"] == len(table) == 36
@@ -43,30 +43,7 @@ def test_metrics_and_predictions_say_the_same(judged):
     assert "tuned" in output
 
 
-def test_every_process_count_gives_the_same_predictions(judged, lora_run, workspace):
-    alone = pd.read_parquet(judged[0] / "predictions.parquet")
-    data = write_jsonl(
-        workspace / "some.jsonl",
-        alone[["uid", "premise", "hypothesis", "label"]].head(35).to_dict("records"),
-    )
-    result = launch(
-        "eval.py",
-        "--run",
-        lora_run[0],
-        "--dataset_name",
-        data,
-        "--unconstrained_samples=0",
-        cwd=workspace,
-        processes=2,
-    )
-    assert result.returncode == 0, result.output
-    shared = pd.read_parquet(lora_run[0] / "eval" / "some-all" / "predictions.parquet")
-    assert list(shared["uid"]) == list(alone["uid"][:35])
-    for column in ("base_prediction", "tuned_prediction"):
-        assert list(shared[column]) == list(alone[column][:35])
-
-
-def test_pairs_that_were_trained_on_are_told(lora_run, workspace):
+def test_train_test_overlap_is_reported(lora_run, workspace):
     rows = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()][:9]
     new = [{**row, "premise": row["premise"] + " It is late."} for row in rows[:3]]
     data = write_jsonl(workspace / "known.jsonl", rows + new)
@@ -100,7 +77,7 @@ def test_two_way_sets_are_mapped(lora_run, workspace):
     assert list(metrics["tuned"]["per_label"]) == ["entailment", "non-entailment"]
 
 
-def test_a_full_model_is_judged_beside_its_base(recipe, workspace):
+def test_a_full_model_is_evaluated_beside_its_base(recipe, workspace):
     folder = workspace / "outputs" / "full"
     arguments = [
         "--use_peft=false",
@@ -148,7 +125,7 @@ def test_what_is_not_a_run(workspace):
     assert "is not a run folder: it has no recipe.yaml" in " ".join(result.output.split())
 
 
-def test_a_model_with_weights_that_are_no_numbers_is_told_in_a_sentence(lora_run, workspace, tmp_path):
+def test_a_model_with_weights_that_are_not_numbers_is_refused(lora_run, workspace, tmp_path):
     shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval"))
     file = tmp_path / "run" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -161,7 +138,7 @@ def test_a_model_with_weights_that_are_no_numbers_is_told_in_a_sentence(lora_run
     assert 'recipes/eval.py", line' not in result.output, "a traceback of ours"
 
 
-def test_a_suite_is_judged_at_once_and_says_what_is_missing(lora_run, workspace, tmp_path):
+def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, workspace, tmp_path):
     shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval", "figures"))
     chaos = {
         "label_count": [76, 20, 4],
