@@ -57,6 +57,7 @@ class NLIClassifier:
         batch_args: whether to score on tries, and how long their rows may be.
         batch_size: pairs per forward pass at first; halved automatically if they do not fit in memory.
         precision: of the computation; by default that of the weights.
+        temperature: divides the log-probabilities of the labels. It changes no label, only how certain it is.
     """
 
     def __init__(
@@ -67,11 +68,13 @@ class NLIClassifier:
         batch_args: BatchConfig | None = None,
         batch_size: int = 64,
         precision: Precision | None = None,
+        temperature: float = 1.0,
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; give a number of pairs, at least 1")
         self.model = model.eval()
         self.precision = precision
+        self.temperature = temperature
         self.encoder = encoder
         self.batch_size = batch_size
         # No CUDA graphs: they read the weights of the first call, but a user may change the model.
@@ -116,7 +119,7 @@ class NLIClassifier:
             UserError: if there is no such folder or repository, or a file is missing.
         """
         folder = find_run(name, revision)
-        recipe, _, _ = read_run(folder)
+        recipe, _, record = read_run(folder)
         device = pick_device(device)
         model_args, precision = from_recipe(ModelConfig, recipe), choose_precision("auto", device)
         if dtype is None:
@@ -134,6 +137,7 @@ class NLIClassifier:
             batch_args=from_recipe(BatchConfig, recipe),
             batch_size=batch_size,
             precision=precision,
+            temperature=record.get("temperature", 1.0),
         )
         if not is_adapter(folder):
             classifier._load_base = lambda: load_model(model_args, device=device)
@@ -203,7 +207,7 @@ class NLIClassifier:
             prompts = self.encoder.encode(premises, hypotheses)
             scores = self._scorer(prompts)
         scores.check_numbers(self.model, "the classifier", "take another checkpoint")
-        probabilities = scores.log_probs.double().exp().tolist()
+        probabilities = torch.softmax(scores.log_probs.double() / self.temperature, dim=1).tolist()
         return [
             Prediction(LABELS[choice], dict(zip(LABELS, row, strict=True)))
             for choice, row in zip(scores.choice.tolist(), probabilities, strict=True)

@@ -4,7 +4,8 @@ outputs/<model>-<method>/
   adapter_model.safetensors, adapter_config.json, tokenizer files     (or the full model)
   recipe.yaml        the resolved recipe, which repeats this run
   prompt.json        the prompt, as `prompts.load_prompt` reads it back
-  run.json           fingerprints, versions, git state, parameters, history, time
+  run.json           fingerprints, versions, git state, parameters, history, time; the fitted temperature
+  decision.json, decision_template.jinja      for transformers' `pipeline("decision")` (`hub/decision.py`)
   trained_pairs.npy  a hash of each training pair, for the train-test overlap of evaluations
   eval/<source>-<split>/metrics.json, predictions.parquet
 """
@@ -52,6 +53,7 @@ RECORD_TYPES = {
     "train": dict,
     "resources": dict,
     "seconds": (int, float),
+    "temperature": (int, float),
 }
 METRICS_TYPES = {"source": str, "split": str, "pairs": int}
 
@@ -184,6 +186,12 @@ def read_json(path: Path, types: Mapping[str, Any] = {}) -> dict:  # noqa: B006 
         UserError: if it is missing or damaged; and later, when a missing key is read.
     """
     return _read(path, json.loads, types)
+
+
+def keep_temperature(run: str | Path, temperature: float) -> None:
+    """Add the temperature fitted to a run's scores to its record; `NLIClassifier` and exports apply it."""
+    path = Path(run) / "run.json"
+    write_json(path, read_json(path) | {"temperature": temperature})
 
 
 def read_recipe(path: str | Path) -> dict:

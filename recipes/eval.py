@@ -21,12 +21,14 @@ from nli_sft.data.sources import fingerprint, pair_hashes
 from nli_sft.evaluation.evaluate import evaluate_run, write_evaluation
 from nli_sft.evaluation.sets import load_calibration_pairs, load_evaluation_sets
 from nli_sft.evaluation.suites import load_suite, load_suite_sets, write_suite
+from nli_sft.hub.decision import write_decision_files
+from nli_sft.models.loading import load_encoder
 from nli_sft.models.precision import choose_precision, default_device
 from nli_sft.report import write_report
 from nli_sft.report.content import Report
 from nli_sft.report.outcome import outcome_table
 from nli_sft.report.suite import suite_tables
-from nli_sft.runs import evaluation_folder, fingerprints, read_run, run_config, trained_on, versions
+from nli_sft.runs import evaluation_folder, fingerprints, keep_temperature, read_run, run_config, trained_on, versions
 from nli_sft.tracking import open_run
 from nli_sft.training.resources import ResourceRecorder
 
@@ -96,6 +98,10 @@ def main(args):
         folder = evaluation_folder(args.run, one.name or one.source, one.split)
         write_evaluation(folder, one.pairs, scores, summary, overlap)
         evaluated.add(folder.name)
+    if calibrated := results[0]["tuned"][1].get("calibrated"):
+        temperature = calibrated["temperature"] or 1.0  # None if the search ended at a bound
+        keep_temperature(args.run, temperature)
+        write_decision_files(args.run, load_encoder(args.run, args.trust_remote_code), temperature)
     if suite is not None:
         write_suite(args.run, suite, sets, missing)
     report = Report(args.run)

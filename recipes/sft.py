@@ -35,6 +35,7 @@ from nli_sft.configs import (
 from nli_sft.data.prompts import PromptEncoder, load_prompt
 from nli_sft.data.sources import describe_source, fingerprint, load_train_and_validation, pair_hashes
 from nli_sft.evaluation.comparison import accuracy_interval, choice_warning
+from nli_sft.hub.decision import write_decision_files
 from nli_sft.hub.push import move_token_to_env
 from nli_sft.models.bases import InputLimits, check_base, locate_model, skeleton, suit_base
 from nli_sft.models.loading import (
@@ -154,6 +155,7 @@ def train(args):
     if trainer.is_world_process_zero():
         record = facts | outcome(trainer, result, final, used)
         write_run(args.training.output_dir, recipe=recipe, prompt=encoder.prompt, record=record)
+        write_decision_files(args.training.output_dir, encoder)
         tracker.publish_training(record)
         tracker.finish()
         print_accuracy(args, trainer, final["eval_accuracy"], len(rows["validation"]))

@@ -17,13 +17,13 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError  # of httpx, or of another client that huggingface_hub uses
 from jinja2 import Environment, StrictUndefined
 
-from ..data.prompts import PromptEncoder
 from ..evaluation.comparison import accuracy_interval, compare, headline
 from ..labels import LABELS
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
 from ..report.compare import EvaluationRecord
 from ..runs import evaluation_folders, launch_command, read_json, read_recipe, read_run, versions
+from .decision import label_tokens, prompt_prefix
 
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -103,7 +103,9 @@ def model_card(
         command=launch_command("recipes/sft.py", "--config", "recipe.yaml", record=record),
         prompt=prompt,
         template=encoder.template,
-        prefix=_prefix(encoder),
+        prefix=prompt_prefix(encoder),
+        decision_labels=label_tokens(encoder),
+        criteria=dict.fromkeys(LABELS),
         is_chat=encoder.is_chat,
         labels=LABELS,
         answers=encoder.answers,
@@ -118,13 +120,6 @@ def model_card(
         versions=record.get("versions") or versions(),
     )
     return ModelCard(content)
-
-
-def _prefix(encoder: PromptEncoder) -> str:
-    """The text that the tokenizer puts before a plain prompt: the beginning-of-sequence token, or nothing."""
-    ids = encoder.encode([""], [""])[0]
-    own = encoder.tokenizer(encoder.text("", ""), add_special_tokens=False)["input_ids"]
-    return str(encoder.tokenizer.decode(ids[: len(ids) - len(own)]))
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from ..labels import LABELS
 from ..models.bases import check_base, quantization_of
 from ..models.loading import load_encoder, load_tuned
 from ..runs import read_run, write_run
+from .decision import write_decision_files
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def write_merged(
     """Merge a run's adapter into its base and write a plain transformers model, which is also a run folder.
 
     It holds weights in safetensors, the tokenizer with its chat template, a `generation_config` (greedy, as long as
-    the longest label), and the prompt, recipe and record of the run, which `NLIClassifier` reads.
+    the longest label), the prompt, recipe and record of the run, which `NLIClassifier` reads, and decision files.
 
     Args:
         model_args: the base of the run; the merged weights get its `dtype`.
@@ -135,3 +136,4 @@ def write_merged(
     merged.save_pretrained(output, save_original_format=published is None)
     encoder.tokenizer.save_pretrained(output)
     write_run(output, recipe=recipe | {"dtype": model_args.dtype}, prompt=prompt, record=record)
+    write_decision_files(output, encoder, record.get("temperature", 1.0))

@@ -34,6 +34,7 @@ from ..data.prompts import Prompt, load_prompt
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
 from ..runs import evaluation_folders, read_json, read_run
+from .decision import write_decision_files
 
 # The files to push and to download. No pickles, no training arguments (they hold the token), no pairs.
 MODEL_FILES = (
@@ -123,7 +124,8 @@ def push(args: PushConfig) -> str:
             f"{folder}: its base model {locate_model(base)} is a local folder, so others could not load the adapter; "
             f"push the base and name it with --base_model, or merge with recipes/export.py and push the merged model"
         )
-    load_encoder(folder)  # raises if the prompt is not the one that the run was trained with
+    encoder = load_encoder(folder)  # raises if the prompt is not the one that the run was trained with
+    files += write_decision_files(folder, encoder, record.get("temperature", 1.0))
     api = HfApi()
     with _explained(args.hub_model_id):
         _make_destination(

@@ -38,6 +38,8 @@ MODELS = (
 REST = (
     "training_args.bin",
     "trained_pairs.npy",
+    "decision.json",
+    "decision_template.jinja",
     "tracking.json",
     "report.html",
     "report.md",

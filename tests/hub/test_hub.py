@@ -367,10 +367,29 @@ def test_the_code_of_the_card_runs_as_pasted(hub, tmp_path, family):
 def test_every_snippet_of_the_card_is_python(hub, run):
     card = str(model_card(run, "me/snli"))
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert len(blocks) == 3
-    assert "nli_sft" not in blocks[0]  # the first needs no package of ours
+    assert len(blocks) == 4
+    assert "nli_sft" not in blocks[0] + blocks[1]  # the first two need no package of ours
     assert not re.search(r"pip install \"?nli[-_]sft", card)  # a name that anyone could register
     for block in blocks:
         compile(block, "card", "exec")
-    assert "StructuredOutputsParams(choice=['entailment', 'neutral', 'contradiction'])" in blocks[2]
-    assert 'LLM("tiny/base", enable_lora=True, max_lora_rank=8)' in blocks[2]
+    assert "StructuredOutputsParams(choice=['entailment', 'neutral', 'contradiction'])" in blocks[3]
+    assert 'LLM("tiny/base", enable_lora=True, max_lora_rank=8)' in blocks[3]
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_first_code_of_the_card_gives_our_probabilities(hub, made, tmp_path, use_peft):
+    pytest.importorskip("transformers.decision", reason="this transformers has no decision pipeline")
+    run = make_run(tmp_path / "run", made[0], use_peft=use_peft, model_name_or_path="tiny/base")
+    push(PushConfig(run=str(run), hub_model_id="me/snli"))
+    card = hub.files("me/snli")["README.md"].decode()
+    answer = run_snippet(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0])
+    classifier = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")
+    prediction = classifier("A man sleeps.", "A person is awake.")
+    assert answer["choice"] == prediction.label
+    assert answer["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
+
+
+def test_a_card_says_how_to_get_a_decision_pipeline(hub, made, tmp_path):
+    prompt = load_prompt("plain", ["entailment", "entailed not", "contradiction"])
+    run = make_run(tmp_path / "run", made[0], prompt=prompt, evaluated=False)
+    assert "train with other label words" in str(model_card(run, "me/snli"))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from launching import ROOT, launch
 
+from nli_sft.classifier import NLIClassifier
 from nli_sft.evaluation.comparison import choice_warning
 
 METHODS = ("lora", "qlora", "full")
@@ -74,6 +75,15 @@ def test_the_demo_leaves_a_run_with_its_report_and_control(demo):
     metrics = json.loads((run / "eval/demo-test/metrics.json").read_text())
     assert {"base", "tuned", "shuffled", "hypothesis_only"} <= set(metrics)
     assert list(demo[0].glob("wandb/offline-run-*"))
+
+
+def test_the_fitted_temperature_is_kept_with_the_run(demo):
+    run = demo[0] / "outputs/demo-lora"
+    fitted = json.loads((run / "eval/demo-test/metrics.json").read_text())["tuned"]["calibrated"]["temperature"]
+    assert fitted != 1.0
+    assert json.loads((run / "run.json").read_text())["temperature"] == fitted
+    assert json.loads((run / "decision.json").read_text())["temperature"] == {"choice": fitted}
+    assert NLIClassifier.from_pretrained(run, device="cpu").temperature == fitted
 
 
 def test_the_demo_ends_with_a_table_that_fits(demo):

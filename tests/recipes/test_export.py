@@ -13,10 +13,11 @@ from trl import ModelConfig
 
 from nli_sft.classifier import NLIClassifier, Prediction
 from nli_sft.configs import from_recipe
+from nli_sft.hub.decision import write_decision_files
 from nli_sft.hub.export import Parity
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import load_encoder, load_tuned
-from nli_sft.runs import read_run
+from nli_sft.runs import keep_temperature, read_run
 
 
 @pytest.fixture
@@ -38,6 +39,8 @@ def make(workspace, tmp_path, **fields):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_the_merged_model_says_what_the_adapter_said(workspace, tmp_path, export, capsys, dora):
     run = make(workspace, tmp_path, dora=dora)
+    keep_temperature(run, 1.5)
+    write_decision_files(run, load_encoder(run), 1.5)
     export("--run", run, "--device=cpu", "--max_difference=1e-4", "--max_flips=0")
     output = tmp_path / "run-merged"
     parity = json.loads((output / "parity.json").read_text())
@@ -60,6 +63,7 @@ def test_the_merged_model_says_what_the_adapter_said(workspace, tmp_path, export
     premise, hypothesis, _ = SCENES[3]
     said = [NLIClassifier.from_pretrained(folder, device="cpu")(premise, hypothesis) for folder in (run, output)]
     assert said[0].label == said[1].label
+    assert (output / "decision.json").read_text() == (run / "decision.json").read_text()
 
 
 def test_a_quantised_base_is_read_unquantised_or_dequantised(workspace, tmp_path, export, capsys):

@@ -14,7 +14,8 @@ from nli_sft.labels import LABELS
 
 def test_a_run_folder_is_complete(lora_run, workspace):
     folder, output = lora_run
-    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "recipe.yaml"):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "prompt.json", "recipe.yaml",
+                 "decision.json", "decision_template.jinja"):  # fmt: skip
         assert (folder / name).is_file(), name
     assert any(
         "lora_B" in name and tensor.any() for name, tensor in load_file(folder / "adapter_model.safetensors").items()
