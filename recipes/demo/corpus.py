@@ -1,17 +1,17 @@
-"""Text from the same world, for a base model to grow up on: it shows what follows from what, and never names it.
+"""The base model's pretraining corpus: descriptions of scenes, with statements and questions about them.
 
-Scenes are those of the train split, without held-out combinations. Of the label words not one is in this text.
+Scenes are those of the train split, without held-out combinations. The text contains none of the label words.
 """
 
 from collections.abc import Iterator
 from random import Random
 
-from language import premise
-from pairs import Ledger, draw_hypothesis
+from language import premise_text
+from pairs import LabelCounts, draw_hypothesis
 from scene import CONTRADICTION, ENTAILMENT, LABELS, NEUTRAL, Scene, draw_scene
 
-# A hypothesis led in by its relation to what was said before ("{h}" has a small first letter and no full stop) ...
-LEADS = {
+# Statements that express the label of a hypothesis ("{h}" starts in lower case and has no full stop).
+STATEMENTS = {
     ENTAILMENT: (
         "So {h}.", "Therefore {h}.", "This means that {h}.", "Clearly, {h}.", "In other words, {h}.",
     ),
@@ -23,8 +23,8 @@ LEADS = {
         "It would be wrong to say that {h}.", "But one cannot say that {h}.",
     ),
 }  # fmt: skip
-# ... and one that is answered afterwards, in one voice throughout a document: answers in the order of LABELS, tasks.
-VOICES = (
+# Answers in the order of LABELS, and questions that ask for them. Each document keeps to one style.
+ANSWER_STYLES = (
     (
         ("Yes.", "Maybe.", "No."),
         (
@@ -51,19 +51,19 @@ QUESTIONS = ("Is it true that {h}?", "Is it so that {h}?", "Do we know that {h}?
 
 
 def render_chat(messages: list[dict]) -> str:
-    """A conversation in the form of the chat template."""
+    """A conversation in the format of the chat template."""
     return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
 
 def fill(template: str, hypothesis: str, text: str = "") -> str:
-    """A template with a hypothesis in it, as a sentence (`H`) or within one (`h`), and a premise (`p`)."""
+    """A template with the hypothesis, as a sentence (`H`) or within one (`h`), and the premise (`p`) filled in."""
     sentence = hypothesis.rstrip(".")
     return template.format(p=text, H=sentence, h=sentence[0].lower() + sentence[1:])
 
 
 def conversation(text: str, hypotheses: list[tuple[str, str]], rng: Random) -> str:
-    """A user tells of a scene and asks; the assistant answers."""
-    answers, tasks = rng.choice(VOICES)
+    """A conversation: the user describes a scene and asks questions, the assistant answers."""
+    answers, tasks = rng.choice(ANSWER_STYLES)
     messages = []
     for number, (label, hypothesis) in enumerate(hypotheses):
         template = rng.choice(QUESTIONS if number else tasks)
@@ -73,12 +73,12 @@ def conversation(text: str, hypotheses: list[tuple[str, str]], rng: Random) -> s
 
 
 def discourse(text: str, hypotheses: list[tuple[str, str]], rng: Random) -> str:
-    """A description and what may be said about it, in one style throughout."""
-    style, (answers, _) = rng.randrange(3), rng.choice(VOICES)
+    """A description, followed by hypotheses and what is known of each, in one style."""
+    style, (answers, _) = rng.randrange(3), rng.choice(ANSWER_STYLES)
     sentences = [text]
     for label, hypothesis in hypotheses:
         if style == 0:
-            sentences.append(fill(rng.choice(LEADS[label]), hypothesis))
+            sentences.append(fill(rng.choice(STATEMENTS[label]), hypothesis))
         else:
             statement = fill(rng.choice(QUESTIONS), hypothesis) if style == 1 else hypothesis
             sentences.append(f"{statement} {answers[LABELS.index(label)]}")
@@ -86,21 +86,21 @@ def discourse(text: str, hypotheses: list[tuple[str, str]], rng: Random) -> str:
 
 
 def description(scene: Scene, text: str, truths: list[str], rng: Random) -> str:
-    """Several sentences that all hold of one scene."""
-    return " ".join([text, *truths, premise(scene, rng)])
+    """Several true sentences about one scene."""
+    return " ".join([text, *truths, premise_text(scene, rng)])
 
 
 def draw_documents(seed: int | str) -> Iterator[str]:
-    """Documents without end: half conversations, a third discourse, the rest descriptions."""
-    rng, ledger = Random(f"corpus {seed}"), Ledger()
+    """An endless stream of documents: 50 % conversations, 35 % discourses, 15 % descriptions."""
+    rng, counts = Random(f"corpus {seed}"), LabelCounts()
     while True:
         scene = draw_scene(rng)
-        if scene.split != "train" or scene.unseen:
+        if scene.split != "train" or scene.held_out:
             continue
-        text = premise(scene, rng)
+        text = premise_text(scene, rng)
         form = rng.random()
         labels = [rng.choice(LABELS) if form < 0.85 else ENTAILMENT for _ in range(rng.randint(3, 6))]
-        drawn = [(label, draw_hypothesis(scene, text, label, ledger, rng, candidates=2)) for label in labels]
+        drawn = [(label, draw_hypothesis(scene, text, label, counts, rng, candidates=2)) for label in labels]
         hypotheses = [(label, found[0]) for label, found in drawn if found]
         if not hypotheses:
             continue

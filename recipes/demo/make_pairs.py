@@ -1,4 +1,4 @@
-"""Make the pairs of the demo again, or more of them: another seed gives other scenes of the same splits.
+"""Regenerate the pairs of the demo, or generate more of them: another seed gives other scenes of the same splits.
 
 python recipes/demo/make_pairs.py --output_dir more_pairs --seed 1
 """

@@ -1,10 +1,10 @@
-"""Make the tiny base model from nothing: text from the world of scenes, a tokenizer, a small Llama.
+"""Make the demo's tiny base model: generate a corpus, train a tokenizer, pretrain a small Llama.
 
     python recipes/demo/pretrain.py --device cuda
 
-The result has read what follows from what in many wordings, and not once the words with which our prompts ask for it;
-the last steps see to it that they can be learned, and are at chance (`scatter_unread`, `start_at_chance`).
-As it stands this is for a GPU, where it takes minutes; two CPU cores need more than a day for as many steps.
+The corpus teaches inference in many wordings, but never contains the label words of our prompts. Two final steps edit
+their embeddings, so that the model is at chance with them but can learn them (`randomize_unused_rows`,
+`remove_label_directions`). The default settings take minutes on a GPU and more than a day on two CPU cores.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from corpus import VOICES, draw_documents
+from corpus import ANSWER_STYLES, draw_documents
 from pairs import generate_pairs
 from scene import LABELS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -34,23 +34,23 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHARD = 2_000  # documents that one seed makes
-# A question in the words that the corpus knows.
-OWN_WORDS = Prompt(
-    name="own words",
+SHARD = 2_000  # documents of one seed
+# A prompt in words of the corpus.
+CORPUS_PROMPT = Prompt(
+    name="corpus",
     user="Premise: {premise}\nHypothesis: {hypothesis}\nIs the hypothesis true? Answer with yes, no or maybe.",
-    label_words=VOICES[0][0],
+    label_words=ANSWER_STYLES[0][0],
 )
 
 
 def write_shard(shard: tuple[str, int]) -> list[str]:
-    """So many documents of one seed."""
+    """The documents of one shard, given as (seed, number of documents)."""
     seed, documents = shard
     return list(islice(draw_documents(seed), documents))
 
 
 def write_corpus(documents: int, seed: int) -> list[str]:
-    """So many documents, the same ones on any number of processes."""
+    """The corpus: the same documents with any number of processes."""
     shards = [(f"{seed} {start}", min(SHARD, documents - start)) for start in range(0, documents, SHARD)]
     with multiprocessing.Pool(min(os.cpu_count(), len(shards))) as pool:
         written = list(tqdm(pool.imap(write_shard, shards), desc="corpus", total=len(shards)))
@@ -58,7 +58,7 @@ def write_corpus(documents: int, seed: int) -> list[str]:
 
 
 def train_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: what the corpus never says is spelled in pieces."""
+    """A byte-level BPE tokenizer: words that are not in the corpus become several tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -80,7 +80,7 @@ def train_tokenizer(corpus: list[str], vocab_size: int) -> PreTrainedTokenizerFa
 
 
 def encode(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """The corpus as one row of tokens, in 16 bits: no vocabulary here is larger."""
+    """The corpus as one row of token ids, (tokens,), in 16 bits: the vocabulary is small."""
     rows = []
     for start in range(0, len(corpus), SHARD):
         texts = [text + END for text in corpus[start : start + SHARD]]
@@ -90,7 +90,7 @@ def encode(corpus: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tenso
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
-    """A Llama with tied embeddings and heads of 32 dimensions, at its random start."""
+    """A randomly initialized Llama with tied embeddings and heads of 32 dimensions."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -107,12 +107,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: in
 
 
 def answer_weights(tokenizer: PreTrainedTokenizerFast, weight: float) -> torch.Tensor:
-    """For each token its weight in the loss: the first of an answer weighs more than the rest of a text.
+    """The weight of each token in the loss, (vocabulary,): `weight` for first tokens of answers, 1 for all others.
 
-    No other token tells what follows from what. At equal weights the noise of all others hides it for a long time.
+    Only these tokens depend on the inference. With equal weights, the noise of all others hides it for a long time.
     """
     weights = torch.ones(len(tokenizer))
-    for answers, _ in VOICES:
+    for answers, _ in ANSWER_STYLES:
         for answer in answers:
             weights[[tokenizer(text).input_ids[0] for text in (answer, f" {answer}")]] = weight
     return weights
@@ -131,7 +131,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor, 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     generator = torch.Generator().manual_seed(args.seed)
     tokens, weights, span = tokens.to(args.device), weights.to(args.device), torch.arange(args.window + 1)
-    losses = torch.zeros(args.steps, device=args.device)  # read rarely: the host need not wait for the device
+    losses = torch.zeros(args.steps, device=args.device)  # read rarely, so that the host need not wait for the device
     model.train()
     progress = tqdm(range(args.steps), desc="pretrain")
     for step in progress:
@@ -152,47 +152,48 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor, 
 
 
 @torch.no_grad()
-def scatter_unread(model: LlamaForCausalLM, tokens: torch.Tensor, seed: int) -> None:
-    """Give tokens that the corpus never holds a random row of common size.
+def randomize_unused_rows(model: LlamaForCausalLM, tokens: torch.Tensor, seed: int) -> None:
+    """Add noise to the embeddings of tokens that do not occur in the corpus.
 
-    Half of a BPE vocabulary are steps on the way to words, and not read by themselves. Training has pushed them all to
-    one point, out of every answer's way; adapters that leave the embeddings alone could never tell them apart there,
-    and other words than those of the corpus are spelled with them.
+    Half of a BPE vocabulary consists of intermediate merges, which do not occur by themselves. Pretraining moves all
+    of them to one point. Words that are not in the corpus consist of such tokens, and an adapter that does not train
+    the embeddings could not distinguish them.
 
     Args:
         tokens: the corpus.
     """
     rows = model.get_output_embeddings().weight
-    unread = tokens.long().bincount(minlength=len(rows)) == 0
+    unused = tokens.long().bincount(minlength=len(rows)) == 0
     noise = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed)).to(rows.device)
-    rows[unread] += noise[unread] * rows[~unread].std()
+    rows[unused] += noise[unused] * rows[~unused].std()
 
 
 @torch.no_grad()
-def start_at_chance(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 900) -> None:
-    """Take from the rows of the label words' first tokens what tells the relations apart.
+def remove_label_directions(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 900) -> None:
+    """Project the directions that separate the labels out of the embeddings of the label words' first tokens.
 
-    The states from which the model answers lie in a cluster for each relation, and the rows of any three tokens, read
-    or never read, differ along the lines between the clusters: by luck alone the label words of the default prompt
-    were right on 43 % of the pairs. Those lines are projected out of the three rows (mean projection: Haghighatkhah et
-    al., 2022, "Better Hit the Nail on the Head than Beat around the Bush"), less than a tenth of each. Tuning
-    moves the states.
+    The final hidden states form one cluster for each label, and the embeddings of any three tokens differ along the
+    directions between clusters: by chance alone, the label words of the default prompt were right on 43 % of the
+    pairs. Mean projection (Haghighatkhah et al., 2022, "Better Hit the Nail on the Head than Beat around the Bush")
+    removes these directions, less than a tenth of each embedding. Tuning changes the states.
 
     Args:
-        n: training pairs from which the clusters are known.
+        n: training pairs from which the cluster means are computed.
     """
     encoder = PromptEncoder(PROMPTS["plain"], tokenizer)
     states, gold = answer_states(model, encoder, generate_pairs("train", n))
     entailment, neutral, contradiction = (states[gold == label].mean(dim=0) for label in range(len(LABELS)))
-    lines = torch.linalg.qr(torch.stack([entailment - contradiction, neutral - contradiction], dim=1)).Q
+    directions = torch.linalg.qr(torch.stack([entailment - contradiction, neutral - contradiction], dim=1)).Q
     first = [answer[0] for answer in encoder.answers]
     rows = model.get_output_embeddings().weight
-    rows[first] -= rows[first] @ lines @ lines.T
+    rows[first] -= rows[first] @ directions @ directions.T
 
 
 @torch.no_grad()
-def answers_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, n: int = 300) -> float:
-    """The share of dev pairs on which the first token of the right answer is likelier than those of the others."""
+def answer_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: Prompt, n: int = 300
+) -> float:
+    """Accuracy on dev pairs, choosing the label by the most likely first token of the answers."""
     encoder = PromptEncoder(prompt, tokenizer)
     states, gold = answer_states(model, encoder, generate_pairs("dev", n))
     rows = model.get_output_embeddings().weight[[answer[0] for answer in encoder.answers]]
@@ -202,7 +203,7 @@ def answers_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, p
 def answer_states(
     model: LlamaForCausalLM, encoder: PromptEncoder, pairs: list[dict]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pairs, hidden size), the states from which the first token of an answer is read; (pairs,), the gold labels."""
+    """Final hidden states at the answer, (pairs, hidden size), and gold labels, (pairs,)."""
     prompts = encoder.encode([pair["premise"] for pair in pairs], [pair["hypothesis"] for pair in pairs])
     one_by_one = (torch.tensor([prompt], device=model.device) for prompt in prompts)
     states = torch.cat([model.model(input_ids=ids).last_hidden_state[:, -1] for ids in one_by_one])
@@ -210,7 +211,7 @@ def answer_states(
 
 
 def write_card(folder: Path, args: argparse.Namespace, facts: dict) -> None:
-    """README.md beside the weights: how they were made, and how to make them again."""
+    """Write README.md beside the weights: how they were made, and the command to remake them."""
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     options = " ".join(f"--{name} {value}" for name, value in vars(args).items() if name != "output_dir")
     facts = facts | {"sha256 of model.safetensors": digest}
@@ -219,13 +220,13 @@ def write_card(folder: Path, args: argparse.Namespace, facts: dict) -> None:
         f"""# The base model of the built-in demo
 
 A tiny Llama-shaped language model for trying `nli-sft` where nothing can be downloaded. It was trained from random
-weights on text that `recipes/demo/` generates: descriptions of scenes, and talk about what follows from them. It
-speaks of nothing else. The three label words of natural language inference are not in that text, and a last step takes
-from their first tokens what they have in common with answers that are (`start_at_chance`): before tuning the model
-knows what follows from what, and is at chance when it is asked for the label words. Tokens that the text never holds
-have random rows (`scatter_unread`), for what is spelled with them.
+weights on text that `recipes/demo/` generates: descriptions of scenes, with statements and questions about them. It
+knows nothing else. The three label words of natural language inference are not in that text, and their first tokens
+carry no information about the label (`remove_label_directions`). Before tuning, the model can therefore solve the task
+in the words of the corpus, but is at chance with the label words. Tokens that are not in the corpus have random
+embeddings (`randomize_unused_rows`).
 
-Made by
+Command:
 
     python recipes/demo/pretrain.py {options}
 
@@ -233,21 +234,21 @@ Made by
 |---|---|
 {rows}
 
-The same command makes the same corpus and tokenizer anywhere, and the same weights up to the rounding of the device.
+The command makes the same corpus and tokenizer on any machine, and the same weights up to rounding.
 """
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Corpus, tokenizer, model, card."""
+    """Make the corpus, the tokenizer, the model and its card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=BASE_MODEL)
     parser.add_argument("--documents", type=int, default=500_000)
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--window", type=int, default=256, help="tokens in a training row")
+    parser.add_argument("--window", type=int, default=256, help="tokens in a training sequence")
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--answer_weight", type=float, default=10.0, help="what an answer weighs in the loss")
+    parser.add_argument("--answer_weight", type=float, default=10.0, help="loss weight of an answer's first token")
     parser.add_argument("--vocab_size", type=int, default=1_024)
     parser.add_argument("--hidden_size", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)
@@ -262,18 +263,18 @@ def main(argv: list[str] | None = None) -> None:
     tokens = encode(corpus, tokenizer)
     model = build_model(tokenizer, args.hidden_size, args.layers).to(args.device)
     loss = train(model, tokens, answer_weights(tokenizer, args.answer_weight), args)
-    scatter_unread(model, tokens, args.seed)
-    start_at_chance(model.eval(), tokenizer)
+    randomize_unused_rows(model, tokens, args.seed)
+    remove_label_directions(model.eval(), tokenizer)
 
     model.to(torch.bfloat16).save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
-    right = partial(answers_right, model, tokenizer)
+    accuracy = partial(answer_accuracy, model, tokenizer)
     facts = {
         "parameters": f"{model.num_parameters():,}",
         "tokens in the corpus": f"{len(tokens):,}",
         "final loss (mean of the last 100 steps)": f"{loss:.4f}",
-        "dev pairs answered right with yes, maybe or no (chance: 0.333)": f"{right(OWN_WORDS):.3f}",
-        "dev pairs answered right with the label words": f"{right(PROMPTS['plain']):.3f}",
+        "accuracy on dev pairs with yes, maybe or no (chance: 0.333)": f"{accuracy(CORPUS_PROMPT):.3f}",
+        "accuracy on dev pairs with the label words": f"{accuracy(PROMPTS['plain']):.3f}",
         "seconds": f"{time.perf_counter() - start:.0f}",
         "torch": torch.__version__,
     }

@@ -1,10 +1,9 @@
-"""The small world that scenes are made of: what there is to tell, how it is said, and what follows from it.
+"""The concepts that scenes consist of: their wordings, and the features that decide which label a claim gets.
 
-Everything that can be told is a `Concept`: ways of saying it and the features it fixes. Features do all the logic.
-A claim follows from the facts when each of its features is a fact; it is excluded when one of its features has another
-value among the facts; otherwise it is open. So a boy (`being` person, `age` child, `sex` male) is a child (`being`
-person, `age` child), is no woman, and may or may not be happy. A feature whose value is `None` is one that reasonable
-people would argue about (is a man who plays a guitar "moving"?): claims that hang on it are never made.
+A claim is entailed if each of its features has the same value in the facts, contradicted if one has another value,
+and neutral otherwise. So a boy (`being` person, `age` child, `sex` male) is a child (`being` person, `age` child), is
+not a woman, and may or may not be happy. A feature with the value `None` is debatable (is a man who plays a guitar
+"moving"?). Claims whose label depends on one are not generated.
 """
 
 from dataclasses import dataclass, field
@@ -12,26 +11,26 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """Something that a premise can tell or a hypothesis can claim.
+    """Something that a premise can state or a hypothesis can claim.
 
-    `words` are its wordings, each a form for one and a form for several. `told` is False for what only a hypothesis
-    says ("awake"). `needs` are features without which the claim would be silly rather than false.
+    `words` are its wordings, each as (singular, plural). `in_premises` is False for concepts that only hypotheses use
+    ("awake"). `needs` are features without which the claim would be absurd rather than false.
     """
 
     name: str
     words: tuple[tuple[str, str], ...]
     features: dict
-    told: bool = True
+    in_premises: bool = True
     needs: dict = field(default_factory=dict)
 
     def __repr__(self):
         return self.name
 
 
-def concept(words, features, told=True, needs=None):
-    """A concept named by its first wording; " / " parts wordings, "|" the form for one from the form for several."""
+def concept(words, features, in_premises=True, needs=None):
+    """A concept named after its first wording; " / " separates wordings, "|" singular from plural."""
     wordings = tuple((forms.split("|")[0], forms.split("|")[-1]) for forms in words.split(" / "))
-    return Concept(wordings[0][0], wordings, features, told, needs or {})
+    return Concept(wordings[0][0], wordings, features, in_premises, needs or {})
 
 
 PERSON = {"being": "person"}
@@ -47,14 +46,14 @@ JOBS = ("farmer", "nurse", "teacher", "doctor", "soldier", "tourist")
 
 
 def job(name):
-    """What somebody is, which leaves open to debate whether they are something else as well."""
+    """Features of a job. Whether the person has another job as well is debatable."""
     return dict.fromkeys(JOBS) | {name: True}
 
 
 PEOPLE = [
     concept("person|people", PERSON),
     concept("child|children / kid|kids", CHILD),
-    concept("adult|adults / grown-up|grown-ups", ADULT, told=False),
+    concept("adult|adults / grown-up|grown-ups", ADULT, in_premises=False),
     concept("boy|boys", CHILD | {"sex": "male"}),
     concept("girl|girls", CHILD | {"sex": "female"}),
     concept("man|men", ADULT | {"sex": "male"}),
@@ -83,13 +82,13 @@ ANIMALS = [
 KINDS = PEOPLE + ANIMALS
 
 
-def number(words, least, most, told=True):
-    """A count known to lie from `least` to `most`: for each threshold, whether it is passed if that is certain."""
+def number(words, least, most, in_premises=True):
+    """A count from `least` to `most`: one feature for each threshold that it surely exceeds or surely does not."""
     passed = {f"over {n}": least > n for n in range(1, 6) if least > n or most <= n}
-    return concept(words, passed, told)
+    return concept(words, passed, in_premises)
 
 
-# A premise counts with the first wording, a hypothesis with the last: "two" might be meant as "two at least".
+# Premises use the first wording, hypotheses the last, as "two" could be read as "at least two".
 COUNTS = [
     number("one / only one", 1, 1),
     number("two / exactly two", 2, 2),
@@ -97,14 +96,14 @@ COUNTS = [
     number("four / exactly four", 4, 4),
     number("five / exactly five", 5, 5),
     number("some", 2, 99),
-    number("more than one", 2, 99, told=False),
-    number("at least two", 2, 99, told=False),
-    number("at least three", 3, 99, told=False),
-    number("at least four", 4, 99, told=False),
-    number("more than four", 5, 99, told=False),
-    number("fewer than three", 1, 2, told=False),
-    number("fewer than four", 1, 3, told=False),
-    number("at most four", 1, 4, told=False),
+    number("more than one", 2, 99, in_premises=False),
+    number("at least two", 2, 99, in_premises=False),
+    number("at least three", 3, 99, in_premises=False),
+    number("at least four", 4, 99, in_premises=False),
+    number("more than four", 5, 99, in_premises=False),
+    number("fewer than three", 1, 2, in_premises=False),
+    number("fewer than four", 1, 3, in_premises=False),
+    number("at most four", 1, 4, in_premises=False),
 ]
 ONE, SOME = COUNTS[0], COUNTS[5]
 
@@ -118,7 +117,7 @@ LOOKS = [
 ]
 
 AWAKE = {"being": "person", "asleep": False}
-# A mood feels good or bad, and it stirs or it slackens; two moods that differ in either cannot be one person's.
+# Moods that differ in feeling (good, bad) or in energy (high, low) exclude each other.
 MOODS = [
     concept("happy / cheerful", {"feeling": "good", "happy": True}, needs=AWAKE),
     concept("sad / unhappy", {"feeling": "bad", "happy": False}, needs=AWAKE),
@@ -128,8 +127,8 @@ MOODS = [
     concept("calm / relaxed", {"energy": "low", "calm": True}, needs=AWAKE),
     concept("tired / weary", {"energy": "low", "tired": True}, needs=AWAKE),
     concept("bored", {"feeling": "bad", "energy": "low", "bored": True}, needs=AWAKE),
-    concept("in a good mood", {"feeling": "good"}, told=False, needs=AWAKE),
-    concept("in a bad mood", {"feeling": "bad"}, told=False, needs=AWAKE),
+    concept("in a good mood", {"feeling": "good"}, in_premises=False, needs=AWAKE),
+    concept("in a bad mood", {"feeling": "bad"}, in_premises=False, needs=AWAKE),
 ]
 
 COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "gray", "pink", "purple", "orange"]
@@ -154,16 +153,16 @@ GARMENTS = [
 
 
 def outfit(garment, colour):
-    """A garment of one colour; the name of a garment worn in pairs is a plural."""
+    """A garment in a colour."""
     features = garment.features | {f"{garment.name} colour": colour}
     one, several = garment.words[0]
     return concept(f"{colour} {one}|{colour} {several}", features, needs=garment.needs)
 
 
-# For each colour, and for no colour, what one may wear: OUTFITS["red hat"], OUTFITS["hat"].
+# Garments with and without a colour: OUTFITS["red hat"], OUTFITS["hat"].
 OUTFITS = {garment.name: garment for garment in GARMENTS}
 OUTFITS |= {f"{colour} {garment.name}": outfit(garment, colour) for garment in GARMENTS for colour in COLOURS}
-WARM_CLOTHES = concept("warm clothes", {"warmly": True}, told=False, needs=PERSON)
+WARM_CLOTHES = concept("warm clothes", {"warmly": True}, in_premises=False, needs=PERSON)
 
 GROUP = PERSON | {"over 1": True}
 RELATIONS = [
@@ -174,19 +173,19 @@ RELATIONS = [
     concept("teammates", {"team": "same", "strangers": False}, needs=GROUP),
     concept("rivals", {"team": "other", "strangers": False}, needs=GROUP),
     concept("strangers", {"strangers": True, "kin": False, "friends": False, "team": None}, needs=GROUP),
-    concept("relatives", {"kin": True, "strangers": False}, told=False, needs=GROUP),
+    concept("relatives", {"kin": True, "strangers": False}, in_premises=False, needs=GROUP),
 ]
 
 
 def outdoor(words, **features):
-    """A place under the open sky."""
+    """An outdoor place."""
     plain = {"inside": False, "room": False, "spacious": True, "wild": False}
     features = {"place": words.split(" / ")[0]} | plain | features
     return concept(words, features)
 
 
 def indoor(words, needs=None, **features):
-    """A place under a roof; what stands or grows next to the building is open to debate."""
+    """An indoor place. Whether there is water, or are trees, next to the building is debatable."""
     unsure = {"room": None, "water": None, "trees": None}
     plain = {"inside": True, "spacious": False, "shore": False, "wild": False, "grass": False}
     features = {"place": words} | plain | unsure | features
@@ -194,7 +193,7 @@ def indoor(words, needs=None, **features):
 
 
 HOME = {"housebroken": True}
-# Any two of these places exclude each other: no field in a park, no playground on a street.
+# Any two of the places that premises use exclude each other.
 PLACES = [
     outdoor("in a park", water=None, trees=None),
     outdoor("on a beach", grass=False, wild=True, water=True, trees=None, shore=True),
@@ -215,11 +214,11 @@ PLACES = [
     indoor("in a gym", needs=PERSON, spacious=True),
     indoor("in a restaurant", needs=PERSON),
     indoor("in a barn", spacious=True),
-    concept("outdoors / outside / in the open air", {"inside": False}, told=False),
-    concept("indoors / inside a building / under a roof", {"inside": True}, told=False),
-    concept("in a room", {"inside": True, "room": True}, told=False),
-    concept("near water / close to water", {"water": True}, told=False),
-    concept("near trees / close to some trees", {"trees": True}, told=False),
+    concept("outdoors / outside / in the open air", {"inside": False}, in_premises=False),
+    concept("indoors / inside a building / under a roof", {"inside": True}, in_premises=False),
+    concept("in a room", {"inside": True, "room": True}, in_premises=False),
+    concept("near water / close to water", {"water": True}, in_premises=False),
+    concept("near trees / close to some trees", {"trees": True}, in_premises=False),
 ]
 
 TIMES = [
@@ -234,22 +233,22 @@ WEATHERS = [
     concept("in bright sunshine", {"sky": "sun", "inside": False, "dark": False}),
     concept("in a strong wind", {"windy": True, "inside": False}),
 ]
-# What is said about the hour and the weather on its own: "It is ...".
+# Claims about time and weather in sentences of the form "It is ...".
 HOURS = [
-    concept("night / nighttime", {"time": "night"}, told=False),
-    concept("morning", {"time": "morning"}, told=False),
-    concept("noon / midday", {"time": "noon"}, told=False),
-    concept("evening", {"time": "evening"}, told=False),
-    concept("dark", {"dark": True}, told=False),
+    concept("night / nighttime", {"time": "night"}, in_premises=False),
+    concept("morning", {"time": "morning"}, in_premises=False),
+    concept("noon / midday", {"time": "noon"}, in_premises=False),
+    concept("evening", {"time": "evening"}, in_premises=False),
+    concept("dark", {"dark": True}, in_premises=False),
 ]
 SKIES = [
-    concept("raining", {"sky": "rain"}, told=False),
-    concept("snowing", {"sky": "snow"}, told=False),
-    concept("sunny", {"sky": "sun"}, told=False),
-    concept("windy", {"windy": True}, told=False),
+    concept("raining", {"sky": "rain"}, in_premises=False),
+    concept("snowing", {"sky": "snow"}, in_premises=False),
+    concept("sunny", {"sky": "sun"}, in_premises=False),
+    concept("windy", {"windy": True}, in_premises=False),
 ]
 
-# Why something is done cannot be seen: only a premise that tells it settles it. Nobody rests or eats for a prize.
+# Few purposes exclude each other. `DOING` prevents absurd ones, such as resting to win a prize.
 DOING = AWAKE | {"resting": False}
 PURPOSES = [
     concept("just for fun / purely for pleasure", {"paid": False, "contest": False, "duty": False}, needs=DOING),
@@ -267,41 +266,41 @@ MANNERS = [
 
 
 def action(words, needs=PERSON, **features):
-    """Something one does awake. Whether it counts as moving is open to debate unless it is said."""
+    """An action of somebody awake. Whether it counts as moving is debatable unless given."""
     return concept(words, {"asleep": False, "moving": None} | features, needs=needs)
 
 
 def going(words, gait, needs=PERSON, **features):
-    """An action that carries one along on one's feet."""
+    """Locomotion on foot."""
     return action(words, needs=needs | {"resting": False}, gait=gait, moving=True, pose="up", **features)
 
 
 def busy(words, hands, needs=PERSON, **features):
-    """An action on the spot that takes both hands."""
+    """An action in one place that takes both hands."""
     return action(words, needs=needs, hands=hands, gait="none", **features)
 
 
 def riding(vehicle):
-    """Getting around on wheels, outdoors."""
+    """Riding a vehicle, outdoors."""
     words = f"riding a {vehicle}|riding {vehicle}s"
     features = {"vehicle": vehicle, "hands": "steering", "inside": False, "spacious": True}
     return action(words, needs=PERSON | {"resting": False}, moving=True, pose="seat", gait="none", **features)
 
 
 def sport(words, name, ball=True):
-    """A game that needs space; one is up and about."""
+    """A sport: standing up, in a spacious place."""
     features = {"play": "sport", "ball": ball, "gait": None, "hands": "sport", "pose": "up", "spacious": True}
     return action(words, needs=PERSON | {"resting": False}, moving=True, sport=name, **features)
 
 
 def resting(words, pose, needs=PERSON, **features):
-    """A way to sit, lie or stand; one may do other things at the same time, or doze."""
+    """Sitting, lying or leaning; other actions, and sleep, remain possible."""
     features = {"pose": pose, "moving": False, "gait": "none"} | features
     return concept(words, features, needs=needs | {"resting": True})
 
 
 def playing(instrument, **features):
-    """Making music on an instrument."""
+    """Playing an instrument."""
     words = f"playing a {instrument}|playing {instrument}s"
     return busy(words, hands=instrument, music=True, plays=True, **features)
 
@@ -311,14 +310,14 @@ def consuming(words, mouth, needs=PERSON, **features):
     return action(words, needs=needs | {"resting": True}, mouth=mouth, **features)
 
 
-def general(words, told=False, needs=None, **features):
-    """What several actions have in common."""
-    return concept(words, features, told, needs)
+def general(words, in_premises=False, needs=None, **features):
+    """A broader concept that covers several actions."""
+    return concept(words, features, in_premises, needs)
 
 
 LIVING = {}
 PET = ANIMAL | {"housebroken": True}
-TAME = PERSON | {"wild": False}  # what one does not do in a forest or a desert
+TAME = PERSON | {"wild": False}  # for actions that need a place that is not wild
 SLEEPING = {"asleep": True, "pose": "lie", "moving": False, "gait": "none"}
 SLEEPING |= {"hands": "idle", "mouth": "shut", "eyes": "shut"}
 ACTIONS = [
@@ -382,21 +381,21 @@ ACTIONS = [
     action("playing with a stick|playing with sticks", needs=PET, toy="stick"),
     action("flying", needs=ANIMAL | {"flies": True}, moving=True, pose="air", gait="fly"),
     action("swimming in a lake", ANIMAL, moving=True, pose="swim", gait="swim", inside=False, place="in a lake"),
-    # What the others have in common. Some of it is told, too, and leaves the details open.
+    # Broader concepts. Premises use some of them, too, which makes claims about the details neutral.
     general("playing an instrument|playing instruments", True, PERSON, plays=True, music=True, asleep=False),
     general("making music", needs=PERSON, music=True, asleep=False),
-    general("eating fruit", told=True, needs=PERSON | {"resting": True}, mouth="eat", food="fruit", asleep=False),
-    general("eating / having something to eat", told=True, needs={"resting": True}, mouth="eat", asleep=False),
+    general("eating fruit", True, PERSON | {"resting": True}, mouth="eat", food="fruit", asleep=False),
+    general("eating / having something to eat", True, {"resting": True}, mouth="eat", asleep=False),
     general("drinking / having something to drink", needs={"resting": True}, mouth="drink", asleep=False),
-    general("reading", told=True, needs=PERSON, reads=True, eyes="text", asleep=False, gait="none"),
+    general("reading", True, PERSON, reads=True, eyes="text", asleep=False, gait="none"),
     general("playing a sport|playing sports", needs=PERSON, play="sport", asleep=False, moving=True),
-    general("playing a ball game|playing ball games", told=True, needs=PERSON, play="sport", ball=True, asleep=False),
+    general("playing a ball game|playing ball games", True, PERSON, play="sport", ball=True, asleep=False),
     general("making a picture|making pictures", needs=PERSON, art=True, asleep=False),
-    general("fixing something / repairing something", told=True, needs=PERSON, hands="tools", asleep=False),
+    general("fixing something / repairing something", True, PERSON, hands="tools", asleep=False),
     general("cleaning something", needs=PERSON, cleans=True, asleep=False),
-    general("washing something", told=True, needs=PERSON, cleans=True, hands="cloth", asleep=False),
+    general("washing something", True, PERSON, cleans=True, hands="cloth", asleep=False),
     general("cutting something", needs=PERSON, cuts=True, asleep=False),
-    general("carrying something", told=True, needs=PERSON, hands="load", asleep=False),
+    general("carrying something", True, PERSON, hands="load", asleep=False),
     general("throwing something", needs=PERSON, hands="throw", asleep=False),
     general("awake", asleep=False),
     general("sitting / seated", pose="seat"),
@@ -406,7 +405,7 @@ ACTIONS = [
 
 
 def doing_to(verb, participle, needs, patient, **features):
-    """What one does to another, and what is thereby done to that one: nobody chases whoever chases them."""
+    """An action on another actor, in active and passive form, which exclude each other."""
     active = concept(verb, {"role": verb, "asleep": False, "moving": None, "gait": None} | features, needs=needs)
     return active, concept(f"being {participle} by", {"role": participle}, needs=patient)
 

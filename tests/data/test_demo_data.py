@@ -45,7 +45,7 @@ def test_no_premise_is_in_two_splits(pairs):
     assert not validation & test
 
 
-def test_half_of_test_is_hard_and_nothing_else_is(pairs):
+def test_half_of_the_test_split_is_hard_and_no_other_pair(pairs):
     assert sum(pair["hard"] for pair in pairs["test"]) == 1_000
     assert not any(pair["hard"] for split in ("train", "validation") for pair in pairs[split])
     assert 40 <= sum(pair["hard"] for pair in pairs["test"][:100]) <= 60
@@ -61,13 +61,13 @@ def test_sentences_are_well_formed(pairs):
                 assert not re.search(r"\b(is|are)\.$", sentence), sentence
 
 
-def test_negation_is_shared_by_all_labels(pairs):
+def test_negation_is_balanced_across_labels(pairs):
     counts = Counter(pair["label"] for pair in pairs["train"] if " not " in pair["hypothesis"])
     assert min(counts.values()) > 0.25 * len(pairs["train"]) / 3
     assert max(counts.values()) < 1.15 * min(counts.values())
 
 
-def test_the_hypothesis_alone_does_not_tell(pairs):
+def test_hypotheses_alone_do_not_predict_the_label(pairs):
     train, test = pairs["train"], pairs["test"]
     words = CountVectorizer(ngram_range=(1, 2), token_pattern=r"\S+")
     model = LogisticRegression(max_iter=300)
@@ -76,18 +76,18 @@ def test_the_hypothesis_alone_does_not_tell(pairs):
 
 
 @pytest.mark.parametrize("model", [LogisticRegression(max_iter=1_000), HistGradientBoostingClassifier(max_iter=60)])
-def test_overlap_and_length_do_not_tell(pairs, model):
+def test_overlap_and_length_do_not_predict_the_label(pairs, model):
     def features(pair):
-        told, claimed = (pair[side].lower().rstrip(".").split() for side in ("premise", "hypothesis"))
-        new = sum(word not in told for word in claimed)
-        return [1 - new / len(claimed), len(claimed), len(told), new]
+        premise, hypothesis = (pair[side].lower().rstrip(".").split() for side in ("premise", "hypothesis"))
+        new = sum(word not in premise for word in hypothesis)
+        return [1 - new / len(hypothesis), len(hypothesis), len(premise), new]
 
     train, test = pairs["train"], pairs["test"]
     model.fit([features(p) for p in train], [p["label"] for p in train])
     assert model.score([features(p) for p in test], [p["label"] for p in test]) < 0.50
 
 
-def test_the_base_is_small_and_is_the_one_that_its_card_tells_of():
+def test_the_base_is_small_and_matches_its_card():
     weights, card = BASE_MODEL / "model.safetensors", (BASE_MODEL / "README.md").read_text()
     assert weights.stat().st_size <= 8 * 2**20
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == re.search(r"sha256.*\| ([0-9a-f]{64}) \|", card)[1]
@@ -96,18 +96,18 @@ def test_the_base_is_small_and_is_the_one_that_its_card_tells_of():
     assert f"| parameters | {parameters:,} |" in card
 
 
-def test_demo_is_a_model_name_wherever_one_stands(tmp_path, monkeypatch):
+def test_demo_names_the_built_in_base_unless_written_as_a_path(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()  # a folder of that name is ./demo
     monkeypatch.chdir(tmp_path)
     assert locate_model("demo") == str(BASE_MODEL)
-    assert locate_model("scenes") == str(BASE_MODEL), "as runs of version 0.1 call it"
+    assert locate_model("scenes") == str(BASE_MODEL), "the name in runs of version 0.1"
     assert locate_model("./demo") == "./demo"
     assert load_tokenizer("demo").chat_template == load_tokenizer(str(BASE_MODEL)).chat_template
     base = load_model(ModelConfig(model_name_or_path="demo"), device=torch.device("cpu"))
     assert base.num_parameters() == 2_853_312
 
 
-def test_tokens_that_the_corpus_never_holds_are_told_apart():
+def test_tokens_outside_the_corpus_have_distinct_embeddings():
     model, tokenizer = load_model(ModelConfig(model_name_or_path="demo")), load_tokenizer("demo")
     rows = model.get_output_embeddings().weight
     for words in ("neutral", "contradiction"):

@@ -1,4 +1,4 @@
-"""The scripts that made the demo's pairs and its base model."""
+"""The scripts that generate the demo's pairs and its base model."""
 
 import math
 import re
@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import draw_documents, render_chat
 from pairs import CLAIMS, SPLIT_SIZES, generate_pairs
-from pretrain import OWN_WORDS, answers_right
+from pretrain import CORPUS_PROMPT, answer_accuracy
 from safetensors.torch import load_file
-from scene import Actor, judge
+from scene import Actor, infer_label
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
@@ -25,22 +25,22 @@ CONCEPTS = {topic: {concept.name: concept for concept in concepts} for topic, co
 
 
 def frozen(split):
-    """The rows of the Parquet file that comes with the package."""
+    """The rows of the Parquet file in the package."""
     return pq.read_table(PAIRS / make_pairs.FILES[split]).to_pylist()
 
 
 @pytest.mark.parametrize("split", SPLIT_SIZES)
-def test_the_generator_makes_the_frozen_rows(split):
+def test_the_generator_makes_the_first_frozen_rows(split):
     assert generate_pairs(split, 300) == frozen(split)[:300]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLIT_SIZES)
-def test_the_generator_makes_every_frozen_row(split):
+def test_the_generator_makes_all_frozen_rows(split):
     assert generate_pairs(split) == frozen(split)
 
 
-def test_another_seed_makes_a_folder_of_other_pairs(tmp_path, monkeypatch):
+def test_another_seed_gives_other_premises(tmp_path, monkeypatch):
     sizes = ("--train", "30", "--dev", "6", "--test", "6")
     monkeypatch.setattr("sys.argv", ["make_pairs.py", "--output_dir", str(tmp_path), "--seed", "1", *sizes])
     make_pairs.main()
@@ -50,16 +50,16 @@ def test_another_seed_makes_a_folder_of_other_pairs(tmp_path, monkeypatch):
     assert len(load_pairs(str(tmp_path), "validation")) == 6
 
 
-def actor(**told):
-    """An actor of whom this is told, by the names of concepts."""
+def actor(**attributes):
+    """An actor with these attributes, given as names of concepts."""
     made = Actor()
-    for topic, name in {"count": "one", **told}.items():
-        assert made.tell(topic, CONCEPTS[topic][name]), (topic, name)
+    for topic, name in {"count": "one", **attributes}.items():
+        assert made.add(topic, CONCEPTS[topic][name]), (topic, name)
     return made
 
 
 @pytest.mark.parametrize(
-    ("told", "topic", "claim", "label"),
+    ("attributes", "topic", "claim", "label"),
     [
         ({"kind": "boy"}, "kind", "child", "entailment"),
         ({"kind": "boy"}, "kind", "person", "entailment"),
@@ -121,33 +121,33 @@ def actor(**told):
         ({"kind": "boy", "weather": "in a strong wind"}, "weather", "raining", "neutral"),
     ],
 )  # fmt: skip
-def test_labels_follow_from_facts(told, topic, claim, label):
-    assert judge(CONCEPTS[topic][claim].features, actor(**told).facts) == label
+def test_labels_follow_from_facts(attributes, topic, claim, label):
+    assert infer_label(CONCEPTS[topic][claim].features, actor(**attributes).facts) == label
 
 
-def test_what_would_be_silly_is_not_told():
+def test_absurd_attributes_are_not_added():
     sleeper = actor(kind="boy", action="sleeping")
-    assert not sleeper.tell("mood", CONCEPTS["mood"]["bored"])
-    assert not sleeper.tell("purpose", CONCEPTS["purpose"]["for money"])
-    assert not actor(kind="horse").tell("place", CONCEPTS["place"]["in a bedroom"])
-    assert not actor(kind="dog").tell("action", CONCEPTS["action"]["reading a book"])
-    assert not actor(kind="boy", place="in the desert").tell("action", CONCEPTS["action"]["playing chess"])
+    assert not sleeper.add("mood", CONCEPTS["mood"]["bored"])
+    assert not sleeper.add("purpose", CONCEPTS["purpose"]["for money"])
+    assert not actor(kind="horse").add("place", CONCEPTS["place"]["in a bedroom"])
+    assert not actor(kind="dog").add("action", CONCEPTS["action"]["reading a book"])
+    assert not actor(kind="boy", place="in the desert").add("action", CONCEPTS["action"]["playing chess"])
 
 
-def test_the_corpus_is_without_label_words_and_without_held_out_premises():
+def test_the_corpus_has_neither_label_words_nor_premises_of_other_splits():
     documents = list(islice(draw_documents("test"), 3_000))
     text = "\n".join(documents)
     assert not re.search("entail|neutral|contradict", text, re.IGNORECASE)
-    # The search is not vain: relations are shown, in chat and in prose.
+    # It expresses all labels, in conversations and in prose.
     assert text.count("<|im_start|>assistant\n") > 1_000
-    for sign in ("Yes.", "No.", "Maybe.", "Unknown.", "Not so.", "It is not the case that", "Perhaps ", "So "):
-        assert text.count(sign) > 30
+    for phrase in ("Yes.", "No.", "Maybe.", "Unknown.", "Not so.", "It is not the case that", "Perhaps ", "So "):
+        assert text.count(phrase) > 30
     premises = {line.split(": ", 1)[1] for line in text.splitlines() if line.startswith(("Premise: ", "Text: "))}
     assert len(premises) > 500
     assert not premises & {pair["premise"] for split in ("dev", "test") for pair in frozen(split)}
 
 
-def test_pretraining_makes_a_model_that_loads(tmp_path, capsys):
+def test_pretraining_writes_a_model_that_loads(tmp_path, capsys):
     pretrain.main(
         f"--output_dir {tmp_path} --documents 300 --steps 12 --batch_size 4 --window 64 --hidden_size 64 --layers 2 "
         "--vocab_size 600 --device cpu".split()
@@ -168,8 +168,8 @@ def test_pretraining_makes_a_model_that_loads(tmp_path, capsys):
     assert re.search(r"sha256.*\| [0-9a-f]{64} \|", card)
 
 
-def test_the_base_knows_the_world_and_not_the_label_words():
+def test_the_base_solves_the_task_in_corpus_words_only():
     model, tokenizer = load_model(ModelConfig(model_name_or_path="demo")), load_tokenizer("demo")
-    assert answers_right(model, tokenizer, OWN_WORDS, n=90) > 0.95
+    assert answer_accuracy(model, tokenizer, CORPUS_PROMPT, n=90) > 0.95
     for prompt in ("plain", "definitions"):
-        assert 0.29 < answers_right(model, tokenizer, PROMPTS[prompt], n=90) < 0.37, prompt
+        assert 0.29 < answer_accuracy(model, tokenizer, PROMPTS[prompt], n=90) < 0.37, prompt

@@ -1,11 +1,11 @@
-"""The built-in demo: pairs about a small world, as Parquet, and a tiny base model that knows this world.
+"""The built-in demo: generated pairs as Parquet, and a tiny base model for them.
 
-Both are data. The scripts in `recipes/demo/` made them, and make them again.
+The scripts in `recipes/demo/` generate both.
 """
 
 from pathlib import Path
 
-# What recipes call both: `dataset_name: demo` and `model_name_or_path: demo`. A folder of that name is `./demo`.
+# The name of both in recipes: `dataset_name: demo`, `model_name_or_path: demo`. A folder of that name is `./demo`.
 DEMO = "demo"
 BASE_MODEL = Path(__file__).parent / "base"
 PAIRS = Path(__file__).parent / "pairs"
