@@ -3,6 +3,7 @@
 nli-sft predict --model me/snli --premise "A man sleeps." --hypothesis "A person is awake."
 nli-sft predict --model outputs/qwen3-0.6b-lora pairs.tsv --output predictions.jsonl
 head pairs.jsonl | nli-sft predict --model outputs/qwen3-0.6b-lora - | jq .prediction
+nli-sft predict --model Qwen/Qwen3-0.6B --prompt few_shot pairs.tsv --threshold 0.9 > predictions.jsonl
 """
 
 import argparse
@@ -25,7 +26,9 @@ from . import UserError, __version__
 from .labels import LABELS
 
 if TYPE_CHECKING:
-    from .classifier import NLIClassifier
+    from datasets import Dataset
+
+    from .classifier import NLIClassifier, Prediction
     from .data.prompts import PromptEncoder
 
 # Pairs predicted at a time: enough to bring pairs of one premise together, few enough to keep in memory.
@@ -62,28 +65,136 @@ class _Pair(NamedTuple):
 
 
 def predict(args: argparse.Namespace, stdout: TextIO) -> None:
-    """Write each pair with `prediction` and the probability of each label, `p_entailment` and so on."""
+    """Write each pair with `prediction` and the probability of each label, `p_entailment` and so on.
+
+    `prediction` is null where the probability of the label is below the threshold. Accuracy is reported on standard
+    error if the file has labels.
+    """
     if (args.premise is None) != (args.hypothesis is None) or (args.premise is None) == (args.file is None):
         raise UserError("predict: give --premise and --hypothesis, or a file of pairs (- for standard input)")
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size is {args.batch_size}; give a number of pairs, at least 1")
+    _check_numbers(args)
     _check_output(args)
     # Heavy imports, here so that --help is quick.
-    from .classifier import NLIClassifier, find_run
-    from .models.loading import load_encoder
+    from .classifier import NLIClassifier
+    from .models.loading import find_model
 
     with _file(args.file) as file:
         for _ in _pairs(file, args):  # check all rows before loading the model
             pass
-        run = find_run(args.model, args.revision)
-        _check_tokens(load_encoder(run), file, args)
-        classifier = NLIClassifier.from_pretrained(
-            run, device=args.device, dtype=args.dtype, batch_size=args.batch_size
+        gold = _gold(file, args)
+        source = find_model(
+            args.model,
+            revision=args.revision,
+            adapter=args.adapter,
+            prompt=args.prompt,
+            label_words=args.label_words,
         )
+        _check_tokens(source.load_encoder(), file, args)
+        classifier = NLIClassifier.from_source(
+            source,
+            temperature=args.temperature,
+            device=args.device,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+        )
+        _note(_temperature_text(args.temperature, source.record.get("temperature")))
+        outcome = _Outcome(gold, args.threshold)
         with _lines(args.output, stdout) as lines:
             pairs = _pairs(file, args)
             while chunk := list(islice(pairs, CHUNK)):
-                _write_predictions(classifier, chunk, lines)
+                _write_predictions(classifier, chunk, lines, outcome)
+        for line in outcome.lines():
+            _note(line)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size is {args.batch_size}; give a number of pairs, at least 1")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold is {args.threshold}; give a probability from 0 to 1")
+    if args.temperature is not None and not 0 < args.temperature < float("inf"):
+        raise UserError(f"--temperature is {args.temperature}; give a number above 0")
+
+
+def _temperature_text(given: float | None, fitted: float | None) -> str:
+    if given is not None:
+        return f"Temperature: {given:g}, as given."
+    if fitted is not None:
+        return f"Temperature: {fitted:.3g}, fitted by an evaluation of the run."
+    return "Temperature: 1; recipes/eval.py fits one on validation pairs."
+
+
+def _gold(file: Path | None, args: argparse.Namespace) -> "Dataset | None":
+    """The labelled pairs of a file, in its order; `None` if it has no labels, or none that can be read."""
+    if file is None:
+        return None
+    from .data.files import read_columns
+    from .data.sources import SourceMissing, find_columns, load_pairs
+
+    columns = _named_columns(args, ("premise", "hypothesis", "label"))
+    try:
+        find_columns(file.name, read_columns(file), columns)
+        return load_pairs(str(file), columns=columns, label_spellings=args.label_spellings)
+    except UserError as error:
+        if args.label_column or args.label_spellings:
+            raise
+        if "no label column" not in str(error) and not isinstance(error, SourceMissing):
+            _note(f"No accuracy is reported: {error}")
+        return None
+
+
+class _Outcome:
+    """Counts the pairs that are answered, and compares the answers with the labels of the file.
+
+    Args:
+        gold: the labelled pairs, in the order of the file.
+        threshold: the lowest probability of an answer.
+    """
+
+    def __init__(self, gold: "Dataset | None", threshold: float | None):
+        self.threshold = threshold
+        self._names = gold.features["label"].names if gold is not None else []
+        self._gold = iter(gold if gold is not None else ())
+        self._next: Any = next(self._gold, None)
+        self._pairs = self._answered = 0
+        self._rows: list[tuple[int, int, bool]] = []  # of each labelled pair: its label, the prediction, if answered
+
+    def answer(self, pair: _Pair, prediction: "Prediction") -> str | None:
+        """The label of a prediction, or `None` if it is less probable than the threshold."""
+        is_answered = self.threshold is None or prediction.probabilities[prediction.label] >= self.threshold
+        self._pairs += 1
+        self._answered += is_answered
+        # Labelled pairs come in the order of the file. Pairs with the same texts have the same prediction.
+        if self._next and (pair.premise, pair.hypothesis) == (self._next["premise"], self._next["hypothesis"]):
+            predicted = list(prediction.probabilities).index(prediction.label)
+            self._rows.append((self._next["label"], predicted, is_answered))
+            self._next = next(self._gold, None)
+        return prediction.label if is_answered else None
+
+    def lines(self) -> Iterator[str]:
+        """Coverage if there is a threshold, and accuracy if there are labels."""
+        if self.threshold is not None:
+            yield (
+                f"Coverage: {self._answered / self._pairs:.1%}, {self._answered:,} of {self._pairs:,} pairs with a "
+                f"probability of {self.threshold:g} or more."
+            )
+            yield from self._accuracy("Accuracy on these", [row for row in self._rows if row[2]])
+        yield from self._accuracy("Accuracy" if self.threshold is None else "Accuracy on all", self._rows)
+
+    def _accuracy(self, name: str, rows: Sequence[tuple[int, int, bool]]) -> Iterator[str]:
+        if not rows:
+            return
+        from .evaluation import metrics
+
+        gold, predicted, _ = zip(*rows, strict=True)
+        result = metrics.compute(gold, predicted, label_names=self._names)
+        low, high = result["accuracy_interval"]
+        interval = f"95% interval {low:.1%} to {high:.1%}"
+        yield f"{name}: {result['accuracy']:.1%} ({interval}), {len(rows):,} labelled pairs."
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _check_tokens(encoder: "PromptEncoder", file: Path | None, args: argparse.Namespace) -> None:
@@ -94,13 +205,18 @@ def _check_tokens(encoder: "PromptEncoder", file: Path | None, args: argparse.Na
             raise UserError(f"{pair.where}: {error}") from None
 
 
-def _write_predictions(classifier: "NLIClassifier", chunk: list[_Pair], lines: TextIO) -> None:
+def _write_predictions(classifier: "NLIClassifier", chunk: list[_Pair], lines: TextIO, outcome: _Outcome) -> None:
     predictions = classifier([pair.premise for pair in chunk], [pair.hypothesis for pair in chunk])
     for pair, prediction in zip(chunk, predictions, strict=True):
         probabilities = {f"p_{label}": round(p, 6) for label, p in prediction.probabilities.items()}
-        row = _as_json(pair.row) | {"prediction": prediction.label} | probabilities
+        row = _as_json(pair.row) | {"prediction": outcome.answer(pair, prediction)} | probabilities
         lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
     lines.flush()
+
+
+def _named_columns(args: argparse.Namespace, roles: Sequence[str]) -> dict[str, str]:
+    named = {role: getattr(args, f"{role}_column") for role in roles}
+    return {role: column for role, column in named.items() if column is not None}
 
 
 def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[_Pair]:
@@ -121,8 +237,7 @@ def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[_Pair]:
         raise UserError(
             f"{file.name}: the header has column {repeated} {found.count(repeated)} times; rename all but one"
         )
-    named = {role: getattr(args, f"{role}_column") for role in roles if getattr(args, f"{role}_column") is not None}
-    columns = sources.find_columns(file.name, found, named, roles)
+    columns = sources.find_columns(file.name, found, _named_columns(args, roles), roles)
     for number, row in read_rows(file):
         where = f"{file.name} row {number}"
         clash = [name for name in ("prediction", *PROBABILITIES) if name in row]
@@ -232,12 +347,23 @@ def _parser() -> argparse.ArgumentParser:
         "predict", allow_abbrev=False, help="print label and probabilities of each pair as JSON lines"
     )
     command.add_argument("file", nargs="?", help="pairs: .tsv, .csv, .jsonl, .parquet, …; - for standard input")
-    command.add_argument("--model", required=True, help="run folder, exported model, or Hub id")
-    command.add_argument("--revision", help="branch, tag or commit on the Hub")
+    command.add_argument("--model", required=True, help="run, adapter or any causal LM: a folder or a Hub id")
+    command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    command.add_argument("--adapter", help="adapter to put on the model: a folder or a Hub id")
+    command.add_argument("--prompt", help="of a model that is no run: a built-in prompt or a file; plain by default")
+    command.add_argument("--label_words", nargs="+", help="of a model that is no run: the words for the labels")
     command.add_argument("--premise")
     command.add_argument("--hypothesis")
     command.add_argument("--premise_column", help="column of the premise, if it has another name")
     command.add_argument("--hypothesis_column", help="column of the hypothesis, if it has another name")
+    command.add_argument("--label_column", help="column of the label, if it has another name; for accuracy only")
+    command.add_argument("--label_spellings", nargs="+", help="how the file spells the labels, in their order")
+    command.add_argument(
+        "--threshold", type=float, help="abstain (prediction null) where the label has a lower probability"
+    )
+    command.add_argument(
+        "--temperature", type=float, help="divides log-probabilities; by default as fitted by the run's evaluation"
+    )
     command.add_argument("--output", type=Path, help="write to this .jsonl file; standard output by default")
     command.add_argument("--batch_size", type=int, default=64, help="pairs per forward pass; 64 by default")
     dtypes = ("float32", "bfloat16", "float16", "auto")

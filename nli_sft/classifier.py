@@ -7,7 +7,7 @@ It uses the prompt, the label words and the scoring of training and evaluation, 
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,18 +17,15 @@ from typing import cast, overload
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl import ModelConfig
 
 from . import UserError
 from .configs import BatchConfig, from_recipe
 from .data.prompts import PromptEncoder
 from .data.sources import check_text
 from .evaluation.scoring import Scorer, distinguishing_prefixes
-from .hub import push as hub
 from .labels import LABELS
-from .models.loading import is_adapter, load_encoder, load_model, load_tuned
+from .models.loading import ModelSource, find_model, is_adapter, load_model
 from .models.precision import DTYPES, Precision, choose_precision
-from .runs import read_run
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,8 @@ class NLIClassifier:
     ):
         if not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f"batch_size is {batch_size!r}; give a number of pairs, at least 1")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"temperature is {temperature}; give a number above 0")
         self.model = model.eval()
         self.precision = precision
         self.temperature = temperature
@@ -98,30 +97,52 @@ class NLIClassifier:
         name: str | Path,
         *,
         revision: str | None = None,
+        adapter: str | Path | None = None,
+        prompt: str | None = None,
+        label_words: Sequence[str] | None = None,
+        temperature: float | None = None,
         device: str | torch.device | None = None,
         dtype: str | None = None,
         batch_size: int = 64,
     ) -> "NLIClassifier":
-        """Load a run folder, an exported model, or either from the Hub.
+        """Load a run, an exported model, an adapter, or any causal language model, from a folder or from the Hub.
 
         Only safetensors are read, and code that comes with a model is never run.
 
         Args:
             name: a folder, or a Hub id such as `me/qwen3-0.6b-snli`. It can be the output of `recipes/sft.py`,
-                `recipes/export.py` or `recipes/push.py`.
+                `recipes/export.py` or `recipes/push.py`, or any model or adapter that transformers or PEFT has saved.
             revision: branch, tag or commit on the Hub.
+            adapter: folder or Hub id of an adapter to put on the model.
+            prompt: for models that are no run, a built-in prompt such as `plain` or `few_shot`, or a .yaml or .json
+                file. By default their prompt.json if they have one, else `plain`.
+            label_words: for models that are no run, the words that answer for the labels, in the order of `LABELS`.
+            temperature: as for the class; by default the one that an evaluation of the run has fitted, else 1.
             device: by default an accelerator if there is one.
             dtype: of weights and computation: `float32`, `bfloat16`, `float16` or `auto`. By default as in an
                 evaluation on this device (`precision.py`).
             batch_size: as for the class.
 
         Raises:
-            UserError: if there is no such folder or repository, or a file is missing.
+            UserError: if there is no such folder or repository, a file is missing, or a run is given a prompt, label
+                words or an adapter.
         """
-        folder = find_run(name, revision)
-        recipe, _, record = read_run(folder)
+        source = find_model(name, revision=revision, adapter=adapter, prompt=prompt, label_words=label_words)
+        return cls.from_source(source, temperature=temperature, device=device, dtype=dtype, batch_size=batch_size)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: ModelSource,
+        *,
+        temperature: float | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | None = None,
+        batch_size: int = 64,
+    ) -> "NLIClassifier":
+        """Load what `find_model` has found. The arguments are those of `from_pretrained`."""
         device = pick_device(device)
-        model_args, precision = from_recipe(ModelConfig, recipe), choose_precision("auto", device)
+        model_args, precision = source.model_args, choose_precision("auto", device)
         if dtype is None:
             model_args = precision.suit(model_args)
         else:
@@ -130,16 +151,16 @@ class NLIClassifier:
                 raise UserError(f"dtype is {dtype!r}; give one of {', '.join(names)} or auto")
             model_args = replace(model_args, dtype=dtype)
             precision = Precision(names.get(dtype, precision.name), "as requested")
-        encoder = load_encoder(folder)  # before the weights: it checks that the folder is complete
+        encoder = source.load_encoder()  # before the weights: it checks that the folder is complete
         classifier = cls(
-            load_tuned(folder, model_args, device=device),
+            source.load_model(model_args, device=device),
             encoder,
-            batch_args=from_recipe(BatchConfig, recipe),
+            batch_args=from_recipe(BatchConfig, source.recipe),
             batch_size=batch_size,
             precision=precision,
-            temperature=record.get("temperature", 1.0),
+            temperature=source.record.get("temperature", 1.0) if temperature is None else temperature,
         )
-        if not is_adapter(folder):
+        if source.tuned is not None and not is_adapter(source.tuned):
             classifier._load_base = lambda: load_model(model_args, device=device)
         return classifier
 
@@ -188,7 +209,7 @@ class NLIClassifier:
         elif self._load_base is not None:
             base = self._load_base()
         else:
-            raise UserError("the base of this model is unknown; load the classifier with from_pretrained")
+            raise UserError("no model before tuning is known; load a run or an adapter with from_pretrained")
         untuned = NLIClassifier(
             base,
             self.encoder,
@@ -212,17 +233,6 @@ class NLIClassifier:
             Prediction(LABELS[choice], dict(zip(LABELS, row, strict=True)))
             for choice, row in zip(scores.choice.tolist(), probabilities, strict=True)
         ]
-
-
-def find_run(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a run: a local one, or a downloaded repository of the Hub.
-
-    Raises:
-        UserError: if there is neither.
-    """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    return hub.download_run(str(name), revision)
 
 
 def pick_device(wanted: str | torch.device | None = None) -> torch.device:

@@ -206,6 +206,11 @@ def read_recipe(path: str | Path) -> dict:
     return recipe
 
 
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run, or what is left of one: then `read_run` says what is missing."""
+    return (path / "recipe.yaml").is_file() or (path / "run.json").is_file()
+
+
 def read_run(path: str | Path) -> tuple[dict, Prompt, dict]:
     """(recipe, prompt, record) of a run folder.
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -54,6 +55,50 @@ def test_its_predictions_are_those_of_the_evaluation(run, classifier):
                 table[f"{model}_p_{label}"], abs=1e-5
             )
     assert list(table["tuned_prediction"]) != list(table["base_prediction"])
+
+
+def plain_adapter(run, folder):
+    """The adapter of a run as PEFT alone would have saved it, without prompt, recipe and tokenizer."""
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, folder / name)
+    return folder
+
+
+def test_any_model_and_a_plain_adapter(tmp_path, run, caplog):
+    base, adapter = run.parent / "base", plain_adapter(run, tmp_path / "adapter")
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    options = {"device": "cpu", "dtype": "float32"}
+    for model, classifier in (
+        ("base", NLIClassifier.from_pretrained(base, **options)),
+        ("tuned", NLIClassifier.from_pretrained(adapter, **options)),
+        ("tuned", NLIClassifier.from_pretrained(base, adapter=adapter, **options)),
+        ("base", NLIClassifier.from_pretrained(adapter, **options).before_tuning()),
+    ):
+        predictions = classifier(table["premise"], table["hypothesis"])
+        for label in LABELS:
+            found = [p.probabilities[label] for p in predictions]
+            assert found == pytest.approx(table[f"{model}_p_{label}"], abs=1e-5)
+    assert caplog.text.count(f"{base} has no prompt.json: it is asked with the prompt plain") == 1
+    asked = NLIClassifier.from_pretrained(base, prompt="few_shot", label_words=["yes", "maybe", "no"], **options)
+    assert (asked.encoder.prompt.name, asked.encoder.prompt.label_words) == ("few_shot", ("yes", "maybe", "no"))
+    with pytest.raises(UserError, match="no model before tuning is known"):
+        asked.before_tuning()
+
+
+def test_the_temperature_changes_no_label(run, classifier, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    record = json.loads((run / "run.json").read_text()) | {"temperature": 4.0}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    fitted = NLIClassifier.from_pretrained(tmp_path / "run", device="cpu", dtype="float32")
+    as_given = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32", temperature=4.0)
+    pairs = texts(few_pairs())
+    assert fitted(*pairs) == as_given(*pairs)
+    for hot, plain in zip(fitted(*pairs), classifier(*pairs), strict=True):
+        assert hot.label == plain.label
+        flattened = {label: p**0.25 for label, p in plain.probabilities.items()}
+        total = sum(flattened.values())
+        assert hot.probabilities == pytest.approx({label: p / total for label, p in flattened.items()}, abs=1e-5)
 
 
 def test_one_pair_lists_generators_and_columns(classifier):
@@ -198,6 +243,9 @@ def test_code_that_comes_with_a_model_is_not_run(tmp_path):
 
 
 def test_folders_that_are_not_runs(tmp_path):
+    with pytest.raises(UserError, match=rf"^{tmp_path} has no config\.json, so it is not a model folder"):
+        NLIClassifier.from_pretrained(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         NLIClassifier.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="neither a local folder nor a Hub id"):
@@ -229,6 +277,9 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
     [
         ({"batch_size": 0}, "batch_size is 0; give a number of pairs, at least 1"),
         ({"batch_size": "8"}, "batch_size is '8'; give"),
+        ({"temperature": 0}, "temperature is 0; give a number above 0"),
+        ({"prompt": "plain"}, "is a run, which is asked as it was trained; leave out prompt"),
+        ({"label_words": ["a", "b", "c"]}, "is a run, which is asked as it was trained; leave out label_words"),
         ({"dtype": "bf16"}, "dtype is 'bf16'; give one of .*float32.* or auto"),
     ],
 )
@@ -264,6 +315,74 @@ def test_the_command_line_predicts_files_without_labels(run, tmp_path, classifie
 
 def predict(run, *arguments):
     main(["predict", "--model", str(run), *map(str, arguments)])
+
+
+def confidence(row):
+    return row[f"p_{row['prediction']}"]
+
+
+def test_a_threshold_and_labels(run, tmp_path, capsys):
+    rows = [{"premise": p, "hypothesis": h, "gold_label": label} for p, h, label in SCENES]
+    rows.insert(1, rows[0] | {"gold_label": "-"})
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    predict(run, path, "--dtype", "float32")
+    out, err = capsys.readouterr()
+    printed = [json.loads(line) for line in out.splitlines()]
+    labelled = [row for row in printed if row["gold_label"] != "-"]
+    right = sum(row["prediction"] == row["gold_label"] for row in labelled)
+    fits = "Temperature: 1; recipes/eval.py fits one on validation pairs."
+    assert f"{fits}\nAccuracy: {right / 12:.1%} (95% interval " in err
+    assert err.endswith("), 12 labelled pairs.\n")
+    confidences = sorted(map(confidence, printed))
+    threshold = round((confidences[7] + confidences[8]) / 2, 9)
+    predict(run, path, "--dtype", "float32", "--threshold", threshold)
+    out, err = capsys.readouterr()
+    answered = [row for row in printed if confidence(row) >= threshold]
+    assert len(answered) == 5
+    for row, before in zip(map(json.loads, out.splitlines()), printed, strict=True):
+        assert row == (before if before in answered else before | {"prediction": None})
+    answered = [row for row in answered if row in labelled]
+    right_answers = sum(row["prediction"] == row["gold_label"] for row in answered)
+    assert f"Coverage: 38.5%, 5 of 13 pairs with a probability of {threshold:g} or more." in err
+    assert f"Accuracy on these: {right_answers / len(answered):.1%} (95%" in err
+    assert f"), {len(answered)} labelled pairs.\nAccuracy on all: {right / 12:.1%} (95%" in err
+
+
+def test_the_temperature_of_a_file(run, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"premise": p, "hypothesis": h} for p, h, _ in SCENES])
+    predict(run, path, "--dtype", "float32", "--temperature", 1000)
+    out, err = capsys.readouterr()
+    assert err.endswith("Temperature: 1000, as given.\n"), "no accuracy without labels"
+    assert [confidence(json.loads(line)) for line in out.splitlines()] == pytest.approx(
+        [1 / 3] * len(SCENES), abs=0.01
+    )
+
+
+def test_labels_that_cannot_be_read_do_not_stop_predictions(run, tmp_path, capsys):
+    path = tmp_path / "pairs.csv"
+    path.write_text("premise,hypothesis,label,verdict\nA man.,A boy.,true,ja\nA man.,A dog.,false,nein\n")
+    predict(run, path)
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert "No accuracy is reported: pairs.csv row 2, column label: unknown label 'true'" in err
+    predict(run, path, "--label_column", "verdict", "--label_spellings", "ja", "vielleicht", "nein")
+    assert "), 2 labelled pairs." in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no label column .looked for answer"):
+        predict(run, path, "--label_column", "answer")
+
+
+def test_the_command_line_asks_any_model(run, tmp_path, capsys):
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    table[["premise", "hypothesis"]].to_csv(tmp_path / "pairs.csv", index=False)
+    adapter = plain_adapter(run, tmp_path / "adapter")
+    predict(run.parent / "base", tmp_path / "pairs.csv", "--adapter", adapter, "--dtype", "float32")
+    printed = [json.loads(line)["prediction"] for line in capsys.readouterr().out.splitlines()]
+    assert printed == list(table["tuned_prediction"])
+    words = ["--prompt", "definitions", "--label_words", "yes", "maybe", "no"]
+    predict(adapter, "--premise", "A man sleeps.", "--hypothesis", "He rests.", *words)
+    assert json.loads(capsys.readouterr().out)["prediction"] in LABELS
+    with pytest.raises(SystemExit, match="is a run, which is asked as it was trained; leave out prompt"):
+        predict(run, tmp_path / "pairs.csv", *words)
 
 
 def test_other_columns_of_a_file_pass_through(run, tmp_path, capsys):
@@ -352,7 +471,7 @@ def test_standard_input_in_each_format(run, monkeypatch, capsys, pairs):
     if pairs == "parquet":
         pq.write_table(pa.table({"premise": ["A man sleeps."], "hypothesis": ["He rests."]}), buffer := io.BytesIO())
         pairs = buffer.getvalue()
-    monkeypatch.setattr(NLIClassifier, "from_pretrained", lambda *_, **__: lambda texts, _: [ENTAILED] * len(texts))
+    monkeypatch.setattr(NLIClassifier, "from_source", lambda *_, **__: lambda texts, _: [ENTAILED] * len(texts))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(pairs)))
     predict(run, "-")
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
@@ -370,7 +489,7 @@ def test_standard_input_that_cannot_be_read(run, monkeypatch, pairs, message):
 
 
 def test_a_control_token_is_an_error_before_weights_are_loaded(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(NLIClassifier, "from_pretrained", pytest.fail)
+    monkeypatch.setattr(NLIClassifier, "from_source", pytest.fail)
     (tmp_path / "pairs.csv").write_text("premise,hypothesis\nA.,B.\nA.<|im_end|>,B.\n")
     with pytest.raises(SystemExit, match=r"pairs.csv row 3: the pair .* holds '<\|im_end\|>', a control token"):
         predict(run, tmp_path / "pairs.csv")
@@ -407,6 +526,9 @@ def test_standard_output_is_only_json_lines_and_may_be_closed(run, tmp_path):
         (["late.csv", "--output", "/dev/null"], "--output /dev/null: cannot be written"),
         (["late.csv"], "late.csv row 3, column hypothesis: the hypothesis is ' '; expected text"),
         (["late.csv", "--batch_size", "0"], "--batch_size is 0; give a number of pairs, at least 1"),
+        (["late.csv", "--threshold", "1.5"], "--threshold is 1.5; give a probability from 0 to 1"),
+        (["late.csv", "--threshold", "nan"], "--threshold is nan; give a probability from 0 to 1"),
+        (["late.csv", "--temperature", "0"], "--temperature is 0.0; give a number above 0"),
         (["late.csv", "--output", "late.csv"], "--output late.csv: predictions are JSON lines; name the file .jsonl"),
         (["same.jsonl", "--output", "./same.jsonl"], "same.jsonl is the file of pairs"),
         (["gone.csv", "--output", "same.jsonl"], "gone.csv: expected a file of pairs"),

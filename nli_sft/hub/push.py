@@ -1,4 +1,4 @@
-"""Push a run with its card to the Hub, and download one.
+"""Push a run with its card to the Hub.
 
 A pushed repository is a run folder without predictions: `NLIClassifier.from_pretrained` and `recipes/eval.py` read it
 like any other. A push is a single commit, so an interrupted push leaves nothing behind; push again.
@@ -10,23 +10,12 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # of httpx, or of another client that huggingface_hub uses
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from trl import SFTConfig
 
 from .. import UserError
@@ -34,24 +23,10 @@ from ..data.prompts import Prompt, load_prompt
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
 from ..runs import evaluation_folders, read_json, read_run
+from .card import eval_result_files, model_card
 from .decision import write_decision_files
+from .download import MODEL_FILES, RUN_FILES, explained
 
-# The files to push and to download. No pickles, no training arguments (they hold the token), no pairs.
-MODEL_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-RUN_FILES = ("prompt.json", "recipe.yaml", "run.json", "parity.json")
 RESULT_FILES = ("eval/*/metrics.json", "eval/*.json", "report.html", "report.md", "figures/*")
 
 
@@ -106,8 +81,6 @@ def push(args: PushConfig) -> str:
             with; if it has no results and `without_results` is not set; if the repository holds another base model,
             prompt or label words and `overwrite` is not set; or if the Hub refuses or cannot be reached.
     """
-    from .card import model_card  # here, so that downloading a run does not import the report
-
     folder = Path(args.run)
     recipe, prompt, record = read_run(folder)
     base = args.base_model or recipe["model_name_or_path"]
@@ -127,7 +100,7 @@ def push(args: PushConfig) -> str:
     encoder = load_encoder(folder)  # raises if the prompt is not the one that the run was trained with
     files += write_decision_files(folder, encoder, record.get("temperature", 1.0))
     api = HfApi()
-    with _explained(args.hub_model_id):
+    with explained(args.hub_model_id):
         _make_destination(
             api,
             args.hub_model_id,
@@ -165,16 +138,6 @@ def move_token_to_env(training_args: SFTConfig) -> None:
     sys.argv = [argument.replace(token, "<HUB_TOKEN>") for argument in sys.argv]
 
 
-def download_run(name: str, revision: str | None = None) -> Path:
-    """Download the files that a classifier needs of a run on the Hub, and return their folder in the cache.
-
-    Raises:
-        UserError: if the repository or revision does not exist, or if it is not cached and the Hub cannot be reached.
-    """
-    with _explained(name, "download"):
-        return Path(HfApi().snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES, *RUN_FILES]))
-
-
 def _run_files(folder: Path) -> list[str]:
     patterns = (*MODEL_FILES, *RUN_FILES, *RESULT_FILES)
     found = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
@@ -194,8 +157,6 @@ def _operations(folder: Path, files: list[str], args: PushConfig, recipe: dict) 
             adapter = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": args.base_model}
             contents["adapter_config.json"] = json.dumps(adapter, indent=2).encode()
     if args.eval_results:
-        from .card import eval_result_files
-
         contents |= eval_result_files(folder)
     return [CommitOperationAdd(name, content) for name, content in contents.items()]
 
@@ -240,57 +201,3 @@ def _check_destination(
     ):
         if theirs != ours:
             raise UserError(f"{repo_id} exists with {what} {theirs}, but this run has {ours}; {fix}")
-
-
-@contextmanager
-def _explained(repo_id: str, action: str = "push") -> Iterator[None]:
-    """Turn errors of the Hub and of the connection into one sentence with the fix."""
-    again = "nothing local is lost: push again" if action == "push" else "try again"
-    try:
-        yield
-    except UserError:
-        raise
-    except HFValidationError as error:
-        raise UserError(f"{repo_id} is neither a local folder nor a Hub id of the form <owner>/<name>") from error
-    except LocalTokenNotFoundError as error:
-        raise UserError(f"{repo_id}: not logged in to the Hub; use `hf auth login`, or set HF_TOKEN") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError(f"{repo_id}: HF_HUB_OFFLINE is set; unset it to use the Hub") from error
-    # Uploads wrap their errors in a RuntimeError, downloads in a LocalEntryNotFoundError or an OSError.
-    except (HTTPError, OSError, RuntimeError) as error:
-        status = next((e.response.status_code for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
-        missing = any(isinstance(e, RepositoryNotFoundError) for e in _causes(error))
-        revision = any(isinstance(e, RevisionNotFoundError) for e in _causes(error))
-        if status is None and not any(isinstance(e, (HTTPError, LocalEntryNotFoundError)) for e in _causes(error)):
-            raise  # a local error, such as a full disk
-        if status == 401 and not (missing and action == "download"):
-            reason = "the Hub rejected the token (401); use `hf auth login`, or set HF_TOKEN to a valid one"
-        elif status == 403:
-            reason = (
-                f"the token has no permission to {'write' if action == 'push' else 'read'} (403); use one that has"
-            )
-        elif revision:
-            reason = "it has no such revision (404)"
-        elif missing or status == 404:
-            reason = "no such repository on the Hub, or a private one that the token cannot access (404)"
-        elif status == 409:
-            reason = (
-                "the name is taken by a repository that the token cannot access (409); choose another hub_model_id"
-            )
-        elif status == 412:
-            reason = f"someone else changed the repository at the same time (412); {again}"
-        elif status is not None and status >= 500:
-            reason = f"the Hub failed ({status}); {again}"
-        elif status is not None:
-            reason = f"the Hub refused ({status}: {' '.join(str(error).split())[:300]})"
-        else:
-            reason = f"the connection to the Hub broke ({type(_causes(error)[-1]).__name__}); {again}"
-        looked = "no such local folder, and " if action == "download" and not revision else ""
-        raise UserError(f"{repo_id}: {looked}{reason}") from error
-
-
-def _causes(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    return chain

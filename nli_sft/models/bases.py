@@ -176,8 +176,13 @@ def check_tokenizer(name: str) -> None:
         UserError: if the folder has no tokenizer files.
     """
     path = Path(locate_model(name))
-    if path.is_dir() and not any(any(path.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if path.is_dir() and not has_tokenizer(path):
         raise UserError(f"{_base(name)} has no tokenizer; copy the tokenizer files of the model it was made from")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
 
 
 def _check_weights(name: str, path: Path) -> None:

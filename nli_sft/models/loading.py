@@ -1,9 +1,12 @@
 """Loading the tokenizer, the base, adapters and tuned models, and counting parameters."""
 
 import difflib
+import logging
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -15,20 +18,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from .. import UserError
-from ..data.prompts import PromptEncoder, control_tokens
-from ..runs import REPAIR, read_run, weight_files
+from ..configs import from_recipe
+from ..data.demo import is_demo
+from ..data.prompts import Prompt, PromptEncoder, control_tokens, load_prompt
+from ..hub.download import download_tuned
+from ..runs import REPAIR, is_run, read_run, weight_files
 from .bases import (
     DEQUANTIZED_ON_LOADING,
     base_name,
     check_base,
     check_tokenizer,
     find_damage,
+    has_tokenizer,
     load_config,
     locate_model,
     one_line,
     quantization_of,
     skeleton,
 )
+
+logger = logging.getLogger(__name__)
 
 SAVED = "lora_modules_to_save"
 
@@ -275,18 +284,182 @@ def _find(wanted: str, names, nearby, key: str, ending: str = ".") -> list[str]:
     return found
 
 
+@dataclass(frozen=True)
+class ModelSource:
+    """What a model, its tokenizer and its prompt are loaded from.
+
+    Attributes:
+        model_args: the model, or the base of a tuned one.
+        tuned: the folder of a run or an adapter; `None` for a model that `model_args` names alone.
+        prompt: its own, or the one that the user gave.
+        recipe, record: as `runs.read_run` returns them; empty for models that are no run.
+    """
+
+    model_args: ModelConfig
+    tuned: Path | None
+    prompt: Prompt
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    def load_encoder(self, trust_remote_code: bool = False) -> PromptEncoder:
+        """The tokenizer with the prompt. An adapter without a tokenizer has that of its base.
+
+        Raises:
+            UserError: if files are damaged, or prompt or answers are rendered differently than in training.
+        """
+        name, revision = str(self.tuned), None
+        if self.tuned is not None:
+            check_files(self.tuned)
+        if self.tuned is None or not is_run(self.tuned):
+            with _no_key():
+                check_base(self.model_args, trust_remote_code)
+        if self.tuned is None or not (is_run(self.tuned) or has_tokenizer(self.tuned)):
+            name, revision = base_name(self.model_args), self.model_args.model_revision
+        with _no_key():
+            tokenizer = load_tokenizer(name, revision, trust_remote_code)
+        encoder = PromptEncoder(self.prompt, tokenizer, train_on_end=self.recipe.get("train_on_end", False))
+        encoder.check_rendered(self.record.get("rendered"), name)
+        return encoder
+
+    def load_model(
+        self, model_args: ModelConfig, trust_remote_code: bool = False, *, device: torch.device | None = None
+    ) -> PreTrainedModel | PeftModel:
+        """The model, ready for evaluation, on this process's device by default.
+
+        Args:
+            model_args: those of this source, with the dtype that `Precision.suit` has chosen.
+        """
+        if self.tuned is not None:
+            return load_tuned(self.tuned, model_args, trust_remote_code, device=device)
+        return load_model(model_args, trust_remote_code, device=device or PartialState().device).eval()
+
+
+def find_model(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    adapter: str | Path | None = None,
+    prompt: str | None = None,
+    label_words: Sequence[str] | None = None,
+    settings: ModelConfig | None = None,
+) -> ModelSource:
+    """Find a run, an adapter with its base, or any causal language model, in a folder or on the Hub.
+
+    Args:
+        name: a run, an adapter, whose base is the one that its adapter_config.json names, or a model.
+        revision: of `name` on the Hub.
+        adapter: an adapter to put on the model `name`.
+        prompt, label_words: for models that are no run, as for `load_prompt`. By default those of prompt.json if the
+            folder has one, else the prompt `plain`.
+        settings: dtype, quantisation and attention of models that are no run.
+
+    Raises:
+        UserError: if there is no such model, or a run is given an adapter, a prompt or label words.
+    """
+    if Path(name).expanduser().exists():
+        name = Path(name).expanduser()
+    folder = _find_folder(name, revision)
+    tuned = folder if adapter is None else _find_folder(adapter)
+    if adapter is not None and folder is not None and (is_adapter(folder) or is_run(folder)):
+        raise UserError(f"{name} is {'a run' if is_run(folder) else 'an adapter'} itself; leave out adapter")
+    if adapter is not None and (tuned is None or not is_adapter(tuned)):
+        raise UserError(f"adapter {adapter} has no adapter_config.json, so it is not an adapter; give one")
+    if tuned is not None and is_run(tuned):
+        if prompt is not None or label_words is not None:
+            given = "prompt" if prompt is not None else "label_words"
+            raise UserError(f"{adapter or name} is a run, which is asked as it was trained; leave out {given}")
+        source = _run_source(tuned)
+        return source if adapter is None else replace(source, model_args=_named(source.model_args, name, revision))
+    # The weights stay frozen, as under an adapter: `Precision.suit` may choose 16 bits for them.
+    settings = replace(settings or ModelConfig(dtype="auto"), use_peft=True)
+    asked = _prompt_for(adapter or name, tuned, prompt, label_words)
+    if tuned is None or not is_adapter(tuned):
+        return ModelSource(_named(settings, name, revision), None, asked)
+    config = _adapter_config(adapter or name, tuned)
+    base = config.base_model_name_or_path
+    if adapter is not None:
+        if base and Path(base).name != Path(name).name:
+            logger.warning("%s was trained on %s, but is put on %s.", adapter, base, name)
+        return ModelSource(_named(settings, name, revision), tuned, asked)
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        missing = f"its base {base} does not exist here" if base else "adapter_config.json names no base"
+        raise UserError(f"{name}: {missing}; give the base as the model, and {name} as its adapter")
+    return ModelSource(_named(settings, base, config.revision), tuned, asked)
+
+
+def _find_folder(name: str | Path, revision: str | None = None) -> Path | None:
+    """The folder of a name: a local one, or that of a downloaded run or adapter; `None` for a model on the Hub."""
+    folder = Path(name).expanduser()
+    if folder.exists() or is_demo(str(name)):
+        return Path(locate_model(str(name))).expanduser()
+    return download_tuned(str(name), revision)
+
+
+def _run_source(folder: Path) -> ModelSource:
+    """A run, whose weights are in its folder; those of a run that was only evaluated are elsewhere."""
+    recipe, prompt, record = read_run(folder)
+    model_args = from_recipe(ModelConfig, recipe)
+    if record.get("trained", True):
+        return ModelSource(model_args, folder, prompt, recipe, record)
+    source = find_model(
+        recipe["model"],
+        revision=recipe.get("model_revision"),
+        adapter=recipe.get("adapter"),
+        prompt=str(folder / "prompt.json"),
+        settings=model_args,
+    )
+    return replace(source, recipe=recipe, record=record)
+
+
+def _named(model_args: ModelConfig, name: str | Path, revision: str | None) -> ModelConfig:
+    return replace(model_args, model_name_or_path=str(name), model_revision=revision or "main")
+
+
+def _prompt_for(
+    name: str | Path, folder: Path | None, prompt: str | None, label_words: Sequence[str] | None
+) -> Prompt:
+    own = folder / "prompt.json" if folder is not None else None
+    if prompt is None and own is not None and own.is_file():
+        prompt = str(own)
+    if prompt is None:
+        prompt = "plain"
+        logger.warning("%s has no prompt.json: it is asked with the prompt plain; give another with prompt.", name)
+    return load_prompt(prompt, label_words)
+
+
+@contextmanager
+def _no_key() -> Iterator[None]:
+    """Errors name the model, but not the key of a recipe: the user gave no recipe."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model_name_or_path ")) from error
+
+
+def _adapter_config(name: str | Path, folder: Path) -> PeftConfig:
+    """The config of an adapter.
+
+    Raises:
+        UserError: if it cannot be read, or the adapter is not one for a causal language model.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # of JSON, or of a type of adapter that this PEFT does not know
+        raise UserError(f"{name}: adapter_config.json cannot be read ({one_line(error)})") from error
+    if config.is_prompt_learning:
+        raise UserError(f"{name} is a prompt-learning adapter, which is not supported; give one such as LoRA")
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise UserError(f"{name} is an adapter for {config.task_type}; give one for a causal language model")
+    return config
+
+
 def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEncoder:
     """The encoder with which a run was trained.
 
     Raises:
         UserError: if files are damaged, or prompt or answers are rendered differently than in training.
     """
-    recipe, prompt, record = read_run(run)
-    check_files(run)
-    tokenizer = load_tokenizer(str(run), trust_remote_code=trust_remote_code)
-    encoder = PromptEncoder(prompt, tokenizer, train_on_end=recipe.get("train_on_end", False))
-    encoder.check_rendered(record.get("rendered"), run)
-    return encoder
+    return _run_source(Path(run)).load_encoder(trust_remote_code)
 
 
 def load_tuned(

@@ -113,6 +113,20 @@ def test_a_full_model_is_pushed_and_loaded(hub, made, tmp_path):
     assert run_snippet(snippet) == word_of(run)
 
 
+def test_a_base_and_an_adapter_of_the_hub(hub, run, tmp_path):
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    adapter = {name: (run / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    hub.add("someone/adapter", adapter)
+    for model, name, more in (
+        ("base", "tiny/base", {}),
+        ("tuned", "someone/adapter", {}),
+        ("tuned", "tiny/base", {"adapter": "someone/adapter"}),
+    ):
+        classifier = NLIClassifier.from_pretrained(name, device="cpu", dtype="float32", **more)
+        predictions = classifier(table["premise"], table["hypothesis"])
+        assert [one.label for one in predictions] == list(table[f"{model}_prediction"])
+
+
 def test_branches_and_pull_requests(hub, run):
     push(PushConfig(run=str(run), hub_model_id="me/snli", hub_revision="v1"))
     repository = hub.repositories["model", "me/snli"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import CHATML, byte_level_tokenizer, chatml_tokenizer, tiny_llama
 from tiny_run import make_base, make_run
@@ -24,6 +24,7 @@ from nli_sft.models.loading import (
     apply_template,
     check_adapter,
     count_parameters,
+    find_model,
     load_encoder,
     load_model,
     load_tokenizer,
@@ -376,3 +377,81 @@ def test_loading_a_tuned_model_shows_no_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_tuned(run, ModelConfig(model_name_or_path=str(tmp_path / "base")), device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A base; an adapter made by PEFT alone; one without its base; a prompt-learning one; a classifier; a run."""
+    folder = tmp_path_factory.mktemp("found")
+    base = make_base(folder / "base")
+    lora = {"r": 4, "target_modules": ["q_proj"]}
+    for name, base_name, config in (
+        ("adapter", str(base), LoraConfig(**lora, task_type="CAUSAL_LM")),
+        ("prompt-learning", str(base), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")),
+        ("of-a-class", str(base), LoraConfig(**lora, task_type="SEQ_CLS")),
+        ("without-base", None, LoraConfig(**lora)),
+        ("moved", "/no/such/base", LoraConfig(**lora)),
+    ):
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**lora)).save_pretrained(folder / name)
+        config.base_model_name_or_path = base_name
+        config.save_pretrained(folder / name)
+    make_run(folder / "run", base, evaluated=False, train_on_end=True)
+    return folder
+
+
+def test_an_adapter_finds_its_base_its_tokenizer_and_its_prompt(found, tmp_path):
+    source = find_model(found / "adapter", label_words=["yes", "maybe", "no"])
+    assert source.model_args.model_name_or_path == str(found / "base")
+    encoder = source.load_encoder()
+    assert encoder.prompt.name == "plain"
+    assert encoder.tokenizer.name_or_path == str(found / "base")
+    shutil.copytree(found / "adapter", tmp_path / "adapter")
+    for file in found.glob("run/*token*"):
+        shutil.copy(file, tmp_path / "adapter")
+    few_shot = PROMPTS["few_shot"]
+    words = {"name": "mine", "user": few_shot.user, "label_words": ["yes", "maybe", "no"]}
+    (tmp_path / "adapter" / "prompt.json").write_text(json.dumps(words))
+    source = find_model(tmp_path / "adapter")
+    assert source.prompt.name == "mine"
+    assert source.load_encoder().tokenizer.name_or_path == str(tmp_path / "adapter")
+    assert find_model(tmp_path / "adapter", prompt="definitions").prompt.name == "definitions"
+
+
+def test_a_run_on_a_base_that_moved(found, tmp_path, caplog):
+    shutil.copytree(found / "base", tmp_path / "elsewhere")
+    source = find_model(tmp_path / "elsewhere", adapter=found / "run")
+    assert source.model_args.model_name_or_path == str(tmp_path / "elsewhere")
+    assert source.load_encoder().train_on_end, "a run is asked as it was trained"
+    find_model(tmp_path / "elsewhere", adapter=found / "moved", prompt="plain")
+    assert "was trained on /no/such/base, but is put on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("base", {"adapter": "base"}, "has no adapter_config.json, so it is not an adapter"),
+        ("adapter", {"adapter": "adapter"}, "is an adapter itself; leave out adapter"),
+        ("run", {"adapter": "adapter"}, "is a run itself; leave out adapter"),
+        (
+            "base",
+            {"adapter": "run", "prompt": "plain"},
+            "is a run, which is asked as it was trained; leave out prompt",
+        ),
+        ("prompt-learning", {}, "is a prompt-learning adapter, which is not supported"),
+        ("of-a-class", {}, "is an adapter for SEQ_CLS; give one for a causal language model"),
+        ("without-base", {}, "adapter_config.json names no base; give the base as the model"),
+        ("moved", {}, "its base /no/such/base does not exist here; give the base as the model"),
+        ("base", {"prompt": "nowhere"}, "prompt: 'nowhere' is neither built in"),
+    ],
+)
+def test_models_that_cannot_be_asked(found, name, options, message):
+    options = {key: found / value if key == "adapter" else value for key, value in options.items()}
+    with pytest.raises(UserError, match=re.escape(message)):
+        find_model(found / name, **options)
+
+
+def test_an_adapter_without_weights_in_safetensors(found, tmp_path):
+    shutil.copytree(found / "adapter", tmp_path / "adapter", ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({}, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"it has no adapter_model\.safetensors; other formats can run code"):
+        find_model(tmp_path / "adapter", prompt="plain").load_encoder()
