@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import UserError
 from ..configs import read_yaml
 from ..labels import LABELS
-from .segments import Segments, Texts, cut, probes
+from .segments import Segments, Texts, probes, split_template
 
 # Defaults of chat templates that could make training and test prompts differ.
 TEMPLATE_ARGUMENTS = {
@@ -57,7 +57,7 @@ _FIXED_CLOCK = (
 
 ROW_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int64())})
 ENCODED_AT_ONCE = 1000  # pairs
-FEW = 100  # for fewer prompts, finding segments takes longer than tokenizing
+MIN_SEGMENTED = 100  # for fewer prompts, finding segments takes longer than tokenizing
 
 HYPOTHESIS_ONLY = "hypothesis_only"
 SLOTS = ("premise", "hypothesis")
@@ -330,10 +330,10 @@ class PromptEncoder:
 
     @cached_property
     def rendered(self) -> dict[str, str]:
-        """What a run keeps to know its prompt again, after template, tokenizer and prompt have met.
+        """What `run.json` keeps to detect that a prompt renders differently than in training.
 
-        `frame` and `answers` are 16 hexadecimal digits each: of the frame's text and token ids, and of the token ids
-        of the answers. `template_date` is the date that templates were given for today's.
+        `frame` is a hash (16 hexadecimal digits) of the rendered template's text and token ids, `answers` one of the
+        answers' token ids. `template_date` is the date that chat templates were given as today's.
         """
         return {
             "frame": _digest([self.template, *self._tokenize([self.template])]),
@@ -446,17 +446,17 @@ class PromptEncoder:
 
     @cached_property
     def _segments(self) -> Segments | None:
-        """The frame in segments, if it has the same tokens in them around all probes."""
+        """The template in segments, if they give the same tokens as full prompts for all probes."""
         pairs = probes(self.tokenizer, control_tokens(self.tokenizer))
-        parts = cut(self.template, self.tokenizer, pairs)
+        parts = split_template(self.template, self.tokenizer, pairs)
         if parts is None:
             return None
         segments = Segments(self.tokenizer.backend_tokenizer, self._prefix, parts)  # pyright: ignore[reportArgumentType]
         return segments if self._are_same(segments, pairs) else None
 
     def _checked_segments(self, pairs: Texts) -> Segments | None:
-        """The segments, if they are known to have the tokens of whole prompts for these pairs too."""
-        if len(pairs["premise"]) < FEW or self._segments is None:
+        """The segments, if they give the same tokens as full prompts for these pairs too."""
+        if len(pairs["premise"]) < MIN_SEGMENTED or self._segments is None:
             return None
         unseen = self._segments.unseen(pairs)
         if not self._are_same(self._segments, {slot: [texts[row] for row in unseen] for slot, texts in pairs.items()}):
@@ -464,7 +464,7 @@ class PromptEncoder:
         return self._segments
 
     def _are_same(self, segments: Segments, pairs: Texts) -> bool:
-        """Whether prompts have the same tokens in segments as whole, by themselves and with each of the answers."""
+        """Whether segments give the same tokens as full prompts, alone and followed by each answer."""
         prompts, texts = segments(pairs), self._fill_template(pairs)
         return prompts == self._tokenize(texts) and all(
             [prompt + answer for prompt in prompts] == self._tokenize([text + answer_text for text in texts])
@@ -590,28 +590,28 @@ def _chat_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple[
             ) from error
 
     turns = prompt.turns()
-    frame = render(turns, add_generation_prompt=True)
+    template = render(turns, add_generation_prompt=True)
     _check_turns(prompt, render)
-    _check_slots_stay_open(prompt, frame, render)
+    _check_slots_stay_open(prompt, template, render)
     answers = []
     for word in prompt.label_words:
         full = render([*turns, {"role": "assistant", "content": word}])
-        answer, found, end = full.removeprefix(frame).partition(word)
-        if not full.startswith(frame) or not found or answer.strip():
+        answer, found, end = full.removeprefix(template).partition(word)
+        if not full.startswith(template) or not found or answer.strip():
             asked = turns[-1]["content"].strip()
-            start = min(frame.rfind(asked) + len(asked), len(os.path.commonprefix([frame, full])))
+            start = min(template.rfind(asked) + len(asked), len(os.path.commonprefix([template, full])))
             bridge, _, _ = full[start:].partition(word)
             copy = f", such as a .jinja copy of this one that asks with {bridge!r}"
             raise UserError(
                 f"prompt {prompt.name}: the chat template does not continue its own generation prompt with {word!r}: "
-                f"after the pair it asks with {frame[start:]!r}, and answers with {full[start:]!r}, so the model "
+                f"after the pair it asks with {template[start:]!r}, and answers with {full[start:]!r}, so the model "
                 f"would be trained on another text than it is asked; {_ANOTHER_TEMPLATE}"
                 f"{_MOVE_SYSTEM if asked in bridge else copy}"
             )
         answers.append(answer + word)
     end_tokens = [token for token in control_tokens(tokenizer) if token in end]
     end = end[: min(end.index(token) + len(token) for token in end_tokens)] if end_tokens else ""
-    return frame, answers, end
+    return template, answers, end
 
 
 def _check_turns(prompt: Prompt, render: Callable[..., str]) -> None:
@@ -635,13 +635,13 @@ def _check_turns(prompt: Prompt, render: Callable[..., str]) -> None:
         )
 
 
-def _check_slots_stay_open(prompt: Prompt, frame: str, render: Callable[..., str]) -> None:
+def _check_slots_stay_open(prompt: Prompt, template: str, render: Callable[..., str]) -> None:
     """See that a template leaves a pair's text as it is: then it may be filled in after rendering."""
     *before, last = prompt.turns()
     for probe in _PROBES:
         pair = {"premise": probe[0], "hypothesis": probe[1]}
         rendered = render([*before, last | {"content": _fill(last["content"], pair)}], add_generation_prompt=True)
-        filled = _fill(frame, pair)
+        filled = _fill(template, pair)
         if rendered != filled:
             start = max(len(os.path.commonprefix([rendered, filled])) - 20, 0)
             raise UserError(
@@ -658,8 +658,8 @@ def _plain_template(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> tuple
         text += {"system": "{}\n\n", "user": "Instruct: {}\nOutput:", "assistant": " {}\n\n"}[turn["role"]].replace(
             "{}", turn["content"]
         )
-    frame = f"{text}Instruct: {last['content']}\nOutput:"
-    return frame, [f" {word}" for word in prompt.label_words], str(tokenizer.eos_token or "")
+    template = f"{text}Instruct: {last['content']}\nOutput:"
+    return template, [f" {word}" for word in prompt.label_words], str(tokenizer.eos_token or "")
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,7 +20,7 @@ SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-FRAMES = (
+TEST_PROMPTS = (
     PROMPTS["plain"],
     PROMPTS["few_shot"],
     PROMPTS["hypothesis_only"],
@@ -44,7 +44,7 @@ def split_as(pattern):
 
 
 def metaspace():
-    """As Llama 2 and T5 where their words are split: a space before the first of them."""
+    """Like Llama 2 and T5 with words split: a space before the first."""
     tokenizer = TOKENIZERS["sentencepiece"]()
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
@@ -52,7 +52,7 @@ def metaspace():
 
 
 def greedy_word():
-    """With a word in it that takes in the white space around."""
+    """With an added token that absorbs the white space around it."""
     tokenizer = chatml_tokenizer()
     tokenizer.add_tokens([AddedToken("covid", lstrip=True, rstrip=True), AddedToken("dog", single_word=True)])
     return tokenizer
@@ -70,35 +70,35 @@ def encoder_of(tokenizer, prompt):
 @pytest.fixture(scope="module", params=ALL)
 def encoders(request):
     tokenizer, made = ALL[request.param](), []
-    for prompt in FRAMES:
+    for prompt in TEST_PROMPTS:
         try:
             made.append(encoder_of(tokenizer, prompt))
-        except UserError:  # of a family in which a token spans the end of that prompt
+        except UserError:  # with this tokenizer, a token spans the end of that prompt
             assert prompt.name in ("digits", "last first")
     return made
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 @given(pairs=st.lists(st.tuples(text, text), min_size=1, max_size=8))
-def test_segments_have_the_tokens_of_whole_prompts(encoders, pairs):
+def test_segments_give_the_same_tokens_as_full_prompts(encoders, pairs):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts, "FEW", 0)
-        for encoder, whole in encoders:
+        patch.setattr(prompts, "MIN_SEGMENTED", 0)
+        for encoder, tokenize in encoders:
             pairs = [pair for pair in pairs if not encoder._data_must_not_hold.search("\n".join(pair))]
             if pairs:
-                assert encoder.encode(*zip(*pairs, strict=True)) == whole(pairs)
+                assert encoder.encode(*zip(*pairs, strict=True)) == tokenize(pairs)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_which_tokenizers_have_segments(name):
     encoder, _ = encoder_of(ALL[name](), PROMPTS["few_shot"])
-    # The sentencepiece family reads a text without splitting it first, so any two parts of it could merge; where it is
-    # split at spaces, there is none between the hypothesis and the answer.
+    # Without a pre-tokenizer, as in sentencepiece, any two parts of a text can merge. Metaspace splits at spaces, and
+    # there is none between the hypothesis and the answer.
     assert (encoder._segments is None) == (name in ("sentencepiece", "metaspace"))
 
 
 def many_pairs(**changed):
-    """Enough of them for segments, one changed."""
+    """Enough pairs for segments, one of them changed."""
     columns = few_pairs(10).to_dict() | {"label": [LABELS[number % 3] for number in range(120)]}
     for column, value in changed.items():
         columns[column][77] = value
@@ -106,13 +106,13 @@ def many_pairs(**changed):
 
 
 @pytest.mark.parametrize("max_length", [None, 512])
-def test_rows_are_the_same_in_segments_and_whole(any_tokenizer, max_length, monkeypatch):
+def test_rows_are_the_same_with_and_without_segments(any_tokenizer, max_length, monkeypatch):
     pairs = many_pairs()
     rows = PromptEncoder(PROMPTS["plain"], any_tokenizer).encode_rows(pairs, max_length=max_length)
-    monkeypatch.setattr(prompts, "cut", lambda *_: None)
-    whole = PromptEncoder(PROMPTS["plain"], any_tokenizer).encode_rows(pairs, max_length=max_length)
-    assert rows.features == whole.features
-    assert rows.to_dict() == whole.to_dict()
+    monkeypatch.setattr(prompts, "split_template", lambda *_: None)
+    expected = PromptEncoder(PROMPTS["plain"], any_tokenizer).encode_rows(pairs, max_length=max_length)
+    assert rows.features == expected.features
+    assert rows.to_dict() == expected.to_dict()
 
 
 def replacing(text, by):
@@ -121,15 +121,15 @@ def replacing(text, by):
     return tokenizer
 
 
-def test_data_that_tell_a_cut_unsafe_are_tokenised_whole():
-    """No probe ends like this premise, which the tokenizer merges with the text after the split."""
-    encoder, whole = encoder_of(replacing("zq\nHypothesis: ", "A"), PROMPTS["plain"])
+def test_data_that_make_a_split_unsafe_are_tokenized_without_segments():
+    """No probe ends like this premise, which the tokenizer merges with the text after it."""
+    encoder, tokenize = encoder_of(replacing("zq\nHypothesis: ", "A"), PROMPTS["plain"])
     assert encoder._segments is not None
     pairs = many_pairs(premise="A man zq")
     rows = encoder.encode_rows(pairs, max_length=None)
-    prompts_of = whole(zip(pairs["premise"], pairs["hypothesis"], strict=True))
+    expected = tokenize(zip(pairs["premise"], pairs["hypothesis"], strict=True))
     assert [row["input_ids"] for row in rows] == [
-        prompt + encoder.answers[label] for prompt, label in zip(prompts_of, pairs["label"], strict=True)
+        prompt + encoder.answers[label] for prompt, label in zip(expected, pairs["label"], strict=True)
     ]
     assert encoder._segments is None
 
@@ -142,12 +142,12 @@ def test_a_token_across_the_boundary_is_found_in_the_data():
         encoder.encode_rows(many_pairs(hypothesis="A man zq", label="neutral"), max_length=None)
 
 
-def test_padding_that_is_left_switched_on_pads_no_segment():
+def test_padding_left_on_in_the_tokenizer_does_not_pad_segments():
     tokenizer = chatml_tokenizer()
-    encoder, whole = encoder_of(tokenizer, PROMPTS["plain"])
+    encoder, tokenize = encoder_of(tokenizer, PROMPTS["plain"])
     pairs = many_pairs()
     assert encoder._segments is not None
     tokenizer(["a", "a b c d"], padding=True, truncation=True, max_length=3)
-    assert encoder.encode(pairs["premise"], pairs["hypothesis"]) == whole(
+    assert encoder.encode(pairs["premise"], pairs["hypothesis"]) == tokenize(
         zip(pairs["premise"], pairs["hypothesis"], strict=True)
     )
