@@ -244,7 +244,7 @@ class EvalConfig(DataConfig):
         metadata={"help": "Evaluate on at most this many pairs, sampled by premise with the same label proportions."},
     )
     unconstrained_samples: int = field(
-        default=200, metadata={"help": "Number of pairs to answer by unconstrained generation too."}
+        default=200, metadata={"help": "Number of pairs of the first set to answer by unconstrained generation too."}
     )
     per_device_eval_batch_size: int = field(
         default=64, metadata={"help": "Prompts per forward pass. Halved automatically if memory runs out."}

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -175,7 +175,7 @@ def evaluate_model(
 
 def _metrics(pairs: Dataset, scores: LabelScores) -> dict[str, Any]:
     names = pairs.features["label"].names
-    gold, predicted = np.array(pairs["label"]), scores.choice.numpy()
+    gold, predicted = np.array(pairs["label"][:]), scores.choice.numpy()
     probabilities = scores.log_probs.exp().numpy()
     result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names)
     if len(names) == 2:
@@ -202,8 +202,8 @@ def evaluate_run(
     - `hypothesis_only`, if the run has this baseline; and on the first set `shuffled`, the tuned model with shuffled
       premises. Neither has the information to predict the gold label.
 
-    Each model makes one pass over all sets. On the first set, the metrics of `base` and `tuned` also contain the
-    `label_orders` and `prompts` of `checks` (see `robustness.sensitivity`).
+    Each model makes one pass over all sets. On the first set, the metrics of `base` and `tuned` also contain
+    `unconstrained_generation`, and the `label_orders` and `prompts` of `checks` (see `robustness.sensitivity`).
 
     Args:
         calibration_pairs: three-way pairs that are in no set. Each model's temperature is fitted on them, and its
@@ -259,7 +259,8 @@ class _RunEvaluation:
     ) -> None:
         """Evaluate one model on all sets, with what else its metrics need, in one pass."""
         first = self.sets[0].pairs
-        tasks = [EvalTask(str(one), one.pairs, encoder, unconstrained_samples) for one in self.sets]
+        tasks = [EvalTask(str(one), one.pairs, encoder) for one in self.sets]
+        tasks[0] = replace(tasks[0], unconstrained_samples=unconstrained_samples)
         extra: dict[str | tuple[str, str], EvalTask] = {}
         if self.calibration_pairs is not None:
             extra["calibration"] = EvalTask("calibration", self.calibration_pairs, encoder)
@@ -287,7 +288,7 @@ class _RunEvaluation:
     def _calibrate(self, name: str, scores: LabelScores) -> None:
         """Fit a model's temperature to its scores of the calibration pairs; add `calibrated` to its metrics."""
         assert self.calibration_pairs is not None
-        gold = np.array(self.calibration_pairs["label"])
+        gold = np.array(self.calibration_pairs["label"][:])
         temperature = fit_temperature(scores.log_probs.double().numpy(), gold)
         if (bound := reached_bound(temperature)) is not None and PartialState().is_main_process:
             logger.warning(
@@ -350,14 +351,14 @@ def _calibrated_metrics(
         return {"temperature": None, "bound": bound, "fitted_on_pairs": fitted_on_pairs}
     probabilities = apply_temperature(scores.log_probs.numpy(), temperature)
     names = pairs.features["label"].names
-    result = metrics.compute(np.array(pairs["label"]), scores.choice.numpy(), probabilities, label_names=names)
+    result = metrics.compute(np.array(pairs["label"][:]), scores.choice.numpy(), probabilities, label_names=names)
     kept = ("nll", "brier", "ece", "mean_confidence", "reliability")
     return {"temperature": temperature, "fitted_on_pairs": fitted_on_pairs} | {key: result[key] for key in kept}
 
 
 def shuffle_premises(pairs: Dataset, seed: int = 0) -> Dataset:
     """Replace each premise by another one of the set; pairs that shared a premise still share one."""
-    premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"])))
+    premises = np.random.default_rng(seed).permutation(sorted(set(pairs["premise"][:])))
     successor = dict(zip(premises.tolist(), np.roll(premises, 1).tolist(), strict=True))
     return pairs.map(lambda pair: {"premise": successor[pair["premise"]]}, desc="Shuffling premises")
 
@@ -394,4 +395,4 @@ def _table(pairs: Dataset) -> pd.DataFrame:
     """The pairs as a data frame, with label names in place of ids."""
     table = cast(pd.DataFrame, pairs.to_pandas())  # an iterator only if batched
     names = pairs.features["label"].names
-    return table.assign(label=[names[label] for label in pairs["label"]])
+    return table.assign(label=[names[label] for label in pairs["label"][:]])

@@ -29,14 +29,15 @@ def write_report(report: Report) -> Path:
     plots["training"] = training_plots(report.training)
     table, table_note = pairs_table(report.evaluations)
 
+    in_suites = {key for suite in report.suites for key in suite["evaluated"].values()}
     figures = report.folder / "figures"
     figures.mkdir(exist_ok=True)
-    for group in plots.values():
+    for key, group in plots.items():
         for plot in group.values():
             (figures / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
-            (figures / f"{plot.name}.png").write_bytes(plot.png)
+            if key not in in_suites:  # W&B and model cards show none of a suite's many plots
+                (figures / f"{plot.name}.png").write_bytes(plot.png)
 
-    in_suites = {key for suite in report.suites for key in suite["evaluated"].values()}
     content = {
         "report": report,
         "other_sets": [evaluation for evaluation in report.evaluations if evaluation.key not in in_suites],

@@ -8,6 +8,7 @@ import io
 import re
 import textwrap
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib as mpl
@@ -63,7 +64,15 @@ class Plot:
     title: str
     description: str
     svg: str
-    png: bytes  # for places that cannot show SVG
+    figure: Figure
+
+    @cached_property
+    def png(self) -> bytes:
+        """For places that cannot show SVG."""
+        buffer = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            self.figure.savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
 
     def on_white(self) -> str:
         """The SVG for a file of its own, readable on a dark page."""
@@ -421,7 +430,5 @@ def make_plot(name: str, figure: Figure, title: str, description: str) -> Plot:
         figure.suptitle(textwrap.fill(title, TITLE_CHARACTERS), x=0.01, ha="left", fontsize=10, fontweight="bold")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-        png = io.BytesIO()
-        figure.savefig(png, format="png", dpi=144)
     svg = re.sub(r"font-family: [^;\"]*", f"font-family: {FONT}", buffer.getvalue())
-    return Plot(name, title, description, svg[svg.index("<svg") :], png.getvalue())
+    return Plot(name, title, description, svg[svg.index("<svg") :], figure)

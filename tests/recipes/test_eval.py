@@ -154,7 +154,7 @@ def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, worksp
     (tmp_path / "snli").symlink_to(workspace / "data")
     sets = "sets: {snli: , hans: , chaosnli_snli: , sick: }\nlabel_order_pairs: 6\nprompt_pairs: 6\n"
     (tmp_path / "few.yaml").write_text(sets)
-    arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--unconstrained_samples=0"]
+    arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--unconstrained_samples=2"]
     result = launch("eval.py", "--run", tmp_path / "run", *arguments, cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
     told = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())
@@ -172,6 +172,10 @@ def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, worksp
         "subsequence, non-entailment",
     }
     assert metrics["chaosnli_snli"]["annotators"]["annotators_per_pair"] == 100
+    assert ["unconstrained_generation" in one for one in metrics.values()] == [True, False, False]
+    drawn = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
+    assert {"snli-test-reliability.svg", "hans-all-reliability.svg", "training-loss.png"} <= drawn
+    assert not any("-reliability.png" in name for name in drawn), "of a suite, the page alone shows plots"
     page = (tmp_path / "run" / "report.html").read_text()
     for text in (result.output, (tmp_path / "run" / "report.md").read_text().replace("\\", ""), page):
         assert "sick" in text
