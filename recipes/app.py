@@ -1,4 +1,4 @@
-"""A web page to try a model: type premise and hypothesis, see the probabilities before and after tuning.
+"""A web page to try a model: enter premise and hypothesis, and see the probabilities before and after tuning.
 
 pip install -e ".[app]"
 python recipes/app.py --model outputs/qwen3-0.6b-lora
@@ -33,8 +33,8 @@ class AppConfig:
     model: str = field(
         default=os.environ.get("NLI_SFT_MODEL", ""), metadata={"help": "Run folder, exported model, or Hub id."}
     )
-    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1; an accelerator by default."})
-    port: int | None = field(default=None, metadata={"help": "Port of the page; the first free one from 7860."})
+    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda:1. By default an accelerator."})
+    port: int | None = field(default=None, metadata={"help": "Port. By default the first free one from 7860."})
 
     def __post_init__(self):
         if not self.model:

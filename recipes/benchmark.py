@@ -1,12 +1,12 @@
-"""How fast, and in how much memory: our tries against TRL's own batches, generation and lm-evaluation-harness.
+"""Compare the speed and memory of tries with TRL's batches, generation and lm-evaluation-harness.
 
     python recipes/benchmark.py --dataset_name stanfordnlp/snli --model_name_or_path Qwen/Qwen3-0.6B --json out.json
     python recipes/benchmark.py --dataset_name demo --model_name_or_path my-config/ --random_weights
 
-One process, the same pairs for all, weights loaded anew for each. The first steps warm up and are not counted; the
-rate is that of the median step. Speed and memory are compared with the best of TRL's settings at the same batch. The
-keys of SFTConfig and ModelConfig say what is trained, and how. lm-evaluation-harness takes part where it is installed
-(in a clone: `pip install -e ".[benchmark]"`).
+All methods run in one process on the same pairs, with freshly loaded weights. The first steps are a warm-up and do
+not count; the rate is that of the median step. Speed and memory are compared with TRL's fastest setting at the same
+batch size. The keys of SFTConfig and ModelConfig configure the training. lm-evaluation-harness is measured if it is
+installed (in a clone: `pip install -e ".[benchmark]"`).
 """
 
 import functools
@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from nli_sft import trie
+from nli_sft import UserError, trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
 from nli_sft.data.prompts import PromptEncoder, load_prompt
 from nli_sft.data.sources import load_pairs, subsample
@@ -40,40 +40,38 @@ from nli_sft.report.figures import speeds
 from nli_sft.training.batches import GroupShuffleSampler, TokenRows, TrieCollator
 from nli_sft.training.trainer import NLITrainer
 
-# The first four are TRL's. Compiling takes a minute before it pays. `packed_compiled` is `tries_compiled` but for the
-# sharing: each pair stands whole in its row.
+# The first four are TRL's. Compiling takes about a minute. `packed_compiled` is `tries_compiled` without sharing: rows
+# contain complete pairs.
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "packed_compiled"]
 TRAIN += ["tries", "tries_by_premise", "tries_compiled"]
-# lm-evaluation-harness and the tries of that name score every token of every label, as an evaluation does; generation
-# and `tries_choice` only find the label, as a classifier does.
+# lm_eval (lm-evaluation-harness), padded and tries score all tokens of all labels, as evaluations do; generate and
+# tries_choice only find the label, as a classifier does.
 SCORE = ["lm_eval", "generate", "padded", "tries", "tries_choice", "tries_compiled", "tries_choice_compiled"]
 WARM_UP = 2  # steps
 
 
 @dataclass
 class BenchmarkConfig:
-    """What is measured."""
+    """What to measure."""
 
-    pairs: int = field(default=512, metadata={"help": "So many training pairs, taken by premise."})
+    pairs: int = field(default=512, metadata={"help": "Number of training pairs, sampled by premise."})
     random_weights: bool = field(default=False, metadata={"help": "Build the model from its config.json alone."})
     train: list[str] = field(
         default_factory=lambda: [name for name in TRAIN if "compiled" not in name],
-        metadata={"help": f"Ways to train: {', '.join(TRAIN)}; or none."},
+        metadata={"help": f"Training methods to measure: {', '.join(TRAIN)}; or none."},
     )
     score: list[str] = field(
         default_factory=lambda: [name for name in SCORE if "compiled" not in name],
-        metadata={"help": f"Ways to score: {', '.join(SCORE)}; or none."},
+        metadata={"help": f"Scoring methods to measure: {', '.join(SCORE)}; or none."},
     )
     json: str | None = field(default=None, metadata={"help": "Write all figures to this file."})
     svg: str | None = field(default=None, metadata={"help": "Draw speed and memory into this file."})
 
     def __post_init__(self):
         for name, known in (("train", TRAIN), ("score", SCORE)):
-            wanted = [way for way in getattr(self, name) if way != "none"]
+            wanted = [method for method in getattr(self, name) if method != "none"]
             if unknown := set(wanted) - set(known):
-                raise ValueError(
-                    f"{name}: no way is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
-                )
+                raise UserError(f"{name}: unknown method {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
             setattr(self, name, wanted)
 
 
@@ -92,7 +90,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     rows, rows_by_premise = (encoder.encode_rows(some, max_length=None) for some in (pairs, by_premise))
 
     compiled = {"torch_compile": True}
-    ways = {
+    methods = {
         "trl_defaults": lambda: train_speed(
             **shared,
             rows=rows.select(range(min(256, len(rows)))),
@@ -101,7 +99,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         ),
         "trl_padded": lambda: train_speed(**shared, rows=rows),
         "trl_grouped": lambda: train_speed(**shared, rows=rows, train_sampling_strategy="group_by_length"),
-        # One length for nearly all batches: with many it compiles anew again and again.
+        # Nearly all batches get the same length, since each new length recompiles.
         "trl_compiled": lambda: train_speed(**shared, rows=rows, pad_to_multiple_of=64, **compiled),
         "packed_compiled": lambda: train_packed(**shared, rows=rows_by_premise, batch_args=batch_args, **compiled),
         "tries": lambda: train_speed(**shared, rows=rows, batch_args=batch_args),
@@ -110,7 +108,7 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     }
     train = {}
     for name in args.train:
-        train[name] = ways[name]()
+        train[name] = methods[name]()
         Console().print(speed_table("Training", train))
     score = score_speed(args, training_args, model_args, batch_args, encoder, pairs)
 
@@ -127,17 +125,17 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         Path(args.json).write_text(json.dumps(figures, indent=2))
     if args.svg:
         parts = {f"{part.capitalize()}, {figures['device']}": figures[part]["methods"] for part in ("train", "score")}
-        drawn = speeds(model_args.model_name_or_path, {part: ways for part, ways in parts.items() if ways})
-        Path(args.svg).write_text(drawn.on_white())
+        figure = speeds(model_args.model_name_or_path, {part: methods for part, methods in parts.items() if methods})
+        Path(args.svg).write_text(figure.on_white())
 
 
 def train_summary(methods):
-    """Our fastest way against TRL's fastest at the same batch."""
+    """Our fastest method against TRL's fastest at the same batch size."""
 
     def fastest(beginning):
         return max(
-            (way for name, way in methods.items() if name.startswith(beginning) and name != "trl_defaults"),
-            key=lambda way: way["pairs_per_second"],
+            (method for name, method in methods.items() if name.startswith(beginning) and name != "trl_defaults"),
+            key=lambda method: method["pairs_per_second"],
             default=None,
         )
 
@@ -153,27 +151,27 @@ def train_summary(methods):
 
 
 def score_summary(methods):
-    """Our fastest way against generation, and our fastest that scores every token against lm-evaluation-harness."""
-    all_tokens = [way for name, way in methods.items() if name in ("tries", "tries_compiled")]
-    ours = [way for name, way in methods.items() if name.startswith("tries")]
+    """Our fastest method against generation, and our fastest that scores all tokens against lm-evaluation-harness."""
+    all_tokens = [method for name, method in methods.items() if name in ("tries", "tries_compiled")]
+    ours = [method for name, method in methods.items() if name.startswith("tries")]
     if not ours:
         return {}
 
-    def speedup(rival, ways):
-        if not ways or rival not in methods:
+    def speedup(reference, candidates):
+        if not candidates or reference not in methods:
             return None
-        return max(way["pairs_per_second"] for way in ways) / methods[rival]["pairs_per_second"]
+        return max(one["pairs_per_second"] for one in candidates) / methods[reference]["pairs_per_second"]
 
     return {
         "speedup_generate": speedup("generate", ours),
         "speedup_lm_eval": speedup("lm_eval", all_tokens),
-        "agreement": min((way["agreement"] for way in ours if "agreement" in way), default=None),
+        "agreement": min((method["agreement"] for method in ours if "agreement" in method), default=None),
     }
 
 
 @functools.cache
 def random_weights(config_folder, dtype):
-    """A folder with random weights for a config, for loaders that read files, such as those that quantise."""
+    """A folder with random weights for a config, because quantization reads weights from files."""
     folder = tempfile.mkdtemp()
     config = AutoConfig.from_pretrained(config_folder)
     with PartialState().device:
@@ -182,7 +180,7 @@ def random_weights(config_folder, dtype):
 
 
 def build_model(args, model_args):
-    gc.collect()  # the last model, which its trainer held in a circle
+    gc.collect()  # the previous model, which is in a reference cycle with its trainer
     torch.manual_seed(0)
     if not args.random_weights:
         return load_model(model_args).to(PartialState().device)
@@ -207,7 +205,7 @@ class StepTimes(TrainerCallback):
 
 
 def train_speed(args, training_args, model_args, encoder, rows, batch_args=None, **changes):
-    """Speed, mean loss and the device's peak over one epoch of one trainer: ours if `batching` is given."""
+    """Speed, mean loss and peak memory of one epoch, with `NLITrainer` if `batch_args` is given, else `SFTTrainer`."""
     forget_compilation()
     times = StepTimes()
     options = resolve_recipe([training_args]) | {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
@@ -231,7 +229,7 @@ def train_speed(args, training_args, model_args, encoder, rows, batch_args=None,
         loss = trainer.train().training_loss
     steps = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
     rate = batch / statistics.median(steps[WARM_UP:] or steps)
-    # Forward and the gradients of what a layer is given take 2 FLOP a weight and token each, those of weights 2 more.
+    # The forward pass and the gradients of activations take 2 FLOP each per weight and token, those of weights 2 more.
     per_token = 4 * parameters.total + 2 * parameters.trainable
     return {
         "pairs_per_second": rate,
@@ -249,14 +247,14 @@ def train_packed(**options):
 
 
 def forget_compilation():
-    """Accelerate remembers, for all trainers of a process, that one of them compiled."""
+    """Reset accelerate's state, in which compiling applies to all later trainers of the process."""
     AcceleratorState._reset_state()
     for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
         del os.environ[name]
 
 
 def tokens_per_pair(rows, encoder, batch, collator):
-    """(nodes of the tries, what the model is fed with padding), a pair, in batches in the order of the rows."""
+    """Tokens per pair in batches of consecutive rows: (nodes of the tries, tokens fed to the model with padding)."""
     tokens = TokenRows(rows, encoder.answers)
     prompts, gold = [tokens.prompt(index) for index in range(len(tokens))], tokens.gold.tolist()
     given = tokens if isinstance(collator, TrieCollator) else rows
@@ -272,12 +270,12 @@ def tokens_per_pair(rows, encoder, batch, collator):
 
 
 def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
-    """Pairs a second of each way to score the same pairs, and the share on which it agrees with `generate`."""
+    """Speed and memory of each scoring method, and the share of pairs on which it agrees with `generate`."""
     if not args.score:
         return {}
     model = build_model(args, model_args).eval()
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
-    prompts.sort(key=len)  # the least padding for `generate`; the other ways sort for themselves
+    prompts.sort(key=len)  # minimizes padding for `generate`; the other methods sort by themselves
     answers, tokenizer = encoder.answers, encoder.tokenizer
     longest = max(map(len, prompts)) + max(map(len, answers))
     row = trie.row_tokens("trie", batch_args.max_row_tokens, model.config, longest, encoder.instruction_tokens)
@@ -294,14 +292,14 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
             model, prompts, answers, tokenizer.pad_token_id, **options
         ).choice.tolist()
 
-    ways = {
+    methods = {
         "generate": lambda compiled: generate,
         "padded": functools.partial(score, answers, None),
         "tries": functools.partial(score, answers, row),
         "tries_choice": functools.partial(score, distinguishing_prefixes(answers), row),
     }
-    figures, said = {}, {}
-    for name in [way for way in SCORE if way in args.score]:
+    figures, predictions = {}, {}
+    for name in [method for method in SCORE if method in args.score]:
         if name == "lm_eval":
             if importlib.util.find_spec("lm_eval"):
                 figures[name] = lm_eval_speed(model, encoder, prompts, size)
@@ -310,17 +308,18 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
             for layer in model.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.compile(dynamic=not torch.cuda.is_available())  # graphs have few shapes
-        way = ways[name.removesuffix("_compiled")](compiled)
-        way(prompts if name.startswith("tries") else prompts[: 2 * size])  # warm up; record
+        method = methods[name.removesuffix("_compiled")](compiled)
+        method(prompts if name.startswith("tries") else prompts[: 2 * size])  # warm up; record
         start_memory_count()
         rates = []
         for _ in range(3):
             start = time.perf_counter()
-            said[name] = way(prompts)
+            predictions[name] = method(prompts)
             rates.append(len(prompts) / (time.perf_counter() - start))
         figures[name] = {"pairs_per_second": statistics.median(rates), "peak_bytes": peak_memory()}
-        if "generate" in said:
-            figures[name]["agreement"] = sum(map(int.__eq__, said[name], said["generate"])) / len(prompts)
+        if "generate" in predictions:
+            agreeing = sum(map(int.__eq__, predictions[name], predictions["generate"]))
+            figures[name]["agreement"] = agreeing / len(prompts)
         Console().print(speed_table("Scoring", figures))
     return figures
 
@@ -329,7 +328,7 @@ def lm_eval_speed(model, encoder, prompts, batch_size):
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=model, tokenizer=encoder.tokenizer, batch_size=batch_size)
-    # Token ids instead of texts, so that it scores exactly the sequences that we do.
+    # Token ids instead of texts, so that it scores exactly the same sequences.
     requests = [(("", ""), prompt, answer) for prompt in prompts for answer in encoder.answers]
     harness._loglikelihood_tokens(requests[: 3 * batch_size], disable_tqdm=True)
     start_memory_count()
@@ -364,13 +363,11 @@ def speed_table(title, methods):
         "loss": ("loss", 1, ".4f"),
         "as generate": ("agreement", 0.01, ".2f"),
     }
-    columns = {title: of for title, of in columns.items() if any(way.get(of[0]) for way in methods.values())}
+    columns = {title: of for title, of in columns.items() if any(method.get(of[0]) for method in methods.values())}
     table = Table("", *columns, title=title)
-    for name, way in methods.items():
-        values = (
-            format(way[key] / unit, form) if way.get(key) is not None else "–" for key, unit, form in columns.values()
-        )
-        table.add_row(name, *values)
+    for name, method in methods.items():
+        found = ((method.get(key), unit, form) for key, unit, form in columns.values())
+        table.add_row(name, *("–" if value is None else format(value / unit, form) for value, unit, form in found))
     return table
 
 

@@ -20,19 +20,20 @@ from nli_sft.runs import read_run
 
 @dataclass
 class TaskConfig(DataConfig):
-    """Which run, which pairs, and where to write."""
+    """The run, its pairs and the output folder."""
 
-    run: str = field(default="", metadata={"help": "The run folder that recipes/sft.py made."})
+    run: str = field(default="", metadata={"help": "Run folder made by recipes/sft.py."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, folder or file of pairs; the source of the run by default."}
+        default=None, metadata={"help": "Hub id, folder or file of pairs. The run's own by default."}
     )
     split: str | None = field(
-        default=None, metadata={"help": "Split of the pairs: test by default, or all of a single file."}
+        default=None, metadata={"help": "Split to use. test by default; a single file is used as a whole."}
     )
     max_samples: int | None = field(
-        default=None, metadata={"help": "So many pairs, taken by premise, with the label shares of the whole."}
+        default=None,
+        metadata={"help": "Use at most this many pairs, sampled by premise with the same label shares."},
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Where to write; <run>/lm_eval by default."})
+    output_dir: str | None = field(default=None, metadata={"help": "Output folder. <run>/lm_eval by default."})
 
 
 def main(args):

@@ -4,14 +4,14 @@ import runpy
 from launching import ROOT, launch
 
 
-def test_the_figures_that_are_promised(workspace):
+def test_all_default_methods_are_measured(workspace):
     arguments = ["--model_name_or_path", workspace / "base", "--random_weights", "--pairs=48"]
     arguments += ["--dataset_name", workspace / "data", "--per_device_train_batch_size=8", "--bf16=false"]
     arguments += ["--json", workspace / "figures.json", "--svg", "speed.svg"]
     result = launch("benchmark.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
-    drawn = (workspace / "speed.svg").read_text()
-    assert all(f">{way}<" in drawn for way in ("trl_padded", "tries_by_premise", "generate", "tries_choice"))
+    figure = (workspace / "speed.svg").read_text()
+    assert all(f">{method}<" in figure for method in ("trl_padded", "tries_by_premise", "generate", "tries_choice"))
     figures = json.loads((workspace / "figures.json").read_text())
     train, score = figures["train"], figures["score"]
     assert list(train["methods"]) == ["trl_defaults", "trl_padded", "trl_grouped", "tries", "tries_by_premise"]
@@ -19,7 +19,7 @@ def test_the_figures_that_are_promised(workspace):
     assert train["speedup"] == max(rates["tries"], rates["tries_by_premise"]) / max(
         rates["trl_padded"], rates["trl_grouped"]
     )
-    # Rates depend on the machine; that both ways train on the same loss and say the same does not.
+    # Rates depend on the machine, but losses and predictions of all methods must agree.
     assert train["loss_difference"] < 1e-3
     assert score["agreement"] == 1
     assert score["methods"]["tries_choice"]["agreement"] == 1
@@ -27,14 +27,14 @@ def test_the_figures_that_are_promised(workspace):
     assert tokens["tries_by_premise"] <= tokens["tries"] < tokens["trl_padded"]
 
 
-def test_a_way_that_does_not_exist(workspace):
+def test_an_unknown_method_is_an_error(workspace):
     arguments = ["--model_name_or_path", workspace / "base", "--dataset_name", workspace / "data", "--train=trlpadded"]
     result = launch("benchmark.py", *arguments, cwd=workspace)
     assert result.returncode == 1
-    assert "train: no way is called trlpadded; there are trl_defaults, trl_padded" in result.output
+    assert "error: train: unknown method trlpadded; choose from trl_defaults, trl_padded" in result.output
 
 
-def test_compiled_ways_alone_are_summed_up_too():
+def test_the_summary_includes_compiled_methods():
     benchmark = runpy.run_path(str(ROOT / "recipes" / "benchmark.py"))
     rates = {"lm_eval": 10, "generate": 20, "tries_compiled": 60, "tries_choice_compiled": 80}
     methods = {name: {"pairs_per_second": rate} for name, rate in rates.items()}
