@@ -198,6 +198,24 @@ class NLIClassifier:
                 check_text(text, f"{role} {index}")
         return self._predict(premises, hypotheses) if premises else []
 
+    def claims(self, document: str, claims: Iterable[str]) -> list[Prediction]:
+        """Predict for each claim whether the document entails it. On tries, the document is computed once.
+
+        Args:
+            document: the premise of all claims.
+            claims: the hypotheses.
+
+        Returns:
+            A `Prediction` for each claim, in the same order.
+
+        Raises:
+            UserError: as for a call.
+        """
+        if isinstance(claims, str):
+            raise UserError("claims is one text; give a list of texts")
+        claims = list(claims)
+        return self([document] * len(claims), claims)
+
     def before_tuning(self) -> "NLIClassifier":
         """A classifier with the same prompt and the model before tuning.
 

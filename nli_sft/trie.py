@@ -283,6 +283,19 @@ def row_tokens(batching, max_row_tokens, config, longest, instruction):
     return row
 
 
+def fit_row(max_row_tokens, longest):
+    """How long the rows of a batch may be.
+
+    At least twice its longest pair: pairs on one long document then share a row, which begins with that document, and
+    their own tokens fill as much again.
+
+    Args:
+        max_row_tokens: from `row_tokens`.
+        longest: the tokens of the longest pair of the batch, prompt and answer together.
+    """
+    return max(max_row_tokens, 2 * longest)
+
+
 def unsupported_reason(config, longest):
     """Why a model cannot run on tries.
 
@@ -314,7 +327,7 @@ def unsupported_reason(config, longest):
         windows.append(getattr(config, "sliding_window", None))
     if "local" in getattr(config, "attention_layers", []):
         windows.append(config.window_size)
-    if name == "gpt_neo" and longest > config.max_position_embeddings - 32:
+    if name == "gpt_neo" and fit_row(0, longest) > config.max_position_embeddings - 32:
         return f"{name} has {config.max_position_embeddings} positions for a whole row: set batching: padded."
     window = min((size for size in windows if size), default=longest)
     if window < longest:

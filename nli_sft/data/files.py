@@ -11,7 +11,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -81,7 +81,7 @@ def guess_suffix(file: Path) -> str:
 
 
 def read_columns(file: Path) -> list[str]:
-    """The columns of a file, with repetitions. For JSON, the keys of the first row.
+    """The columns of a file, with repetitions. For JSON, the keys of the first row, as `read_rows` yields it.
 
     Raises:
         UserError: for a file that is empty, has no row, or cannot be read.
@@ -92,7 +92,8 @@ def read_columns(file: Path) -> list[str]:
             raise UserError(f"{file.name} has no row")
         return table.schema_arrow.names
     if _kind(file) in (".json", ".jsonl"):
-        return _first_keys(file)
+        keys = _first_keys(file)
+        return list(next(read_rows(file))[1]) if _is_document(keys) else keys
     with _reading(file) as lines:
         heading, _ = _read_heading(file, lines)
         if not any(line.strip() for line in lines):
@@ -109,8 +110,11 @@ def label_names(file: Path, column: str) -> list[str] | None:
     return feature["names"] if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" else None
 
 
-def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict]]:
+def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int | str, dict]]:
     """Yield (number from 1, row). In text files the number is that of the line.
+
+    A JSON row of a document, `{"document": …, "claims": [{"claim": …, "label": …}, …]}`, becomes one row for each of
+    its claims, with number `3, claim 1` and so on.
 
     Args:
         columns: the columns to read from a Parquet file.
@@ -121,7 +125,8 @@ def read_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     if _kind(file) == ".parquet":
         yield from _parquet_rows(file, columns)
     elif _kind(file) in (".json", ".jsonl"):
-        yield from _json_rows(file)
+        for number, row in _json_rows(file):
+            yield from _claims(file, number, row) if _is_document(row) else [(number, row)]
     else:
         yield from _separated_rows(file)
 
@@ -224,6 +229,23 @@ def _first_keys(file: Path) -> list[str]:
     return [key for key, _ in json.loads(line, object_pairs_hook=list)]
 
 
+def _is_document(keys: Container[str]) -> bool:
+    return "document" in keys and "claims" in keys
+
+
+def _claims(file: Path, number: int, row: dict) -> Iterator[tuple[str, dict]]:
+    """The rows of a document, each with the document's values and those of one claim. A claim may be just a text."""
+    claims = row["claims"]
+    if not isinstance(claims, list) or not claims:
+        raise UserError(
+            f'{file.name} row {number}: claims is {claims!r:.60}; expected a list of {{"claim": text, "label": name}}'
+        )
+    shared = {key: value for key, value in row.items() if key != "claims"}
+    for index, claim in enumerate(claims, start=1):
+        where = f"{number}, claim {index}"
+        yield where, shared | (_check_row(file, where, claim) if not isinstance(claim, str) else {"claim": claim})
+
+
 def _parse_row(file: Path, number: int, line: str) -> dict:
     return _check_row(file, number, _load_json(file, number, line.strip()))
 
@@ -251,7 +273,7 @@ def _json_fix(error: json.JSONDecodeError) -> str:
     return ""
 
 
-def _check_row(file: Path, number: int, row: object) -> dict:
+def _check_row(file: Path, number: int | str, row: object) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"{file.name} row {number}: expected a JSON object, found {type(row).__name__}")
     return row

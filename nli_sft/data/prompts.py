@@ -12,6 +12,7 @@ same text as it was trained on. An encoder guarantees, and checks on every row:
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 import string
@@ -35,6 +36,8 @@ from .. import UserError
 from ..configs import read_yaml
 from ..labels import LABELS
 from .segments import Segments, Texts, probes, split_template
+
+logger = logging.getLogger(__name__)
 
 # Defaults of chat templates that could make training and test prompts differ.
 TEMPLATE_ARGUMENTS = {
@@ -293,16 +296,25 @@ class PromptEncoder:
             is given a fixed date, in the tokenizer itself, so that what is saved and served asks the same.
         train_on_end: whether the end of the turn is part of every answer. Needed where one label word begins another,
             and by users who will generate without constraints.
+        max_length: tokens of the longest pair that the model was trained on; `encode` warns of the first longer one.
 
     Raises:
         UserError: if the template refuses the prompt, leaves out, repeats or changes any of it, or puts something
             between prompt and answer; if a token would span that boundary, or if one answer begins another.
     """
 
-    def __init__(self, prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, train_on_end: bool = False):
+    def __init__(
+        self,
+        prompt: Prompt,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        train_on_end: bool = False,
+        max_length: int | None = None,
+    ):
         self.prompt = prompt
         self.tokenizer = tokenizer
         self.train_on_end = train_on_end
+        self.max_length = None  # the prompts below are no pairs
         self.is_chat = tokenizer.chat_template is not None
         if self.is_chat:
             _fix_date(tokenizer)
@@ -320,6 +332,7 @@ class PromptEncoder:
         self._data_must_not_hold = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
         self._check_texts()
         self.answers = self._encode_answers()
+        self.max_length = max_length
 
     def text(self, premise: str, hypothesis: str) -> str:
         """The prompt of one pair as the model reads it, up to where the answer starts.
@@ -359,7 +372,20 @@ class PromptEncoder:
         """Token ids of each pair's prompt, up to where the answer starts."""
         pairs = self._clean(premises, hypotheses)
         segments = self._checked_segments(pairs)
-        return segments(pairs) if segments else self._tokenize(self._fill_template(pairs))
+        prompts = segments(pairs) if segments else self._tokenize(self._fill_template(pairs))
+        self._check_length(prompts)
+        return prompts
+
+    def _check_length(self, prompts: list[list[int]]) -> None:
+        longest = max(map(len, prompts), default=0) + max(map(len, self.answers))
+        if self.max_length is not None and longest > self.max_length:
+            logger.warning(
+                "The longest pair has %s tokens with its prompt, but the model was trained on pairs of at most %s "
+                "(max_length); expect more errors on longer ones.",
+                f"{longest:,}",
+                f"{self.max_length:,}",
+            )
+            self.max_length = None  # warn once
 
     def encode_rows(
         self, pairs: Dataset, *, max_length: int | None, drop_too_long: bool = False, dropped: Counter | None = None

@@ -52,8 +52,8 @@ VALIDATION_SEED = 42
 # Column names in common NLI sets (SNLI, MNLI, ANLI, SICK, HANS, Breaking NLI, ChaosNLI and their derivatives). The
 # first one found is used. A dot separates a column from the one that contains it.
 COLUMN_NAMES = {
-    "premise": ("premise", "sentence1", "context", "sentence_A", "example.premise"),
-    "hypothesis": ("hypothesis", "sentence2", "sentence_B", "example.hypothesis"),
+    "premise": ("premise", "sentence1", "context", "sentence_A", "example.premise", "document"),
+    "hypothesis": ("hypothesis", "sentence2", "sentence_B", "example.hypothesis", "claim"),
     "label": ("gold_label", "label", "majority_label", "entailment_label", "entailment_judgment"),
     "uid": ("uid", "pairID", "pair_ID", "id"),
 }

@@ -354,9 +354,9 @@ class Scorer:
 
 
 def pack_scoring(prompts: list[list[int]], answers: Answers, max_row_tokens: int) -> dict[str, torch.Tensor]:
-    """The tensors of `trie.pack_scoring`, with longer rows if a pair of this batch does not fit."""
-    longest = max(map(len, prompts)) + max(map(len, answers)) - 1
-    batch = trie.pack_scoring(prompts, answers, max(max_row_tokens, longest))
+    """The tensors of `trie.pack_scoring`, with longer rows for long pairs."""
+    longest = max(map(len, prompts)) + max(map(len, answers))
+    batch = trie.pack_scoring(prompts, answers, trie.fit_row(max_row_tokens, longest))
     return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 

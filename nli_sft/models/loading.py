@@ -317,7 +317,12 @@ class ModelSource:
             name, revision = base_name(self.model_args), self.model_args.model_revision
         with _no_key():
             tokenizer = load_tokenizer(name, revision, trust_remote_code)
-        encoder = PromptEncoder(self.prompt, tokenizer, train_on_end=self.recipe.get("train_on_end", False))
+        encoder = PromptEncoder(
+            self.prompt,
+            tokenizer,
+            train_on_end=self.recipe.get("train_on_end", False),
+            max_length=self.recipe.get("max_length"),
+        )
         encoder.check_rendered(self.record.get("rendered"), name)
         return encoder
 

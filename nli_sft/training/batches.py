@@ -91,7 +91,7 @@ class TrieCollator:
 
     Args:
         answers: the token ids of the answers.
-        max_row_tokens: the longest row of a trie. A longer pair makes the rows of its batch as long as itself.
+        max_row_tokens: the longest row of a trie, but for batches with long pairs (`trie.fit_row`).
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
 
     Attributes:
@@ -117,7 +117,7 @@ class TrieCollator:
         prompts, gold = zip(*rows, strict=True)
         answers = [self.answers[label] for label in gold]
         longest = max(map(len, prompts)) + max(map(len, answers))
-        batch = trie.pack_training(prompts, answers, max(self.max_row_tokens, longest))
+        batch = trie.pack_training(prompts, answers, trie.fit_row(self.max_row_tokens, longest))
         n_rows, length = batch["input_ids"].shape
         count = -(-n_rows // max(1, self.max_batch_tokens // length))
         tokens = chain([batch["sequence_tokens"]], repeat(0))

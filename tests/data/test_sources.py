@@ -392,22 +392,59 @@ def test_headings_with_capitals_and_spaces(tmp_path):
 
 
 def test_all_missing_columns_are_reported_together(tmp_path):
-    (tmp_path / "own.csv").write_text("text,claim,verdict\nA.,B.,neutral\n")
+    (tmp_path / "own.csv").write_text("text,sentence,verdict\nA.,B.,neutral\n")
     message = (
         r"no premise column \(looked for premise, .*\), no hypothesis column \(.*\), no label column \(looked for "
-        r"lab\); it has text, claim, verdict; name them with premise_column and hypothesis_column and label_column$"
+        r"lab\); it has text, sentence, verdict; name them with premise_column and hypothesis_column and label_column$"
     )
     with pytest.raises(ValueError, match=message):
         load_pairs(str(tmp_path / "own.csv"), columns={"label": "lab"})
-    named = {"premise": "text", "hypothesis": "claim", "label": "verdict", "uid": "nr"}
+    named = {"premise": "text", "hypothesis": "sentence", "label": "verdict", "uid": "nr"}
     with pytest.raises(ValueError, match=r"own.csv: no uid column \(looked for nr\)"):
         load_pairs(str(tmp_path / "own.csv"), columns=named)
 
 
+def test_a_document_with_claims_becomes_pairs(tmp_path):
+    documents = [
+        {"id": "d1", "document": "Two dogs run. A man sleeps.", "claims": [
+            {"claim": "Animals run.", "label": "entailment"},
+            {"claim": "The man is old.", "label": "neutral"},
+            {"claim": "Nobody is asleep.", "label": "-"},
+        ]},
+        {"id": "d2", "document": "It rains.", "claims": [{"id": "own", "claim": "It is dry.", "label": "contradiction"}]},
+    ]  # fmt: skip
+    path = write_jsonl(tmp_path / "documents.jsonl", documents)
+    dropped = Counter()
+    assert load_pairs(str(path), dropped=dropped).to_list() == [
+        {"uid": "d1", "premise": "Two dogs run. A man sleeps.", "hypothesis": "Animals run.", "label": 0},
+        {"uid": "d1#2", "premise": "Two dogs run. A man sleeps.", "hypothesis": "The man is old.", "label": 1},
+        {"uid": "own", "premise": "It rains.", "hypothesis": "It is dry.", "label": 2},
+    ]
+    assert dropped["unlabelled"] == 1
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        ("It is dry.", r"documents.jsonl row 2: claims is 'It is dry.'; expected a list of {\"claim\": text, "),
+        ([], r"row 2: claims is \[\]; expected a list"),
+        ([{"claim": "It is dry.", "label": "neutral"}, 3], r"row 2, claim 2: expected a JSON object, found int"),
+        ([{"claim": None, "label": "neutral"}], r"row 2, claim 1, column claim: the hypothesis is missing"),
+        ([{"claim": "It is dry.", "label": "maybe"}], r"row 2, claim 1, column label: unknown label 'maybe'"),
+        (["It is dry."], r"row 2, claim 1 has no label, only document, claim"),
+    ],
+)
+def test_a_bad_claim_is_named(tmp_path, claims, message):
+    good = {"document": "It rains.", "claims": [{"claim": "It is wet.", "label": "entailment"}]}
+    path = write_jsonl(tmp_path / "documents.jsonl", [good, good | {"claims": claims}])
+    with pytest.raises(UserError, match=message):
+        load_pairs(str(path))
+
+
 def test_a_split_with_other_columns_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [ROWS[0]])
-    (tmp_path / "dev.csv").write_text("text,claim,label\nA.,B.,neutral\n")
-    with pytest.raises(ValueError, match=r"/dev.csv: no premise column .* it has text, claim, label; name them with"):
+    (tmp_path / "dev.csv").write_text("text,sentence,label\nA.,B.,neutral\n")
+    with pytest.raises(ValueError, match=r"/dev.csv: no premise column .* it has text, sentence, label; name them with"):
         load_train_and_validation(TrainDataConfig(dataset_name=str(tmp_path)), seed=0)
 
 
