@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import SCENES, TOKENIZERS, few_pairs, write_jsonl
+from tiny import CLAIMS, DOCUMENT, SCENES, TOKENIZERS, few_pairs, write_jsonl
 from tiny_run import make_base, make_run
 from trl import ModelConfig
 
@@ -25,6 +25,7 @@ from nli_sft import UserError
 from nli_sft.__main__ import main
 from nli_sft.classifier import NLIClassifier, Prediction, pick_device
 from nli_sft.configs import BatchConfig, from_recipe
+from nli_sft.evaluation import scoring
 from nli_sft.evaluation.evaluate import EvalTask, evaluate_model
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import load_tuned
@@ -55,6 +56,36 @@ def test_its_predictions_are_those_of_the_evaluation(run, classifier):
                 table[f"{model}_p_{label}"], abs=1e-5
             )
     assert list(table["tuned_prediction"]) != list(table["base_prediction"])
+
+
+def test_the_claims_of_a_document_are_predicted_as_pairs(classifier, monkeypatch):
+    claims = [claim for claim, _ in CLAIMS]
+    alone = [classifier(DOCUMENT, claim) for claim in claims]
+    fed = []
+    monkeypatch.setattr(
+        scoring, "pack_scoring", lambda *args, pack=scoring.pack_scoring: fed.append(pack(*args)) or fed[-1]
+    )
+    together = classifier.claims(DOCUMENT, iter(claims))
+    assert [one.label for one in together] == [one.label for one in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-5)
+    (prompt,) = classifier.encoder.encode([DOCUMENT], [claims[0]])
+    assert sum(batch["input_ids"].numel() for batch in fed) < 2 * len(prompt), "the document is computed once"
+    assert classifier.claims(DOCUMENT, []) == []
+    with pytest.raises(UserError, match="claims is one text; give a list of texts"):
+        classifier.claims(DOCUMENT, claims[0])
+    with pytest.raises(UserError, match="hypothesis 1 is missing"):
+        classifier.claims(DOCUMENT, [claims[0], None])
+
+
+def test_a_pair_longer_than_those_of_training_is_warned_of_once(tmp_path, caplog):
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"), evaluated=False, max_length=100)
+    classifier = NLIClassifier.from_pretrained(run, device="cpu")
+    classifier("A man sleeps.", "He rests.")
+    assert "max_length" not in caplog.text
+    for _ in range(2):
+        classifier.claims(DOCUMENT, ["He rests."])
+    assert caplog.text.count("but the model was trained on pairs of at most 100 (max_length)") == 1
 
 
 def plain_adapter(run, folder):
@@ -315,6 +346,20 @@ def test_the_command_line_predicts_files_without_labels(run, tmp_path, classifie
 
 def predict(run, *arguments):
     main(["predict", "--model", str(run), *map(str, arguments)])
+
+
+def test_the_command_line_predicts_the_claims_of_documents(run, tmp_path, classifier, capsys):
+    claims = [claim for claim, _ in CLAIMS[:3]]
+    labelled = [{"claim": claim, "label": label} for claim, label in CLAIMS[:3]]
+    for listed, accuracy in ((claims, False), (labelled, True)):
+        path = write_jsonl(tmp_path / "documents.jsonl", [{"id": 7, "document": DOCUMENT, "claims": listed}])
+        predict(run, path, "--dtype", "float32")
+        out, err = capsys.readouterr()
+        printed = [json.loads(line) for line in out.splitlines()]
+        assert [(row["id"], row["claim"]) for row in printed] == [(7, claim) for claim in claims]
+        expected = classifier.claims(DOCUMENT, claims)
+        assert [row["prediction"] for row in printed] == [prediction.label for prediction in expected]
+        assert ("), 3 labelled pairs." in err) == accuracy
 
 
 def confidence(row):

@@ -111,6 +111,11 @@ def tiny_llama(vocab_size: int, seed: int = 0) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+# A long document of the scenes, and a claim about each of them with its label.
+DOCUMENT = " ".join(dict.fromkeys(premise for premise, _, _ in SCENES)) + " Nobody else is there." * 20
+CLAIMS = [(hypothesis, label) for _, hypothesis, label in SCENES]
+
+
 def few_pairs(copies: int = 1):
     rows = [(f"{p}{' Again.' * k}", h, label) for k in range(copies) for p, h, label in SCENES]
     premises, hypotheses, labels = zip(*rows, strict=True)

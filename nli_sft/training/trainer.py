@@ -78,6 +78,8 @@ class NLITrainer(ResumableTrainer):
         **kwargs,
     ):
         refuse_keys(*field_values((args, batch_args)))
+        if args.device.type == "cpu" and model.config._attn_implementation == "flex_attention":
+            raise UserError("attn_implementation: flex_attention cannot be trained on a CPU; use sdpa")
         if batch_args.max_batch_tokens == AUTO:
             raise UserError(f"max_batch_tokens: {AUTO} must be resolved first; set what memory.plan_memory chose")
         self.encoder = encoder

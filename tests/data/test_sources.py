@@ -411,7 +411,7 @@ def test_a_document_with_claims_becomes_pairs(tmp_path):
             {"claim": "The man is old.", "label": "neutral"},
             {"claim": "Nobody is asleep.", "label": "-"},
         ]},
-        {"id": "d2", "document": "It rains.", "claims": [{"id": "own", "claim": "It is dry.", "label": "contradiction"}]},
+        {"id": "d2", "document": "It rains.", "claims": [{"id": "own", "claim": "It is dry.", "label": "c"}]},
     ]  # fmt: skip
     path = write_jsonl(tmp_path / "documents.jsonl", documents)
     dropped = Counter()
@@ -443,8 +443,8 @@ def test_a_bad_claim_is_named(tmp_path, claims, message):
 
 def test_a_split_with_other_columns_is_named(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [ROWS[0]])
-    (tmp_path / "dev.csv").write_text("text,sentence,label\nA.,B.,neutral\n")
-    with pytest.raises(ValueError, match=r"/dev.csv: no premise column .* it has text, sentence, label; name them with"):
+    (tmp_path / "dev.csv").write_text("text,other,label\nA.,B.,neutral\n")
+    with pytest.raises(ValueError, match=r"/dev.csv: no premise column .* it has text, other, label; name them with"):
         load_train_and_validation(TrainDataConfig(dataset_name=str(tmp_path)), seed=0)
 
 

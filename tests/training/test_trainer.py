@@ -1,7 +1,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny import CHATML, chatml_tokenizer, few_pairs, tiny_llama
+from tiny import CHATML, CLAIMS, DOCUMENT, chatml_tokenizer, few_pairs, tiny_llama
 from tiny_bases import make_base
 from tiny_trainer import LORA, logged, trainer
 from torch.utils.data import BatchSampler
@@ -13,6 +13,7 @@ from nli_sft import UserError
 from nli_sft.configs import BatchConfig
 from nli_sft.configs.keys import METRICS, field_values, refuse_keys
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.data.sources import pairs_dataset
 from nli_sft.evaluation.scoring import generate_labels
 from nli_sft.models.loading import apply_template, load_model, load_tokenizer
 from nli_sft.training.batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator
@@ -98,6 +99,25 @@ def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
     for name in ("input_ids", "position_ids", "exit"):
         assert torch.equal(torch.cat([part[name] for part in parts["micro_batches"]]), whole["micro_batches"][0][name])
     assert sum(part["tokens"] for part in parts["micro_batches"]) == whole["micro_batches"][0]["tokens"]
+
+
+def test_a_document_is_in_a_batch_once(chatml):
+    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+    claims, labels = zip(*CLAIMS, strict=True)
+    pairs = {"uid": list(claims), "premise": [DOCUMENT] * len(claims), "hypothesis": claims, "label": labels}
+    rows = TokenRows(encoder.encode_rows(pairs_dataset(pairs), max_length=None), encoder.answers)
+    longest = max(len(rows.prompt(index)) for index in range(len(rows)))
+    assert longest > 200
+    (part,) = TrieCollator(encoder.answers, 128, 8192)(list(rows))["micro_batches"]
+    assert len(part["input_ids"]) == 1
+    assert part["input_ids"].numel() < 2 * longest < len(rows) * longest / 5
+
+
+def test_flex_attention_is_not_trained_on_a_cpu(chatml, tmp_path):
+    model = tiny_llama(len(chatml))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(UserError, match="attn_implementation: flex_attention cannot be trained on a CPU; use sdpa"):
+        trainer(chatml, tmp_path, model=model)
 
 
 def test_pairs_of_one_premise_stand_together(chatml):
