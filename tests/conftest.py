@@ -6,7 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# For tiny models more threads are slower, and much slower on a busy machine: they wait for each other in each product.
+# Tiny models are slower with several threads, and much slower on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -16,7 +16,7 @@ from nli_sft.labels import LABELS
 
 
 def pytest_collection_modifyitems(items):
-    """Files that launch scripts first: they take longest, and at the end one worker would wait for another."""
+    """Run the files that launch scripts first: they take longest, so workers would wait for them at the end."""
     items.sort(key=lambda item: "recipes" not in item.path.parts)
 
 

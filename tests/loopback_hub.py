@@ -1,7 +1,7 @@
-"""A Hub on this machine: a real HTTP server with the endpoints that huggingface_hub calls, and faults to order.
+"""A local Hub: an HTTP server with the endpoints that huggingface_hub calls, which can fail on request.
 
-It keeps repositories in memory, commits and all, and writes down every request. Storage is Git's for small files and
-LFS's for large ones; Xet is off (`ENVIRONMENT`).
+It keeps repositories with their commits in memory and records every request. Small files are stored as in Git, large
+ones as in LFS; Xet is off (`ENVIRONMENT`).
 """
 
 import base64
@@ -20,7 +20,7 @@ import yaml
 TOKEN = "hf_loopback_writes"
 READ_TOKEN = "hf_loopback_reads"
 USER = "me"
-LARGE = 4096  # bytes from which a file goes through LFS: the Hub's 10 MB would make for slow tests
+LARGE = 4096  # bytes from which a file goes through LFS; the Hub's 10 MB would make tests slow
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Repository:
 
 @dataclass
 class Fault:
-    """What to do with matching requests instead of answering: a status, or `None` to cut the connection half-way."""
+    """How to fail matching requests: with a status, or by cutting the connection if it is `None`."""
 
     method: str
     path: str
@@ -97,7 +97,7 @@ class LoopbackHub:
 
     @contextmanager
     def failing(self, method: str, path: str, status: int | None, times: int = 1000):
-        """Within, requests whose path matches fail: with a status, or by a cut connection if it is `None`."""
+        """While open, requests whose path matches fail: with a status, or by a cut connection if it is `None`."""
         self._faults = [Fault(method, path, status, times)]
         try:
             yield
@@ -121,7 +121,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_):
-            """Nothing on the terminal."""
+            """Print nothing."""
 
         def do(self):
             url = urlsplit(self.path)
@@ -183,10 +183,10 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
             return self.token == TOKEN
 
         def found(self, kind, repo, revision="main"):
-            """(repository, commit, files), or `None` after an answer that says what is missing."""
+            """(repository, commit, files), or `None` after replying with an error."""
             repository = hub.repositories.get((kind or "model", repo))
             if repository is None or (repository.private and self.token not in (TOKEN, READ_TOKEN)):
-                # As the Hub does: who may not see it is not told that it is there.
+                # Like the Hub, do not reveal a private repository.
                 self.error(404 if self.token else 401, "RepoNotFound", "Repository not found")
                 return None
             at = repository.at(revision)
@@ -395,7 +395,7 @@ def _handler(hub: LoopbackHub) -> type[BaseHTTPRequestHandler]:
         entry = {"type": "file", "path": path, "size": len(data), "oid": git_oid(data)}
         if len(data) >= LARGE:
             entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
-            # What huggingface_hub compares to leave out unchanged files is the hash of the content.
+            # huggingface_hub compares this hash to skip unchanged files.
             entry["oid"] = entry["lfs"]["oid"]
         return entry
 

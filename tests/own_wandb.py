@@ -1,4 +1,4 @@
-"""A fixture for tests in whose process W&B runs."""
+"""A fixture for tests that run W&B in their process."""
 
 from contextlib import suppress
 
@@ -8,7 +8,7 @@ import wandb
 
 @pytest.fixture
 def own_wandb(tmp_path, monkeypatch):
-    """A wandb that knows nothing of this machine's user and, unless a test says otherwise, stays offline."""
+    """A wandb without the user's settings and login, offline unless a test changes that."""
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_BASE_URL", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
@@ -19,5 +19,5 @@ def own_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb.teardown()
     yield
-    with suppress(ConnectionResetError):  # of the test that kills it
+    with suppress(ConnectionResetError):  # if a test has killed the service
         wandb.teardown()

@@ -1,4 +1,4 @@
-"""Run folders as recipes/sft.py and recipes/eval.py leave them, made up, for tests of what reads them."""
+"""Invented run folders in the layout of recipes/sft.py and recipes/eval.py, for tests of their readers."""
 
 from datetime import datetime, timedelta
 
@@ -13,7 +13,7 @@ START = datetime(2026, 3, 1)
 
 
 def predictions(accuracy, pairs=600, seed=0):
-    """A table of pairs, three to a premise, of which a share of `accuracy` is right, and half are for the base."""
+    """Predictions on pairs, three per premise: a share of `accuracy` is right, and half for the base."""
     import pandas as pd
 
     gold = np.arange(pairs) % 3
@@ -33,7 +33,7 @@ def predictions(accuracy, pairs=600, seed=0):
     )
     for model, share in (("base", 0.35), ("tuned", accuracy)):
         if model == "base":
-            random = np.random.default_rng(99)  # the base says the same in every run
+            random = np.random.default_rng(99)  # the base predicts the same in every run
         chosen = answers(share)
         table[f"{model}_prediction"] = [LABELS[label] for label in chosen]
         for label, name in enumerate(LABELS):
@@ -59,7 +59,7 @@ def write_past_run(
     train_pairs=900,
     **recipe,
 ):
-    """A run folder with a validation accuracy, and about the same on every evaluation."""
+    """A run folder with this validation accuracy and a similar one on every evaluation."""
     prompt = load_prompt(prompt)
     recipe = {
         "model_name_or_path": "hub/tiny",
@@ -119,7 +119,7 @@ def write_past_run(
 
 
 def as_wandb_run(folder, number, **config):
-    """What `wandb_server` serves of a run folder."""
+    """A run folder as an entry of `wandb_server.WandbServer.runs`."""
     return {
         "id": f"id{number}",
         "name": folder.name,

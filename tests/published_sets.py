@@ -1,6 +1,6 @@
-"""The sets of recipes/suites/stress.yaml as they are published: repositories, files, columns. The rows are made up.
+"""The sets of recipes/suites/stress.yaml in their published layout: repositories, files, columns. Rows are invented.
 
-What the repositories hold at the commits that the suite names was read from their pages and from code that reads them.
+The layout at the commits that the suite names was taken from the pages of the repositories and code that reads them.
 """
 
 import io
@@ -32,7 +32,7 @@ SICK = (
     "1\tTwo dogs run\tTwo dogs play\tNEUTRAL\t4.5\tA_neutral_B\tB_neutral_A\ta\tb\tFLICKR\tFLICKR\tTRAIN\n"
     "2\tTwo dogs run\tNo dog runs\tCONTRADICTION\t3.1\tA_contradicts_B\tB_contradicts_A\ta\tb\tFLICKR\tFLICKR\tTEST\n"
 )
-# Quoted by the CSV writer where there are quotes in a text.
+# A CSV writer has quoted texts that contain quotes.
 ORIGINALS = (
     'sentence1\tsentence2\tgold_label\nA man in red sleeps.\tThe man rests.\tentailment\n"A man says ""no"" loudly."\t'
     "A man talks.\tentailment\n"
@@ -50,7 +50,7 @@ def parquet(columns: dict[str, list], features: dict) -> bytes:
 
 
 def three_pairs(**extra: tuple[object, list]) -> bytes:
-    """One pair of each label, and one without a label, with further columns {name: (feature, values)}."""
+    """One pair of each label and one without a label, with extra columns {name: (feature, values)}."""
     columns = {"premise": [PREMISE] * 4, "hypothesis": [*HYPOTHESES, "A man."], "label": [0, 1, 2, -1]}
     features = {"premise": Value("string"), "hypothesis": Value("string"), "label": LABEL}
     return parquet(
@@ -82,7 +82,7 @@ def breaking_nli() -> bytes:
     return file.getvalue()
 
 
-# As an old version of datasets wrote them: for a configuration that is called after the repository.
+# As an old version of datasets wrote them, with a configuration named after the repository.
 BREAKING_INFOS = {
     "pietrolesci--breaking_nli": {
         "description": "",
@@ -134,7 +134,7 @@ def chaos(source: str) -> bytes:
 
 
 def publish(hub: LoopbackHub, suite: Suite) -> None:
-    """Put the sets on `hub`, each at the commit, or the URL, where the suite looks for it."""
+    """Put the sets on `hub`, each at the commit or URL that the suite names."""
     text = Value("string")
     uids = (text, [f"pair-{n}" for n in range(4)])
     rounds = [f"{split}_r{n}" for n in (1, 2, 3) for split in ("train", "dev", "test")]
@@ -168,7 +168,7 @@ def publish(hub: LoopbackHub, suite: Suite) -> None:
     for one in suite.sets:
         if one.dataset_name in layouts:
             if ("dataset", one.dataset_name) not in hub.repositories:
-                # What the owner has changed since is not what the suite asks for.
+                # A later commit, which the suite must not read.
                 hub.add(one.dataset_name, {"README.md": b"emptied"}, "dataset")
             hub.repositories["dataset", one.dataset_name].commits[one.dataset_revision] = layouts[one.dataset_name]
     named = {one.name: one for one in suite.sets}

@@ -1,4 +1,4 @@
-"""What tests are made of: tokenizers of four families, tiny models and a few pairs, all made in the process."""
+"""Tokenizers of four families, tiny models and a few pairs for tests, all built in the process."""
 
 import json
 
@@ -46,7 +46,7 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def byte_level_tokenizer(special=("<|endoftext|>",)) -> PreTrainedTokenizerFast:
-    """As GPT-2 and Phi-2: byte-level BPE, no beginning token, no chat template."""
+    """Like GPT-2 and Phi-2: byte-level BPE, no beginning token, no chat template."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -57,10 +57,10 @@ def byte_level_tokenizer(special=("<|endoftext|>",)) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2: spaces become part of the tokens, bytes as a fallback, a beginning token."""
+    """Like Llama 2: spaces are part of tokens, bytes are a fallback, and there is a beginning token."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    # Words are learned one by one, so that no token spans a space; read, a text is not split beforehand.
+    # Training splits at spaces, so that no token spans one. Encoding does not split the text.
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=700, special_tokens=special))
     backend.pre_tokenizer = None
@@ -75,7 +75,7 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
-    """As BERT: words split into pieces, no spaces kept, [CLS] and [SEP] around a text."""
+    """Like BERT: words are split into pieces, spaces are dropped, and [CLS] and [SEP] surround a text."""
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

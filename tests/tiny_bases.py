@@ -1,4 +1,4 @@
-"""Bases of many kinds, made at random: models in other shapes than `tiny_llama`, and folders as people have them."""
+"""Random bases of many model types, as folders."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ COMMON = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "n
 
 
 def make_base(folder: Path, kind: str, positions: int = 512, tokenizer=None, **fields) -> Path:
-    """A base of that model type, with its tokenizer."""
+    """A base of this model type, with a tokenizer."""
     tokenizer = tokenizer or chatml_tokenizer()
     own = SIZES.get(kind, {})
     sizes = own if "n_embd" in own or "num_layers" in own else COMMON | own

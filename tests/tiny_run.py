@@ -1,4 +1,4 @@
-"""Run folders without a training: what recipes/sft.py and recipes/eval.py leave, around weights made at random."""
+"""Run folders without a training: the files of recipes/sft.py and recipes/eval.py with random weights."""
 
 from pathlib import Path
 

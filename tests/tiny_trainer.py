@@ -35,7 +35,7 @@ def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, 
         args=SFTConfig(**options),
         train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
         eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
-        peft_config=copy.deepcopy(peft_config),  # PEFT writes the name of the base into it
+        peft_config=copy.deepcopy(peft_config),  # PEFT changes it
     )
 
 

@@ -1,6 +1,6 @@
 """A small training in the order of recipes/sft.py, for tests of tracking.
 
-Started as a script, it trains in the folder that is its first argument and is killed at the step that is its second.
+As a script, it takes a folder to train in and the step at which it is killed.
 """
 
 import os
@@ -31,7 +31,7 @@ def settings(**given):
 
 
 class At(TrainerCallback):
-    """Calls a function once when a step has ended."""
+    """Calls a function once, at the end of a step."""
 
     def __init__(self, step, function):
         self.step, self.function = step, function

@@ -1,8 +1,8 @@
-"""A W&B server on the loopback interface: what `wandb.Api` asks for runs and their files, and what a run sends.
+"""A local W&B server: answers the queries of `wandb.Api` for runs and files, and receives runs.
 
 The fields and their types are those of the fragments in `wandb.apis.public` (`RunFragment`, `RunFilesFragment`) and of
 the queries of wandb-core: config, summaries and history are JSON texts, a config value is wrapped as {"value": ...},
-ids are base64. It takes note of artifacts that are asked for, and stores none.
+ids are base64. Requests for artifacts are recorded, but no artifacts are stored.
 """
 
 import base64
@@ -40,12 +40,12 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def go_away(self):
-        """Answer nothing any more."""
+        """Stop answering."""
         self.shutdown()
         self.server_close()
 
     def has_begun(self, name, rows):
-        """Let a run have sent these rows of its history already."""
+        """Start with a run that has already sent these rows of its history."""
         rows = [row | {"_step": number, "_runtime": number} for number, row in enumerate(rows)]
         summary = {key: value for row in rows for key, value in row.items()}
         self.live[name] = copy.deepcopy(EMPTY) | {"history": [*map(json.dumps, rows)], "summary": json.dumps(summary)}
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"createRunFiles": {"runID": _id("Run", run), "uploadHeaders": [], "files": files}}
 
     def _CreateArtifact(self, variables):
-        artifact = _id("Artifact", variables["input"]["digest"])  # as if its files were here already
+        artifact = _id("Artifact", variables["input"]["digest"])  # as if its files had been uploaded
         sequence = {"latestArtifact": {"id": artifact}}
         return {"createArtifact": {"artifact": {"id": artifact, "state": "COMMITTED", "artifactSequence": sequence}}}
 
@@ -222,7 +222,7 @@ def _file(server, run, path):
 
 
 def _value(run, key):
-    """The filters of W&B are Mongo's; those used here are equality of a field or a config key."""
+    """W&B's filters are MongoDB's. Only equality of a field or config key is supported here."""
     return run["config"].get(key.removeprefix("config.")) if key.startswith("config.") else run.get(key)
 
 

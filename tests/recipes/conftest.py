@@ -19,7 +19,7 @@ def recipe(workspace):
 
 @pytest.fixture(scope="session")
 def lora_run(workspace, recipe):
-    """One run trained with LoRA and W&B offline, for every test that needs one."""
+    """A run trained with LoRA and W&B offline, shared by all tests."""
     output = workspace / "outputs" / "lora"
     arguments = ["--config", recipe, "--output_dir", output, "--report_to", "wandb"]
     result = launch("sft.py", *arguments, cwd=workspace, command=accelerate_command)

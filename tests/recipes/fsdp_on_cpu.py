@@ -1,4 +1,4 @@
-"""A recipe script under FSDP on CPUs, for which accelerate does all that it does on GPUs but turn FSDP on.
+"""Run a recipe script with FSDP on CPUs, where accelerate does not enable it by itself.
 
 accelerate launch --config_file accelerate_configs/fsdp2.yaml tests/recipes/fsdp_on_cpu.py recipes/sft.py ...
 """

@@ -1,4 +1,4 @@
-"""Start the scripts as a user does, and read what they leave behind."""
+"""Launch the scripts as a user does, and read what they write."""
 
 import json
 import os
@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch_command(script, *arguments, processes=1):
-    """What a user types to run a recipe script."""
+    """The command with which a user runs a recipe script."""
     if processes == 1:
         command = [sys.executable]
-    else:  # accelerate starts a single process on a CPU, however many it is asked for
+    else:  # accelerate starts only one process on a CPU
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command.append("--")  # or it takes --run for an abbreviation of its own --run-path
+        command.append("--")  # otherwise it reads --run as an abbreviation of its own --run-path
     return [*command, str(ROOT / "recipes" / script), *map(str, arguments)]
 
 
@@ -50,13 +50,13 @@ def zero3_command(script, *arguments):
 
 
 def _configured(name, *arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # any that is free
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]  # a free port
     config = ROOT / "accelerate_configs" / f"{name}.yaml"
     return [*command, "--config_file", str(config), *map(str, arguments)]
 
 
 def launch(script, *arguments, cwd, processes=1, command=None, **environment):
-    """Run a recipe script as a user does, but import the libraries only once for all that run as one process."""
+    """Run a recipe script as a user does. Scripts that run as one process share one import of the libraries."""
     read_on_import = set(environment) - {"COLUMNS"}
     if command or processes > 1 or read_on_import:
         result = subprocess.run(

@@ -1,6 +1,6 @@
-"""Run scripts in forks of this process, which has imported their libraries: that takes most of a script's start.
+"""Run scripts in forks of this process, which has imported the libraries: imports take most of a script's start.
 
-Reads requests as lines of JSON and answers each with the exit status. The package itself is imported in the fork.
+Reads requests as lines of JSON and replies with the exit status of each. The package is imported in the fork.
 """
 
 import importlib
@@ -10,7 +10,7 @@ import runpy
 import sys
 
 answers = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # what the libraries print on import is no answer
+os.dup2(2, 1)  # keeps messages of the libraries out of the replies
 
 LIBRARIES = "datasets evaluate matplotlib.figure peft scipy.stats sklearn.metrics trl.trainer.sft_trainer wandb"
 for library in LIBRARIES.split():
@@ -18,7 +18,7 @@ for library in LIBRARIES.split():
 
 
 def fork_per_request():
-    """Returns in the fork alone, with its request."""
+    """Return the request, in the fork only."""
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
