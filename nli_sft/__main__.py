@@ -23,8 +23,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import UserError, __version__
-from .labels import LABELS
-
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
 
 # Pairs predicted at a time: enough to bring pairs of one premise together, few enough to keep in memory.
 CHUNK = 4096
-
-PROBABILITIES = tuple(f"p_{label}" for label in LABELS)
 
 # Exit status of a program that SIGPIPE ends.
 SIGPIPE_STATUS = 141
@@ -81,7 +77,6 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
     with _file(args.file) as file:
         for _ in _pairs(file, args):  # check all rows before loading the model
             pass
-        gold = _gold(file, args)
         source = find_model(
             args.model,
             revision=args.revision,
@@ -89,6 +84,8 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
             prompt=args.prompt,
             label_words=args.label_words,
         )
+        labels = source.prompt.labels
+        gold = _gold(file, args, labels)
         _check_tokens(source.load_encoder(), file, args)
         classifier = NLIClassifier.from_source(
             source,
@@ -98,7 +95,7 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
             batch_size=args.batch_size,
         )
         _note(_temperature_text(args.temperature, source.record.get("temperature")))
-        outcome = _Outcome(gold, args.threshold)
+        outcome = _Outcome(gold, labels, args.threshold)
         with _lines(args.output, stdout) as lines:
             pairs = _pairs(file, args)
             while chunk := list(islice(pairs, CHUNK)):
@@ -124,7 +121,7 @@ def _temperature_text(given: float | None, fitted: float | None) -> str:
     return "Temperature: 1; recipes/eval.py fits one on validation pairs."
 
 
-def _gold(file: Path | None, args: argparse.Namespace) -> "Dataset | None":
+def _gold(file: Path | None, args: argparse.Namespace, labels: Sequence[str]) -> "Dataset | None":
     """The labelled pairs of a file, in its order; `None` if it has no labels, or none that can be read."""
     if file is None:
         return None
@@ -134,7 +131,7 @@ def _gold(file: Path | None, args: argparse.Namespace) -> "Dataset | None":
     columns = _named_columns(args, ("premise", "hypothesis", "label"))
     try:
         find_columns(file.name, read_columns(file), columns)
-        return load_pairs(str(file), columns=columns, label_spellings=args.label_spellings)
+        return load_pairs(str(file), labels=labels, columns=columns, label_spellings=args.label_spellings)
     except UserError as error:
         if args.label_column or args.label_spellings:
             raise
@@ -148,10 +145,12 @@ class _Outcome:
 
     Args:
         gold: the labelled pairs, in the order of the file.
+        labels: the label set of the model.
         threshold: the lowest probability of an answer.
     """
 
-    def __init__(self, gold: "Dataset | None", threshold: float | None):
+    def __init__(self, gold: "Dataset | None", labels: Sequence[str], threshold: float | None):
+        self.labels = labels
         self.threshold = threshold
         self._names = gold.features["label"].names if gold is not None else []
         self._gold = iter(gold if gold is not None else ())
@@ -187,7 +186,7 @@ class _Outcome:
         from .evaluation import metrics
 
         gold, predicted, _ = zip(*rows, strict=True)
-        result = metrics.compute(gold, predicted, label_names=self._names)
+        result = metrics.compute(gold, predicted, label_names=self._names, labels=self.labels)
         low, high = result["accuracy_interval"]
         interval = f"95% interval {low:.1%} to {high:.1%}"
         yield f"{name}: {result['accuracy']:.1%} ({interval}), {len(rows):,} labelled pairs."
@@ -198,7 +197,7 @@ def _note(line: str) -> None:
 
 
 def _check_tokens(encoder: "PromptEncoder", file: Path | None, args: argparse.Namespace) -> None:
-    for pair in _pairs(file, args):
+    for pair in _pairs(file, args, encoder.prompt.labels):
         try:
             encoder.check_pair(pair.premise, pair.hypothesis)
         except UserError as error:
@@ -219,8 +218,12 @@ def _named_columns(args: argparse.Namespace, roles: Sequence[str]) -> dict[str, 
     return {role: column for role, column in named.items() if column is not None}
 
 
-def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[_Pair]:
-    """The pair on the command line, or those in the file, checked."""
+def _pairs(file: Path | None, args: argparse.Namespace, labels: Sequence[str] = ()) -> Iterator[_Pair]:
+    """The pair on the command line, or those in the file, checked.
+
+    Args:
+        labels: the label set of the model, whose probabilities will be columns.
+    """
     from .data import sources
     from .data.files import read_columns, read_rows
 
@@ -240,7 +243,7 @@ def _pairs(file: Path | None, args: argparse.Namespace) -> Iterator[_Pair]:
     columns = sources.find_columns(file.name, found, _named_columns(args, roles), roles)
     for number, row in read_rows(file):
         where = f"{file.name} row {number}"
-        clash = [name for name in ("prediction", *PROBABILITIES) if name in row]
+        clash = [name for name in ("prediction", *(f"p_{label}" for label in labels)) if name in row]
         if clash:
             raise UserError(f"{where}: predict writes the columns {', '.join(clash)} itself; rename or remove them")
         premise, hypothesis = (

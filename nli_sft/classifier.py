@@ -23,7 +23,6 @@ from .configs import BatchConfig, from_recipe
 from .data.prompts import PromptEncoder
 from .data.sources import check_text
 from .evaluation.scoring import Scorer, distinguishing_prefixes
-from .labels import LABELS
 from .models.loading import ModelSource, find_model, is_adapter, load_model
 from .models.precision import DTYPES, Precision, choose_precision
 
@@ -33,8 +32,8 @@ class Prediction:
     """The prediction for one pair.
 
     Attributes:
-        label: the label from constrained greedy generation, one of `labels.LABELS`.
-        probabilities: {label: probability}, in the order of `LABELS`; they sum to 1.
+        label: the label from constrained greedy generation, one of `Prompt.labels`.
+        probabilities: {label: probability}, in the order of `Prompt.labels`; they sum to 1.
     """
 
     label: str
@@ -116,7 +115,7 @@ class NLIClassifier:
             adapter: folder or Hub id of an adapter to put on the model.
             prompt: for models that are no run, a built-in prompt such as `plain` or `few_shot`, or a .yaml or .json
                 file. By default their prompt.json if they have one, else `plain`.
-            label_words: for models that are no run, the words that answer for the labels, in the order of `LABELS`.
+            label_words: for models that are no run, the words that answer for the labels.
             temperature: as for the class; by default the one that an evaluation of the run has fitted, else 1.
             device: by default an accelerator if there is one.
             dtype: of weights and computation: `float32`, `bfloat16`, `float16` or `auto`. By default as in an
@@ -247,8 +246,9 @@ class NLIClassifier:
             scores = self._scorer(prompts)
         scores.check_numbers(self.model, "the classifier", "take another checkpoint")
         probabilities = torch.softmax(scores.log_probs.double() / self.temperature, dim=1).tolist()
+        labels = self.encoder.prompt.labels
         return [
-            Prediction(LABELS[choice], dict(zip(LABELS, row, strict=True)))
+            Prediction(labels[choice], dict(zip(labels, row, strict=True)))
             for choice, row in zip(scores.choice.tolist(), probabilities, strict=True)
         ]
 

@@ -238,6 +238,17 @@ def read_metrics(folder: Path) -> dict:
     return summary
 
 
+def label_sets(summary: Mapping) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(label set of the models, label set of the pairs) of an evaluation.
+
+    Args:
+        summary: the content of its `metrics.json`.
+    """
+    figures = next((one for one in summary.values() if isinstance(one, Mapping) and "labels" in one), {})
+    label_names = tuple(figures.get("labels") or LABELS)
+    return tuple(figures.get("label_mapping") or label_names), label_names
+
+
 def read_predictions(folder: Path) -> pd.DataFrame:
     """The content of an evaluation's `predictions.parquet`, one row for each pair.
 
@@ -252,7 +263,8 @@ def read_predictions(folder: Path) -> pd.DataFrame:
         raise UserError(f"{path} cannot be read as Parquet ({reason:.200}); {_repair(path)}") from error
     models = [name.removesuffix("_prediction") for name in table if name.endswith("_prediction")]
     needed = ["uid", "premise", "hypothesis", "label"]
-    needed += [f"{model}_{what}_{label}" for model in models for what in ("p", "unconstrained") for label in LABELS]
+    labels, _ = label_sets(read_metrics(folder))
+    needed += [f"{model}_{what}_{label}" for model in models for what in ("p", "unconstrained") for label in labels]
     missing = [name for name in needed if name not in table]
     if missing or not models:
         raise UserError(f"{path} has no column {(missing or ['tuned_prediction'])[0]!r}; {_repair(path)}")
@@ -400,6 +412,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         "quantisation": next((name for key, name in quantisation.items() if recipe.get(key)), "none"),
         "prompt": prompt.name,
         "prompt_fingerprint": record["prompt_fingerprint"],
+        "labels": list(prompt.labels),
         "label_words": list(prompt.label_words),
         "seed": 42,  # the Trainer's default, where the recipe says nothing else
         **recipe,

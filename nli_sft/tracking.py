@@ -25,7 +25,6 @@ from transformers import Trainer
 from transformers.integrations import WandbCallback
 
 from . import UserError
-from .labels import LABELS
 from .runs import COMPARED_FILES, evaluation_folders, read_json, run_cost, write_json
 
 if TYPE_CHECKING:
@@ -382,7 +381,7 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
     columns = {"uid": "uid", "premise": "premise", "hypothesis": "hypothesis", "label": "gold", "bucket": "bucket"}
     for model in ("base", "tuned"):
         columns[f"{model}_prediction"] = model
-        columns |= {f"{model}_p_{label}": f"{model}_p_{label}" for label in LABELS}
+        columns |= {f"{model}_p_{label}": f"{model}_p_{label}" for label in evaluation.labels}
     per_label, confusion = [], []
     for model in evaluation.models:
         figures = evaluation.metrics[model]

@@ -17,6 +17,7 @@ import gradio as gr
 from nli_sft import UserError
 from nli_sft.classifier import NLIClassifier
 from nli_sft.configs import run_script
+from nli_sft.data.prompts import listed
 from nli_sft.evaluation.comparison import buckets
 from nli_sft.runs import evaluation_folders, read_predictions
 
@@ -54,7 +55,7 @@ def main(args):
             raise gr.Error(str(error)) from error
 
     with gr.Blocks(title="Does it follow?", analytics_enabled=False) as page:
-        gr.Markdown(f"# Does it follow?\n{Path(args.model).name}: entailment, neutral or contradiction.")
+        gr.Markdown(f"# Does it follow?\n{Path(args.model).name}: {listed(tuned.encoder.prompt.labels)}.")
         premise = gr.Textbox(label="Premise", lines=2, elem_id="premise")
         hypothesis = gr.Textbox(label="Hypothesis", lines=2, elem_id="hypothesis")
         button = gr.Button("Predict", variant="primary", elem_id="predict")

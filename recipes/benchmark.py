@@ -35,6 +35,7 @@ from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_
 from nli_sft.data.prompts import PromptEncoder, load_prompt
 from nli_sft.data.sources import load_pairs, subsample
 from nli_sft.evaluation.scoring import distinguishing_prefixes, generate_labels, score_prompts, scoring_graphs
+from nli_sft.labels import LABELS
 from nli_sft.models.loading import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.report.figures import speeds
 from nli_sft.training.batches import GroupShuffleSampler, TokenRows, TrieCollator
@@ -78,8 +79,11 @@ class BenchmarkConfig:
 def main(args, data_args, prompt_args, batch_args, training_args, model_args):
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
     apply_template(tokenizer, training_args)
-    encoder = PromptEncoder(load_prompt(prompt_args.prompt, prompt_args.label_words), tokenizer)
+    encoder = PromptEncoder(
+        load_prompt(prompt_args.prompt, prompt_args.label_words, prompt_args.labels or LABELS), tokenizer
+    )
     source = {
+        "labels": encoder.prompt.labels,
         "config": data_args.dataset_config,
         "revision": data_args.dataset_revision,
         "columns": data_args.columns(),

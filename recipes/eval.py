@@ -1,4 +1,4 @@
-"""Evaluate a run: base against tuned, on any source and split, by constrained generation over the three labels.
+"""Evaluate a run: base against tuned, on any source and split, by constrained generation over the labels.
 
 python recipes/eval.py --run outputs/qwen3-0.6b-lora
 python recipes/eval.py --run outputs/qwen3-0.6b-lora --sources hans.jsonl breaking_nli.jsonl
@@ -44,12 +44,16 @@ def main(args):
         )
     train_data = from_recipe(TrainDataConfig, recipe)
     if args.suite is None:
-        suite, sets, missing = None, load_evaluation_sets(args, trained_on=train_data), {}
+        suite, sets, missing = None, load_evaluation_sets(args, trained_on=train_data, labels=prompt.labels), {}
     else:
         suite = load_suite(args.suite, Path(__file__).parent / "suites")
-        sets, missing = load_suite_sets(suite, args)
+        sets, missing = load_suite_sets(suite, args, prompt.labels)
     calibration_pairs = load_calibration_pairs(
-        args, trained_on=train_data, seed=recipe.get("seed", TrainingArguments.seed), sets=sets
+        args,
+        trained_on=train_data,
+        labels=prompt.labels,
+        seed=recipe.get("seed", TrainingArguments.seed),
+        sets=sets,
     )
 
     device = PartialState().device
@@ -96,7 +100,7 @@ def main(args):
         }
         scores = {model: score for model, (score, _) in by_model.items()}
         folder = evaluation_folder(args.run, one.name or one.source, one.split)
-        write_evaluation(folder, one.pairs, scores, summary, overlap)
+        write_evaluation(folder, one.pairs, scores, summary, overlap, prompt.labels)
         evaluated.add(folder.name)
     if calibrated := results[0]["tuned"][1].get("calibrated"):
         temperature = calibrated["temperature"] or 1.0  # None if the search ended at a bound

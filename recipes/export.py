@@ -32,7 +32,7 @@ def main(args):
     output = Path(args.output_dir)
     if output.exists():
         raise UserError(f"output_dir {output} already exists; remove it or give another folder")
-    recipe, _, _ = read_run(args.run)
+    recipe, prompt, _ = read_run(args.run)
     device = pick_device(args.device)
     model_args = from_recipe(ModelConfig, recipe)
     dtype = args.dtype or model_args.dtype
@@ -40,6 +40,7 @@ def main(args):
     pairs = load_pairs(
         data.dataset_name,
         args.split,
+        labels=prompt.labels,
         config=data.dataset_config,
         revision=data.dataset_revision,
         columns=data.columns(),

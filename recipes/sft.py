@@ -37,6 +37,7 @@ from nli_sft.data.sources import describe_source, fingerprint, load_train_and_va
 from nli_sft.evaluation.comparison import accuracy_interval, choice_warning
 from nli_sft.hub.decision import write_decision_files
 from nli_sft.hub.push import move_token_to_env
+from nli_sft.labels import LABELS
 from nli_sft.models.bases import InputLimits, check_base, locate_model, skeleton, suit_base
 from nli_sft.models.loading import (
     adapter_config,
@@ -102,14 +103,14 @@ def train(args):
     recipe = resolve_recipe(args)
     if args.training.resume_from_checkpoint == AUTO and is_finished(args.training.output_dir, recipe):
         print_main(f"{args.training.output_dir} is already finished.")
-        return load_prompt(args.prompt.prompt, args.prompt.label_words)
+        return load_prompt(args.prompt.prompt, args.prompt.label_words, args.prompt.labels or LABELS)
     precision = choose_precision(args.machine.precision, args.training.device)
     args = args._replace(model=precision.suit(args.model))
     checkpoint = check_start(args, precision)
 
     with resources.phase("loading"):
         encoder = load_encoder(args, limits, checkpoint)
-        pairs, data = load_data(args)
+        pairs, data = load_data(args, encoder.prompt.labels)
         if checkpoint is not None:
             check_resumption(checkpoint, recipe, encoder.prompt, data)
         rows = encode(args, encoder, limits, pairs, data["dropped"])
@@ -192,18 +193,18 @@ def load_encoder(args, limits, checkpoint):
     tokenizer = load_tokenizer(base.model_name_or_path, base.model_revision, trust)
     limits.fit_padding(tokenizer)
     apply_template(tokenizer, args.training)
-    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words)
+    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words, args.prompt.labels or LABELS)
     encoder = PromptEncoder(prompt, tokenizer, train_on_end=args.prompt.train_on_end)
     if checkpoint is not None:
         encoder.check_rendered(rendered_prompt(checkpoint), checkpoint)
     return encoder
 
 
-def load_data(args):
+def load_data(args, labels):
     """The pairs of both splits, and the data section of run.json."""
     data = {"dropped": Counter(), "sources": {}}
     pairs = load_train_and_validation(
-        args.data, seed=args.training.seed, dropped=data["dropped"], mixture=data["sources"]
+        args.data, labels=labels, seed=args.training.seed, dropped=data["dropped"], mixture=data["sources"]
     )
     repeated = np.isin(pair_hashes(pairs["validation"]), pair_hashes(pairs["train"]))
     data["train_validation_overlap"] = int(repeated.sum())
@@ -273,6 +274,7 @@ def without_premises(args, prompt):
         prompt=replace(
             args.prompt,
             prompt=HYPOTHESIS_ONLY,
+            labels=list(prompt.labels),
             label_words=list(prompt.label_words),
             hypothesis_only_control=False,
         ),
@@ -330,7 +332,7 @@ def print_memory_estimate(args):
     model_args = suit_base(args.model, check_base(args.model, trust, weights=False), trust)
     precision = choose_precision(args.machine.precision, args.training.device)
     check_adapter(model_args, trust)
-    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words)
+    prompt = load_prompt(args.prompt.prompt, args.prompt.label_words, args.prompt.labels or LABELS)
     plan = plan_memory(precision.suit(model_args), args.training, args.batch, precision, prompt)
     if plan.estimate is None:
         raise UserError(str(plan))

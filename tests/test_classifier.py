@@ -25,6 +25,7 @@ from nli_sft import UserError
 from nli_sft.__main__ import main
 from nli_sft.classifier import NLIClassifier, Prediction, pick_device
 from nli_sft.configs import BatchConfig, from_recipe
+from nli_sft.data.prompts import PROMPTS
 from nli_sft.evaluation import scoring
 from nli_sft.evaluation.evaluate import EvalTask, evaluate_model
 from nli_sft.labels import LABELS
@@ -130,6 +131,20 @@ def test_the_temperature_changes_no_label(run, classifier, tmp_path):
         flattened = {label: p**0.25 for label, p in plain.probabilities.items()}
         total = sum(flattened.values())
         assert hot.probabilities == pytest.approx({label: p / total for label, p in flattened.items()}, abs=1e-5)
+
+
+def test_it_answers_with_the_labels_of_the_run(tmp_path):
+    labels = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO", "DISPUTED")
+    prompt = PROMPTS["plain"].with_labels(labels, ["yes", "no", "maybe", "partly"])
+    run = make_run(tmp_path / "run", make_base(tmp_path / "base"), prompt=prompt)
+    table = pd.read_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    predictions = NLIClassifier.from_pretrained(run, device="cpu", dtype="float32")(
+        *table[["premise", "hypothesis"]].T.values
+    )
+    assert [p.label for p in predictions] == list(table["tuned_prediction"])
+    assert len(set(table["tuned_prediction"])) > 1, "a model with a single answer proves nothing"
+    for label in labels:
+        assert [p.probabilities[label] for p in predictions] == pytest.approx(table[f"tuned_p_{label}"], abs=1e-5)
 
 
 def test_one_pair_lists_generators_and_columns(classifier):

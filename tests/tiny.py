@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from nli_sft.data.sources import pairs_dataset
+from nli_sft.labels import LABELS
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -116,11 +117,14 @@ DOCUMENT = " ".join(dict.fromkeys(premise for premise, _, _ in SCENES)) + " Nobo
 CLAIMS = [(hypothesis, label) for _, hypothesis, label in SCENES]
 
 
-def few_pairs(copies: int = 1):
+def few_pairs(copies: int = 1, labels=LABELS):
+    """Pairs with SNLI's labels, or with others in turn."""
     rows = [(f"{p}{' Again.' * k}", h, label) for k in range(copies) for p, h, label in SCENES]
-    premises, hypotheses, labels = zip(*rows, strict=True)
+    premises, hypotheses, gold = zip(*rows, strict=True)
+    if labels != LABELS:
+        gold = [labels[index % len(labels)] for index in range(len(rows))]
     uids = [f"pair-{index}" for index in range(len(rows))]
-    return pairs_dataset({"uid": uids, "premise": premises, "hypothesis": hypotheses, "label": labels})
+    return pairs_dataset({"uid": uids, "premise": premises, "hypothesis": hypotheses, "label": gold}, labels)
 
 
 def write_jsonl(path, rows):

@@ -78,7 +78,7 @@ def make_run(
 
 
 def evaluate(folder: Path, model, encoder: PromptEncoder) -> None:
-    pairs = few_pairs(2)
+    pairs = few_pairs(2, encoder.prompt.labels)
     tasks, options = [EvalTask("test", pairs, encoder)], {"batch_size": 8, "batch_args": BatchConfig()}
     results = {"tuned": evaluate_model(model, tasks, name="tuned", **options)[0]}
     if hasattr(model, "disable_adapter"):
@@ -87,4 +87,4 @@ def evaluate(folder: Path, model, encoder: PromptEncoder) -> None:
     metrics = {name: result for name, (_, result) in results.items()}
     summary = {"source": "stanfordnlp/snli", "split": "test", "pairs": len(pairs), **metrics}
     scores = {name: score for name, (score, _) in results.items()}
-    write_evaluation(folder / "eval" / "snli-test", pairs, scores, summary)
+    write_evaluation(folder / "eval" / "snli-test", pairs, scores, summary, labels=encoder.prompt.labels)

@@ -26,7 +26,7 @@ from trl import TrlParser
 
 from .. import UserError
 from ..interrupts import end_launcher, is_elastic, say_goodbye
-from ..labels import LABELS
+from ..labels import LABELS, check_labels
 from ..models.precision import choose_precision, default_device
 from .keys import REFUSED, check_paths, check_training, field_values, idle_keys, refuse_idle_keys, refuse_keys
 
@@ -63,7 +63,7 @@ class DataConfig:
         default=None, metadata={"help": "Column of the pair's id. The usual names are found automatically."}
     )
     label_spellings: list[str] | None = field(
-        default=None, metadata={"help": f"How the data spells {', '.join(LABELS)}, in that order."}
+        default=None, metadata={"help": "How the data spells the labels, in the order of labels."}
     )
 
     def columns(self) -> dict[str, str]:
@@ -114,14 +114,18 @@ class TrainDataConfig(DataConfig):
 
 @dataclass
 class PromptConfig:
-    """Prompt and label words."""
+    """Labels, prompt and label words."""
 
+    labels: list[str] | None = field(
+        default=None,
+        metadata={"help": f"The labels, two or more: supported not_supported. SNLI's by default: {' '.join(LABELS)}."},
+    )
     prompt: str = field(
         default="plain",
         metadata={"help": "A built-in prompt, such as plain or few_shot, or your own in a .yaml or .json file."},
     )
     label_words: list[str] | None = field(
-        default=None, metadata={"help": f"Words that the model answers for {', '.join(LABELS)}, in that order."}
+        default=None, metadata={"help": "Words that the model answers, in the order of labels. The labels by default."}
     )
     train_on_end: bool = field(
         default=False, metadata={"help": "Also train on the end-of-turn token after the label."}
@@ -132,6 +136,10 @@ class PromptConfig:
     drop_too_long: bool = field(
         default=False, metadata={"help": "Drop and count pairs longer than max_length instead of stopping."}
     )
+
+    def __post_init__(self):
+        if self.labels is not None:
+            check_labels(self.labels)
 
 
 @dataclass
@@ -500,7 +508,7 @@ def _parse(types: Sequence[type], argv: list[str], positional: str | None) -> tu
     configs = _run(parser, tokens)
     for config in configs:
         if hasattr(config, "metric_for_best_model"):
-            check_training(config)
+            check_training(config, next((one.labels for one in configs if getattr(one, "labels", None)), LABELS))
     return configs
 
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 # Metrics of an evaluation during training, reported with the prefix `eval_`.
 LOWER_IS_BETTER = ("loss", "nll", "ece")
-METRICS = ("accuracy", "macro_f1", *(f"f1_{label}" for label in LABELS), *LOWER_IS_BETTER)
+METRICS = ("accuracy", "macro_f1", *LOWER_IS_BETTER)  # and the F1 of each label, such as f1_entailment
 
 _ALREADY_PACKED = "batching: trie already packs the pairs without truncating any"
-_OWN_EVALUATION = "evaluations score the three labels of each pair and keep no logits"
+_OWN_EVALUATION = "evaluations score the labels of each pair and keep no logits"
 _OWN_COLUMNS = "nli-sft builds the rows, with fixed columns"
 _OWN_LOADER = "batches are sharded so that they are the same for any number of processes"
 _LABEL_LOSS = "the loss is on the label tokens only"
@@ -264,13 +264,16 @@ def field_values(configs: Sequence[Any]) -> tuple[dict[str, object], dict[str, o
     return values, defaults
 
 
-def check_training(args: "SFTConfig") -> None:
+def check_training(args: "SFTConfig", labels: Sequence[str] = LABELS) -> None:
     """Check what would otherwise fail only after the model is loaded, or after the first evaluation.
+
+    Args:
+        labels: the label set, which names some metrics.
 
     Raises:
         UserError: for an unknown metric, tracker, optimizer, schedule or compiler option.
     """
-    _check_best_model(args)
+    _check_best_model(args, labels)
     _check_trackers(args)
     _check_schedule(args)
     _check_step(args)
@@ -348,7 +351,7 @@ def _check_path(key: str, name: str, is_folder: bool) -> None:
         raise UserError(f"{key} {name}: the file is write-protected; name another")
 
 
-def _check_best_model(args: "SFTConfig") -> None:
+def _check_best_model(args: "SFTConfig", labels: Sequence[str]) -> None:
     name = args.metric_for_best_model
     if args.save_strategy == "best" and (name is None or args.eval_strategy == "no"):
         raise UserError(
@@ -358,8 +361,9 @@ def _check_best_model(args: "SFTConfig") -> None:
     if name is None:
         return
     name = name.removeprefix("eval_")
-    if name not in METRICS:
-        reported = ", ".join(f"eval_{metric}" for metric in METRICS)
+    metrics = *METRICS, *(f"f1_{label}" for label in labels)
+    if name not in metrics:
+        reported = ", ".join(f"eval_{metric}" for metric in metrics)
         raise UserError(
             f"metric_for_best_model: {args.metric_for_best_model!r} is not a metric; choose one of {reported}"
         )

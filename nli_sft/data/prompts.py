@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import UserError
 from ..configs import read_yaml
-from ..labels import LABELS
+from ..labels import LABELS, check_labels, placeholder
 from .segments import Segments, Texts, probes, split_template
 
 logger = logging.getLogger(__name__)
@@ -83,19 +83,22 @@ _MOVE_SYSTEM = ", or move the system text to the user text"
 class Prompt:
     """The prompt template, and the words that answer it.
 
-    `user` holds the slots `{premise}` and `{hypothesis}`, and may hold `{labels}` (all label words as a list) and
-    `{entailment}`, `{neutral}`, `{contradiction}` (the word for one label).
+    `user` holds the slots `{premise}` and `{hypothesis}`, and may hold `{labels}` (all label words as a list) and a
+    placeholder for the word of one label, such as `{entailment}` (see `labels.placeholder`).
     """
 
     name: str
     user: str
-    label_words: tuple[str, str, str] = LABELS
+    labels: tuple[str, ...] = LABELS
+    label_words: tuple[str, ...] = ()  # in the order of `labels`, which they are by default
     system: str | None = None
     examples: tuple[tuple[str, str, str], ...] = ()  # (premise, hypothesis, label name), shown before the pair
 
     def __post_init__(self):
         if not self.name:
             raise UserError("a prompt needs a name; its own is empty")
+        object.__setattr__(self, "labels", check_labels(self.labels))
+        object.__setattr__(self, "label_words", tuple(self.label_words) or self.labels)
         texts = (
             self.user,
             self.system or "",
@@ -104,18 +107,20 @@ class Prompt:
         )
         if re.search(r"[\ud800-\udfff]", "".join(texts)):
             raise UserError(f"prompt {self.name}: it holds a lone surrogate; remove it")
-        _check_placeholders(self.name, "user", self.user, (*SLOTS, "labels", *LABELS))
-        _check_placeholders(self.name, "system", self.system or "", ("labels", *LABELS))
+        _check_placeholders(self.name, "user", self.user, (*SLOTS, "labels", *self._placeholders))
+        _check_placeholders(self.name, "system", self.system or "", ("labels", *self._placeholders))
         self._check_slots()
-        words = self.label_words
-        if len(words) != len(LABELS) or len({word.lower() for word in words}) != len(LABELS) or not all(words):
-            raise UserError(f"prompt {self.name}: label_words must be three different words, for {', '.join(LABELS)}")
+        words, n = self.label_words, len(self.labels)
+        if len(words) != n or len({word.lower() for word in words}) != n or not all(words):
+            raise UserError(
+                f"prompt {self.name}: label_words must be {n} different words, for {', '.join(self.labels)}"
+            )
         for word in words:
             if word != word.strip():
                 raise UserError(f"prompt {self.name}: the label word {word!r} begins or ends with a space; remove it")
         for *_, label in self.examples:
-            if label not in LABELS:
-                raise UserError(f"prompt {self.name}: example label {label!r} is not one of {', '.join(LABELS)}")
+            if label not in self.labels:
+                raise UserError(f"prompt {self.name}: example label {label!r} is not one of {', '.join(self.labels)}")
 
     def _check_slots(self) -> None:
         if "{hypothesis}" not in self.user:
@@ -139,21 +144,42 @@ class Prompt:
         return "{premise}" in self.user
 
     @property
+    def _placeholders(self) -> list[str]:
+        return [placeholder(label) for label in self.labels]
+
+    @property
+    def fits_any_labels(self) -> bool:
+        """Whether it names no label, other than all of them as `{labels}`."""
+        return not self.examples and not any(
+            f"{{{one}}}" in self.user + (self.system or "") for one in self._placeholders
+        )
+
+    def with_labels(self, labels: Sequence[str], label_words: Sequence[str] | None = None) -> "Prompt":
+        """The same prompt for other labels; the words are the labels by default."""
+        return replace(self, labels=tuple(labels), label_words=tuple(label_words or ()))
+
+    @property
     def fingerprint(self) -> str:
         """A hash (16 hexadecimal digits) of everything but the name. It does not depend on the model."""
         content = {key: value for key, value in asdict(self).items() if key != "name"}
+        if self.labels == LABELS:
+            del content["labels"]  # as in runs from before there were others
         return _digest(content)
 
     def turns(self) -> list[dict[str, str]]:
         """Chat messages, with the slots `{premise}` and `{hypothesis}` unfilled in the last one."""
-        first, second, third = self.label_words
-        words = dict(zip(LABELS, self.label_words, strict=True), labels=f"{first}, {second} or {third}")
+        words = dict(zip(self._placeholders, self.label_words, strict=True), labels=listed(self.label_words))
         user = _fill(self.user, words)
         turns = [{"role": "system", "content": _fill(self.system, words)}] if self.system else []
         for premise, hypothesis, label in self.examples:
             turns.append({"role": "user", "content": _fill(user, {"premise": premise, "hypothesis": hypothesis})})
-            turns.append({"role": "assistant", "content": words[label]})
+            turns.append({"role": "assistant", "content": words[placeholder(label)]})
         return [*turns, {"role": "user", "content": user}]
+
+
+def listed(words: Sequence[str]) -> str:
+    """`yes, maybe or no`"""
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _check_placeholders(prompt: str, key: str, text: str, known: Sequence[str]) -> None:
@@ -200,23 +226,43 @@ PROMPTS = {
 }
 
 
-def load_prompt(name: str, label_words: Sequence[str] | None = None) -> Prompt:
-    """A built-in prompt by name, or the user's own from a .yaml or .json file with the fields of `Prompt`."""
+def load_prompt(name: str, label_words: Sequence[str] | None = None, labels: Sequence[str] | None = None) -> Prompt:
+    """A built-in prompt by name, or the user's own from a .yaml or .json file with the fields of `Prompt`.
+
+    Args:
+        label_words: instead of those of the file, or the labels.
+        labels: the label set; by default that of the file, or SNLI's.
+
+    Raises:
+        UserError: if there is no such prompt, it is invalid, or it is for other labels.
+    """
     if name in PROMPTS:
-        prompt = PROMPTS[name]
+        prompt = _built_in(name, LABELS if labels is None else check_labels(labels))
     elif Path(name).suffix.lower() in (".yaml", ".yml", ".json"):
-        prompt = _read_prompt(Path(name).expanduser())
+        prompt = _read_prompt(Path(name).expanduser(), None if labels is None else check_labels(labels))
     else:
         raise UserError(f"prompt: {name!r} is neither built in ({', '.join(PROMPTS)}) nor a .yaml or .json file")
     return replace(prompt, label_words=tuple(label_words)) if label_words else prompt
 
 
-def _read_prompt(path: Path) -> Prompt:
+def _built_in(name: str, labels: tuple[str, ...]) -> Prompt:
+    if labels == LABELS:
+        return PROMPTS[name]
+    if not PROMPTS[name].fits_any_labels:
+        fitting = [other for other, prompt in PROMPTS.items() if prompt.fits_any_labels and prompt.reads_premise]
+        raise UserError(
+            f"prompt {name} is written for the labels {', '.join(LABELS)}; for {', '.join(labels)} take "
+            f"{' or '.join(fitting)}, or your own in a .yaml file that says {{labels}}"
+        )
+    return PROMPTS[name].with_labels(labels)
+
+
+def _read_prompt(path: Path, labels: tuple[str, ...] | None) -> Prompt:
     # Read as values and as text: YAML converts yes, no and 1.0, which are words here.
     fields: dict[str, Any]
     written: dict[str, Any]
     fields, written = _read_json(path) if path.suffix.lower() == ".json" else (read_yaml(path), read_yaml(path, True))
-    known = {"name", "user", "label_words", "system", "examples"}
+    known = {"name", "user", "labels", "label_words", "system", "examples"}
     unknown = [key for key in fields if key not in known]
     if "user" not in fields or unknown:
         wrong = f"unknown key {unknown[0]!r}" if unknown else "the key user is missing"
@@ -227,24 +273,30 @@ def _read_prompt(path: Path) -> Prompt:
     texts: dict[str, Any] = {"name": path.stem} | {
         key: fields[key] for key in fields.keys() & {"name", "user", "system"}
     }
-    if "label_words" in fields:
-        texts["label_words"] = _three_texts(fields["label_words"], written.get("label_words"), f"{path}: label_words")
+    for key in fields.keys() & {"labels", "label_words"}:
+        texts[key] = _texts(fields[key], written.get(key), f"{path}: {key}")
+    if labels is not None and texts.setdefault("labels", labels) != labels:
+        raise UserError(
+            f"{path} is for the labels {', '.join(texts['labels'])}, not {', '.join(labels)}; set labels to these, or "
+            f"take another prompt"
+        )
     if "examples" in fields:
         examples = fields["examples"]
         if not isinstance(examples, list):
             raise UserError(f"{path}: examples is {examples!r}; expected a list of [premise, hypothesis, label]")
         texts["examples"] = tuple(
-            _three_texts(example, words, f"{path}: example {number}")
+            _texts(example, words, f"{path}: example {number}", length=3)
             for number, (example, words) in enumerate(zip(examples, written.get("examples", examples), strict=True), 1)
         )
     return Prompt(**texts)
 
 
-def _three_texts(value: Any, written: Any, where: str) -> tuple[str, ...]:
-    """A list of three texts, as written in the file."""
+def _texts(value: Any, written: Any, where: str, length: int | None = None) -> tuple[str, ...]:
+    """A list of texts, as written in the file."""
     words = written or value
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{where} is {value!r}; expected a list of three texts")
+    is_list = isinstance(value, list) and len(value) == (length or len(value))
+    if not is_list or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{where} is {value!r}; expected a list of {f'{length} ' if length else ''}texts")
     return tuple(words)
 
 
@@ -285,7 +337,7 @@ class PromptEncoder:
 
     Attributes:
         template (`str`): the prompt template as text, special tokens included, with `{premise}` and `{hypothesis}`.
-        answers (`list[list[int]]`): the token ids that answer with each label, in the order of `LABELS`.
+        answers (`list[list[int]]`): the token ids that answer with each label, in the order of the prompt's labels.
         answer_texts (`list[str]`): the same as text, including what comes before and after the label word.
         is_chat (`bool`): whether the tokenizer's chat template was used, rather than `Instruct: … Output:` (the form
             that Phi-2 was trained on, and a fair one for any base model without a template).
@@ -395,15 +447,18 @@ class PromptEncoder:
         The premise stays with them, for samplers that group by it.
 
         Args:
-            pairs: three-way pairs as `sources.load_pairs` gives them.
+            pairs: as `sources.load_pairs` gives them, with the labels of the prompt.
             max_length: the longest row allowed, in tokens.
             drop_too_long: drop longer rows and count them in `dropped["too_long"]`, instead of raising.
 
         Raises:
             UserError: for a row that is too long, or whose tokens do not split between prompt and answer.
         """
-        if pairs.features["label"].names != list(LABELS):
-            raise UserError(f"training needs the three labels {', '.join(LABELS)}; this set has two")
+        if (names := pairs.features["label"].names) != list(self.prompt.labels):
+            raise UserError(
+                f"training needs the labels {', '.join(self.prompt.labels)}, but this set has {', '.join(names)}; set "
+                f"labels to these"
+            )
         rows = self._encode_all(pairs)
         if max_length is None:
             return rows

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -40,7 +41,17 @@ from huggingface_hub import hf_hub_download, metadata_load
 
 from .. import UserError
 from ..configs import DataConfig, TrainDataConfig
-from ..labels import LABELS, TWO_WAY_LABELS, UNLABELLED, check_spellings, is_id, is_name, is_two_way_name, parse_label
+from ..labels import (
+    LABELS,
+    TWO_WAY_LABELS,
+    UNLABELLED,
+    UnknownLabel,
+    check_spellings,
+    is_id,
+    is_name,
+    is_two_way_name,
+    parse_label,
+)
 from .demo import DEMO, PAIRS, is_demo
 from .files import FORMATS, is_data_file, label_names, read_columns, read_rows
 
@@ -67,7 +78,7 @@ SLICE_NAMES = {
     "rule": ("rule",),
     "edit_of": ("edit_of",),
 }
-# Annotators' labels: the number of annotators per label, in the order of LABELS.
+# Annotators' labels: the number of annotators per label, in the order of the label set.
 COUNT_NAMES = ("label_counts", "label_count")
 # The name of the gold label, if the label itself is an id.
 LABEL_TEXT_NAMES = ("label_text", "label_name", "gold_label", "label")
@@ -79,7 +90,7 @@ EXTRA_COLUMNS: dict[str, Any] = {
     "hard": Value("bool"),
     **dict.fromkeys(("subset", "subcase", "genre", "rule"), Value("string")),
     "edit_of": Value("string"),  # uid of the pair that this one minimally edits
-    "label_counts": List(Value("int32")),  # (3,), annotators per label
+    "label_counts": List(Value("int32")),  # (labels,), annotators per label
     "agreement": Value("string"),  # share of them that gave the gold label, binned
 }
 
@@ -97,6 +108,9 @@ MANY_UNLABELLED = 0.1
 # Columns that name the split of a row, in files that hold several splits.
 SPLIT_COLUMNS = ("SemEval_set",)
 
+# To show which labels a column has.
+SHOWN_ROWS, SHOWN_LABELS = 1000, 6
+
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "dev", "val", "valid", "trial"),
@@ -112,6 +126,7 @@ def load_pairs(
     source: str,
     split: str | None = None,
     *,
+    labels: Sequence[str] = LABELS,
     config: str | None = None,
     revision: str | None = None,
     columns: dict[str, str] | None = None,
@@ -125,21 +140,24 @@ def load_pairs(
             its shards), whose name contains that of the split, as in `snli_1.0_dev.jsonl`.
         split: `train`, `validation` (also `dev`), `test`, or another split of the source. `None` takes a single file
             whole.
+        labels: the label set.
         config, revision: Hub configuration and revision, as in `datasets.load_dataset`.
         columns: unusual column names, as `{"premise": name, ...}` for any of premise, hypothesis, label and uid.
-        label_spellings: how the set spells its labels, in the order of `labels.LABELS`. Needed only if they are
-            neither names, first letters nor SNLI's ids.
+        label_spellings: how the set spells its labels, in the order of `labels`. Needed only if they are not names
+            (or first letters or ids of SNLI's labels).
         dropped: a counter whose `unlabelled` is raised by the number of pairs without a gold label.
 
     Returns:
         `Dataset[uid, premise, hypothesis, label]` in the order of the source, with the columns of `EXTRA_COLUMNS`
-        that the source has. `label` is a `ClassLabel` over `LABELS`, or over `TWO_WAY_LABELS` for sets such as HANS.
+        that the source has. `label` is a `ClassLabel` over `labels`; where these are SNLI's, over `TWO_WAY_LABELS`
+        for sets such as HANS.
 
     Raises:
         SourceMissing: if the source or its split does not exist, or has no labels.
         UserError: for a missing column, or an invalid row, with file (or Hub id), row and column.
     """
-    check_spellings(label_spellings)
+    labels = tuple(labels)
+    check_spellings(label_spellings, labels)
     path = fetch(source)
     table = _open_table(source, path, config, split, revision)
     files = [] if table is not None else _split_files(path, split)
@@ -164,8 +182,10 @@ def load_pairs(
             rows = _file_rows(files, found, wanted, label_spellings)
             if split_column is not None and split is not None:
                 rows = _rows_of_split(rows, path, split_column, split)
-        two_way = any(map(is_two_way_name, names or ()))
-        return _check_rows(source, rows, found, extras, spellings, two_way, f"{path.stem}-{split or 'all'}")
+        known = _Labels(labels, spellings)
+        if labels == LABELS and not spellings and any(map(is_two_way_name, names or ())):
+            known.use_two_way()
+        return _check_rows(source, rows, found, extras, known, f"{path.stem}-{split or 'all'}")
 
     try:
         pairs, unlabelled = read(label_spellings)
@@ -181,7 +201,7 @@ def load_pairs(
         logger.log(level, "%s %s: %s rows without a gold label are left out", source, split or "", f"{unlabelled:,}")
     if dropped is not None:
         dropped["unlabelled"] += unlabelled
-    return pairs_dataset(pairs)
+    return pairs_dataset(pairs, labels)
 
 
 @cache
@@ -226,11 +246,14 @@ def fetch(source: str) -> Path:
     return named
 
 
-def pairs_dataset(pairs: dict[str, list]) -> Dataset:
-    """Build a `Dataset` from lists of uid, premise, hypothesis, label name and any of `EXTRA_COLUMNS`."""
-    two_way = any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
+def pairs_dataset(pairs: dict[str, list], labels: Sequence[str] = LABELS) -> Dataset:
+    """Build a `Dataset` from lists of uid, premise, hypothesis, label name and any of `EXTRA_COLUMNS`.
+
+    Its labels are `labels`; where these are SNLI's, `TWO_WAY_LABELS` if any label is non-entailment.
+    """
+    two_way = tuple(labels) == LABELS and any(label == TWO_WAY_LABELS[1] for label in pairs["label"])
     features: dict[str, Any] = {"uid": Value("string"), "premise": Value("string"), "hypothesis": Value("string")}
-    features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else LABELS))
+    features["label"] = ClassLabel(names=list(TWO_WAY_LABELS if two_way else labels))
     features |= {name: feature for name, feature in EXTRA_COLUMNS.items() if name in pairs}
     ids = {label: id for id, label in enumerate(features["label"].names)}
     columns = {name: pairs[name] for name in features} | {"label": [ids[label] for label in pairs["label"]]}
@@ -249,7 +272,12 @@ def has_split(source: str, split: str, config: str | None = None, revision: str 
 
 
 def load_train_and_validation(
-    args: TrainDataConfig, *, seed: int, dropped: Counter | None = None, mixture: dict[str, dict] | None = None
+    args: TrainDataConfig,
+    *,
+    labels: Sequence[str] = LABELS,
+    seed: int,
+    dropped: Counter | None = None,
+    mixture: dict[str, dict] | None = None,
 ) -> dict[str, Dataset]:
     """The `train` and `validation` pairs of a recipe. Checkpoints are chosen on validation, never on test.
 
@@ -257,6 +285,7 @@ def load_train_and_validation(
     and `balance` apply to the training pairs only.
 
     Args:
+        labels: the label set.
         seed: seed of training samples. Validation samples do not depend on it.
         dropped: a counter of pairs left out, by reason.
         mixture: filled with what each source contributes to the training pairs: {source: {"pairs": n, "labels":
@@ -264,7 +293,7 @@ def load_train_and_validation(
     """
     dropped = Counter() if dropped is None else dropped
     left_out: dict[str, Counter] = defaultdict(Counter)
-    options = reading_options(args)
+    options = reading_options(args, labels)
     train = load_pairs(args.dataset_name, args.train_split or "train", dropped=left_out[args.dataset_name], **options)
     if args.validation_split or has_split(args.dataset_name, "validation", args.dataset_config, args.dataset_revision):
         validation = load_pairs(args.dataset_name, args.validation_split or "validation", dropped=dropped, **options)
@@ -290,10 +319,10 @@ def load_train_and_validation(
         dropped["left_out_for_balance"] += before - len(train)
     if mixture is not None:
         for source, reasons in left_out.items():
-            labels = np.asarray(train["label"][:])[np.asarray(train["source"][:]) == source]
-            counts = np.bincount(labels, minlength=len(LABELS)).tolist()
-            by_label = dict(zip(train.features["label"].names, counts, strict=False))
-            mixture[source] = {"pairs": len(labels), "labels": by_label, "dropped": dict(+reasons)}
+            gold = np.asarray(train["label"][:])[np.asarray(train["source"][:]) == source]
+            counts = np.bincount(gold, minlength=train.features["label"].num_classes).tolist()
+            by_label = dict(zip(train.features["label"].names, counts, strict=True))
+            mixture[source] = {"pairs": len(gold), "labels": by_label, "dropped": dict(+reasons)}
     if args.max_eval_samples is not None:
         validation = subsample(validation, args.max_eval_samples, VALIDATION_SEED)
     _check_labels(args.dataset_name, train, validation)
@@ -334,9 +363,9 @@ def describe_source(counts: Mapping[str, Any]) -> str:
     return f"{counts['pairs']:,} pairs ({labels})" + (f"; left out: {dropped}" if dropped else "")
 
 
-def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Dataset:
+def load_validation(args: TrainDataConfig, labels: Sequence[str] = LABELS, dropped: Counter | None = None) -> Dataset:
     """All validation pairs of a recipe. Training pairs are read only if the source has no validation split."""
-    options = reading_options(args)
+    options = reading_options(args, labels)
     options["dropped"] = dropped
     try:
         return load_pairs(args.dataset_name, args.validation_split or "validation", **options)
@@ -345,9 +374,10 @@ def load_validation(args: TrainDataConfig, dropped: Counter | None = None) -> Da
         return hold_out(train, args.validation_fraction, VALIDATION_SEED)[1]
 
 
-def reading_options(args: DataConfig) -> dict[str, Any]:
+def reading_options(args: DataConfig, labels: Sequence[str] = LABELS) -> dict[str, Any]:
     """The keyword arguments of `load_pairs` for a source."""
     return {
+        "labels": labels,
         "config": args.dataset_config,
         "revision": args.dataset_revision,
         "columns": args.columns(),
@@ -361,7 +391,7 @@ def mix(
     """Add training pairs of other sources.
 
     Args:
-        pairs: three-way pairs, with a column `source`.
+        pairs: with a column `source`.
         others: entries `source=weight`. `weight` pairs of that source's training split (or file) are added per pair
             of `pairs`, sampled by `subsample`.
         held_out: premises to leave out, those of validation.
@@ -371,10 +401,10 @@ def mix(
         Columns uid, premise, hypothesis, label and source. Uids of other sources are prefixed with the source.
 
     Raises:
-        UserError: for a malformed entry, a two-way source, or a source with too few pairs.
+        UserError: for a malformed entry, a source with other labels, or one with too few pairs.
     """
     columns = ["uid", "premise", "hypothesis", "label", "source"]
-    parts = [pairs.select_columns(columns)]
+    parts, labels = [pairs.select_columns(columns)], pairs.features["label"].names
     for entry in others:
         source, _, weight = entry.rpartition("=")
         try:
@@ -383,9 +413,9 @@ def mix(
             n = 0
         if not source or n < 1:
             raise UserError(f"train_mix: {entry!r} is not source=weight with a weight above 0, such as {DEMO}=0.25")
-        other = load_pairs(source, "train", dropped=dropped[source])
-        if other.features["label"].num_classes != len(LABELS):
-            raise UserError(f"train_mix: {source} has two labels; training needs {', '.join(LABELS)}")
+        other = load_pairs(source, "train", labels=labels, dropped=dropped[source])
+        if other.features["label"].names != labels:
+            raise UserError(f"train_mix: {source} has two labels; training needs {', '.join(labels)}")
         premises = other["premise"][:]
         fresh = other.select([index for index, premise in enumerate(premises) if premise not in held_out])
         if len(fresh) < len(other):
@@ -760,40 +790,55 @@ class _Labels:
     """Parses the labels of a set, and collects evidence of misread ones.
 
     Attributes:
-        two_way: whether the set has two labels. Set by the first label that only two-way sets have.
-        ids: the labels read from SNLI's ids.
+        labels: the label set. `TWO_WAY_LABELS` replace SNLI's at the first label that only two-way sets have;
+            `two_way` says so.
+        ids: the ids among the labels.
         has_names: whether any label was a name.
-        named: counts of (id, name), for names beside the id of a gold label.
+        named: {id: counts of the labels named beside it}
     """
 
-    def __init__(self, spellings: list[str] | None, two_way: bool):
+    def __init__(self, labels: Sequence[str], spellings: list[str] | None):
+        self.labels, self.two_way = tuple(labels), False
         self.spellings = spellings
-        self.two_way = len(spellings) == len(TWO_WAY_LABELS) if spellings else two_way
+        if self.labels == LABELS and len(spellings or ()) == len(TWO_WAY_LABELS):
+            self.use_two_way()
         self.ids: set[int] = set()
         self.has_names = False
-        self.named: Counter[tuple[int, str]] = Counter()
+        self.named: dict[int, Counter[str]] = defaultdict(Counter)
         self._read: dict[tuple[type, object], int] = {}
+
+    def use_two_way(self) -> None:
+        self.labels, self.two_way = TWO_WAY_LABELS, True
 
     def read(self, value: object) -> int:
         key = (type(value), value if isinstance(value, (str, int)) else repr(value))
         if key not in self._read:
-            if not self.two_way and not self.spellings and is_two_way_name(value):
-                self.two_way = True
+            if self.labels == LABELS and not self.spellings and is_two_way_name(value):
+                self.use_two_way()
                 self._read.clear()
-            label = self._read[key] = parse_label(value, self.spellings, self.two_way)
-            if self.spellings is None and label != UNLABELLED:
-                if is_id(value):
-                    self.ids.add(label)
-                else:
-                    self.has_names = True
+            self._read[key] = self._parse(value)
         return self._read[key]
+
+    def _parse(self, value: object) -> int:
+        if self.spellings is not None:
+            return parse_label(value, self.labels, self.spellings)
+        if self.labels != LABELS and is_id(value) and not is_name(value, self.labels):
+            self.ids.add(_id(value))
+            return 0  # whatever it means, `check_ids` raises
+        label = parse_label(value, self.labels)
+        if label != UNLABELLED:
+            if is_id(value) and self.labels == LABELS:
+                self.ids.add(label)
+            else:
+                self.has_names = True
+        return label
 
     def read_annotator(self, value: object) -> int | None:
         """A label spelled like the gold labels, or a name. `None` if it is neither."""
         with suppress(UserError):
-            return parse_label(value, self.spellings, self.two_way)
+            return parse_label(value, self.labels, self.spellings)
         with suppress(UserError):
-            return None if is_id(value) else parse_label(value)
+            return None if is_id(value) else parse_label(value, self.labels)
         return None
 
     def note_names(self, value: Any, row: dict, columns: Mapping[str, Sequence[str]]) -> None:
@@ -803,44 +848,42 @@ class _Labels:
         for column in (*columns["label_text"], *columns["annotators"]):
             given = row.get(column)
             for name in given if isinstance(given, list) else (given,):
-                if isinstance(name, str) and is_name(name):
-                    self.named[int(float(value)), name] += 1
+                if isinstance(name, str) and is_name(name, self.labels):
+                    self.named[_id(value)][name] += 1
 
-    def _explained(self) -> list[str] | None:
-        """The ids in the order of the labels, by majority of the names beside them. `None` if ambiguous."""
-        names = TWO_WAY_LABELS if any(is_two_way_name(name) for _, name in self.named) else LABELS
-        votes = np.zeros((len(LABELS), len(names)), dtype=int)
-        for (id, name), count in self.named.items():
-            votes[id, parse_label(name, two_way=len(names) == 2)] += count
-        ids = sorted(self.ids)
-        most = votes[ids].argmax(1).tolist()
-        if sorted(most) != list(range(len(names))) or (2 * votes[ids].max(1) <= votes[ids].sum(1)).any():
-            return None
-        return [str(ids[most.index(label)]) for label in range(len(names))]
+    def _explained(self) -> tuple[tuple[str, ...], list[str]] | None:
+        """The labels, and their ids by majority of the names beside them. `None` if ambiguous."""
+        names = {name for counts in self.named.values() for name in counts}
+        labels = TWO_WAY_LABELS if self.labels == LABELS and any(map(is_two_way_name, names)) else self.labels
+        ids: dict[int, int] = {}  # by label
+        for id in self.ids:
+            votes: Counter[int] = Counter()
+            for name, count in self.named[id].items():
+                votes[parse_label(name, labels)] += count
+            label, most = votes.most_common(1)[0] if votes else (UNLABELLED, 0)
+            if label in ids or 2 * most <= votes.total():
+                return None
+            ids[label] = id
+        return (labels, [str(ids[label]) for label in range(len(labels))]) if len(ids) == len(labels) else None
 
     def check_ids(self, source: str) -> None:
         """Warn that ids are read as SNLI's, unless names beside them confirm it.
 
         Raises:
             _IdsExplained: if names beside the ids say that they mean something else.
-            UserError: if the set does not use all of SNLI's ids, so that their meaning is unknown.
+            UserError: if their meaning is unknown: the labels are not SNLI's, or some of its ids are not used.
         """
         if not self.ids:
             return
-        explained = None if self.has_names else self._explained()
-        if explained == list(map(str, range(len(LABELS)))):
+        labels, explained = (None if self.has_names else self._explained()) or (self.labels, None)
+        if labels == LABELS and explained == list(map(str, range(len(LABELS)))):
             return
         if explained is not None:
-            names = LABELS if len(explained) == len(LABELS) else TWO_WAY_LABELS
-            meaning = ", ".join(f"{id} is {name}" for id, name in zip(explained, names, strict=True))
+            meaning = ", ".join(f"{id} is {name}" for id, name in zip(explained, labels, strict=True))
             logger.warning("%s: label ids are read by the names beside them: %s", source, meaning)
             raise _IdsExplained(explained)
-        if not self.has_names and len(self.ids) < len(LABELS):
-            raise UserError(
-                f"{source}: the only labels are {' and '.join(map(str, sorted(self.ids)))}, whose meaning is unknown; "
-                f"set label_spellings to the labels for {', '.join(LABELS)}, in that order, such as 0 1 2 for SNLI's "
-                f"ids, or to those for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
-            )
+        if labels != LABELS or (not self.has_names and len(self.ids) < len(LABELS)):
+            raise UserError(f"{source}: {self._unknown_ids()}")
         logger.warning(
             "%s: the labels are read as SNLI's ids: %s; if they mean something else, set label_spellings to the "
             "labels for %s, in that order",
@@ -848,6 +891,20 @@ class _Labels:
             ", ".join(f"{index} is {name}" for index, name in enumerate(LABELS)),
             ", ".join(LABELS),
         )
+
+    def _unknown_ids(self) -> str:
+        ids = " and ".join(map(str, sorted(self.ids)))
+        fix = f"set label_spellings to the labels for {', '.join(self.labels)}, in that order, such as "
+        if self.labels == LABELS:
+            fix += f"0 1 2 for SNLI's ids, or to those for {' and '.join(TWO_WAY_LABELS)}, such as 1 0"
+        else:
+            fix += " ".join(map(str, range(len(self.labels))))
+        only = "some labels are" if self.has_names else "the only labels are"
+        return f"{only} {ids}, whose meaning is unknown; {fix}"
+
+
+def _id(value: Any) -> int:
+    return int(float(value))
 
 
 class _Uids:
@@ -872,15 +929,13 @@ def _check_rows(
     rows: Iterator[tuple[str, dict]],
     columns: dict[str, str],
     extra_columns: dict[str, tuple[str, ...]],
-    spellings: list[str] | None,
-    two_way: bool,
+    labels: _Labels,
     uid_prefix: str,
 ) -> tuple[dict[str, list], int]:
     """Check every row. Returns lists by column (labels as names), and the number of unlabelled rows."""
     pairs: dict[str, list] = {"uid": [], "premise": [], "hypothesis": [], "label": []}
     extras: dict[str, list] = {}
     extras_of: dict[tuple[str, ...], dict[str, list[str]]] = {}  # optional columns, by the keys of a row
-    labels = _Labels(spellings, two_way)
     unfit: dict[str, list] = defaultdict(list)
     uids = _Uids()
     unlabelled = 0
@@ -893,6 +948,9 @@ def _check_rows(
             )
         try:
             label = labels.read(value)
+        except UnknownLabel as error:
+            there = _first_labels(chain([(where, row)], rows), columns["label"])
+            raise UnknownLabel(f"{where}, column {columns['label']}: {error} (the column has {there})") from None
         except UserError as error:
             raise UserError(f"{where}, column {columns['label']}: {error}") from None
         if label == UNLABELLED:
@@ -906,7 +964,7 @@ def _check_rows(
         uid = column_value(row, columns.get("uid"))
         is_named = uid not in (None, "") and uid == uid  # false for NaN
         pairs["uid"].append(uids.take(_encodable(uid) if is_named else f"{uid_prefix}-{index + 1}"))
-        pairs["label"].append((TWO_WAY_LABELS if labels.two_way else LABELS)[label])
+        pairs["label"].append(labels.labels[label])
         keys = tuple(row)
         if keys not in extras_of:
             extras_of[keys] = {name: [one for one in names if one in row] for name, names in extra_columns.items()}
@@ -919,7 +977,7 @@ def _check_rows(
             extras.setdefault(name, [None] * (len(pairs["uid"]) - 1))
         for name, values in extras.items():
             values.append(extra.get(name))
-    if labels.two_way and not set(pairs["label"]) <= set(TWO_WAY_LABELS):
+    if not set(pairs["label"]) <= set(labels.labels):
         raise UserError(
             f"{source}: the labels mix two-way and three-way names: {', '.join(sorted(set(pairs['label'])))}"
         )
@@ -928,6 +986,16 @@ def _check_rows(
         what = ", ".join(f"{len(values):,} in {name} (such as {values[0]!r:.60})" for name, values in unfit.items())
         logger.warning("%s: ignored as annotator labels: %s", source, what)
     return pairs | extras, unlabelled
+
+
+def _first_labels(rows: Iterator[tuple[str, dict]], column: str) -> str:
+    """The first different labels in a column, for error messages."""
+    there: list[object] = []
+    with suppress(UserError):  # of a row further down
+        for _, row in islice(rows, SHOWN_ROWS):
+            if (value := column_value(row, column)) not in there:
+                there.append(value)
+    return ", ".join(f"{value!s:.40}" for value in there[:SHOWN_LABELS]) + (", …" if len(there) > SHOWN_LABELS else "")
 
 
 def check_text(text: object, what: str) -> str:
@@ -986,12 +1054,12 @@ def _annotators(
     counts = None
     for name in columns["label_counts"]:
         if row.get(name) not in (None, ""):
-            if _is_counts(row[name]):
+            if _is_counts(row[name], len(labels.labels)):
                 counts = counts or list(row[name])
             else:
                 unfit[name].append(row[name])
     if counts is None:
-        counts = [0] * len(LABELS)
+        counts = [0] * len(labels.labels)
         for name in columns["annotators"]:
             given = row.get(name)
             for value in given if isinstance(given, (list, tuple)) else () if given is None else (given,):
@@ -1005,8 +1073,8 @@ def _annotators(
     return {"label_counts": counts, "agreement": agreement(counts[label] / sum(counts))}
 
 
-def _is_counts(value: object) -> bool:
-    if not isinstance(value, list) or len(value) != len(LABELS):
+def _is_counts(value: object, labels: int) -> bool:
+    if not isinstance(value, list) or len(value) != labels:
         return False
     return all(type(count) is int and 0 <= count < 2**31 for count in value)
 

@@ -21,7 +21,7 @@ from .. import UserError
 from ..configs import BatchConfig
 from ..data.prompts import PromptEncoder
 from ..data.sources import subsample
-from ..labels import LABELS, to_two_way
+from ..labels import LABELS, counts_as
 from ..models.bases import InputLimits
 from ..models.loading import load_encoder, load_model, load_tuned
 from ..runs import HYPOTHESIS_ONLY, write_json
@@ -55,7 +55,7 @@ class Checks:
     """Checks of how much predictions depend on the prompt: on how many pairs of the first set, 0 to skip a check.
 
     Attributes:
-        label_order_pairs: pairs to score with the labels listed in all six orders.
+        label_order_pairs: pairs to score with the labels listed in other orders.
         prompt_pairs: pairs to score with every built-in prompt.
     """
 
@@ -120,8 +120,8 @@ def unconstrained_generation(
 
     predicted = [_parse_answer(ids, text, encoder) for ids, text in zip(generated, texts, strict=True)]
     valid = sum(label is not None for label in predicted)
-    if pairs.features["label"].num_classes != len(LABELS):
-        predicted = [None if label is None else to_two_way(label) for label in predicted]
+    mapping = counts_as(encoder.prompt.labels, pairs.features["label"].names)
+    predicted = [None if label is None else mapping[label] for label in predicted]
     correct = sum(label == gold for label, gold in zip(predicted, pairs["label"], strict=True))
     return {
         "n": len(generated),
@@ -162,7 +162,7 @@ def evaluate_model(
         scores.check_numbers(
             model, f"{name} on {task.name}", "take an earlier checkpoint, or train with a lower learning_rate"
         )
-        result = _metrics(task.pairs, scores)
+        result = _metrics(task.pairs, scores, task.encoder.prompt.labels)
         if task.unconstrained_samples and PartialState().is_main_process:
             n = len(task.pairs)
             spaced = np.linspace(0, n - 1, min(task.unconstrained_samples, n)).astype(int)
@@ -173,14 +173,13 @@ def evaluate_model(
     return results
 
 
-def _metrics(pairs: Dataset, scores: LabelScores) -> dict[str, Any]:
+def _metrics(pairs: Dataset, scores: LabelScores, labels: Sequence[str]) -> dict[str, Any]:
     names = pairs.features["label"].names
     gold, predicted = np.array(pairs["label"][:]), scores.choice.numpy()
     probabilities = scores.log_probs.exp().numpy()
-    result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names)
-    if len(names) == 2:
-        predicted = np.array([to_two_way(label) for label in predicted])
-    return result | set_figures(_table(pairs), predicted == gold, probabilities)
+    result = metrics.compute(gold, predicted, probabilities, scores.label_mass.numpy(), names, labels)
+    right = np.array(counts_as(labels, names))[predicted] == gold
+    return result | set_figures(_table(pairs), right, probabilities, names)
 
 
 def evaluate_run(
@@ -206,9 +205,9 @@ def evaluate_run(
     `unconstrained_generation`, and the `label_orders` and `prompts` of `checks` (see `robustness.sensitivity`).
 
     Args:
-        calibration_pairs: three-way pairs that are in no set. Each model's temperature is fitted on them, and its
-            metrics contain `calibrated`: the calibration metrics with that `temperature`. If the search ends at a
-            bound, `temperature` is `None`, and `bound` replaces the metrics.
+        calibration_pairs: pairs with the labels of the run that are in no set. Each model's temperature is fitted on
+            them, and its metrics contain `calibrated`: the calibration metrics with that `temperature`. If the search
+            ends at a bound, `temperature` is `None`, and `bound` replaces the metrics.
     """
     encoder = load_encoder(run, trust_remote_code)  # before the weights: it checks that the folder is complete
     model = load_tuned(run, model_args, trust_remote_code)
@@ -282,10 +281,10 @@ class _RunEvaluation:
         if "shuffled" in extra_results:
             self.results[0]["shuffled"] = extra_results["shuffled"]
         if "calibration" in extra_results:
-            self._calibrate(name, extra_results["calibration"][0])
+            self._calibrate(name, extra_results["calibration"][0], encoder.prompt.labels)
         self.results[0][name][1].update(_sensitivities({key: extra_results[key] for key in variants}, refused))
 
-    def _calibrate(self, name: str, scores: LabelScores) -> None:
+    def _calibrate(self, name: str, scores: LabelScores, labels: Sequence[str]) -> None:
         """Fit a model's temperature to its scores of the calibration pairs; add `calibrated` to its metrics."""
         assert self.calibration_pairs is not None
         gold = np.array(self.calibration_pairs["label"][:])
@@ -300,7 +299,7 @@ class _RunEvaluation:
             )
         for one, by_model in zip(self.sets, self.results, strict=True):
             scores, result = by_model[name]
-            result["calibrated"] = _calibrated_metrics(scores, one.pairs, temperature, len(gold))
+            result["calibrated"] = _calibrated_metrics(scores, labels, one.pairs, temperature, len(gold))
 
 
 def _prompt_variants(
@@ -345,13 +344,14 @@ def _sensitivities(
 
 
 def _calibrated_metrics(
-    scores: LabelScores, pairs: Dataset, temperature: float, fitted_on_pairs: int
+    scores: LabelScores, labels: Sequence[str], pairs: Dataset, temperature: float, fitted_on_pairs: int
 ) -> dict[str, Any]:
     if (bound := reached_bound(temperature)) is not None:
         return {"temperature": None, "bound": bound, "fitted_on_pairs": fitted_on_pairs}
     probabilities = apply_temperature(scores.log_probs.numpy(), temperature)
     names = pairs.features["label"].names
-    result = metrics.compute(np.array(pairs["label"][:]), scores.choice.numpy(), probabilities, label_names=names)
+    gold, predicted = np.array(pairs["label"][:]), scores.choice.numpy()
+    result = metrics.compute(gold, predicted, probabilities, label_names=names, labels=labels)
     kept = ("nll", "brier", "ece", "mean_confidence", "reliability")
     return {"temperature": temperature, "fitted_on_pairs": fitted_on_pairs} | {key: result[key] for key in kept}
 
@@ -369,23 +369,25 @@ def write_evaluation(
     scores: dict[str, LabelScores],
     summary: dict[str, Any],
     trained_on: np.ndarray | None = None,
+    labels: Sequence[str] = LABELS,
 ) -> None:
     """Write `predictions.parquet` (pairs; each model's prediction and scores) and `metrics.json`.
 
-    On a two-way set, the scores are still three-way; the gold labels are those of the set.
+    Predictions and scores are of the labels of the model, gold labels of those of the set.
 
     Args:
         trained_on: (n,) booleans, whether the run was trained on the pair; `None` if unknown. Becomes a column if any
             is true.
+        labels: the label set of the models.
     """
     table = _table(pairs)
     if trained_on is not None and trained_on.any():
         table["trained_on"] = trained_on
     for model, score in scores.items():
-        table[f"{model}_prediction"] = [LABELS[label] for label in score.choice]
-        for label, word in enumerate(LABELS):
-            table[f"{model}_p_{word}"] = score.log_probs[:, label].exp().numpy()
-            table[f"{model}_unconstrained_{word}"] = score.unconstrained[:, label].numpy()
+        table[f"{model}_prediction"] = [labels[label] for label in score.choice]
+        for index, label in enumerate(labels):
+            table[f"{model}_p_{label}"] = score.log_probs[:, index].exp().numpy()
+            table[f"{model}_unconstrained_{label}"] = score.unconstrained[:, index].numpy()
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pandas(table, preserve_index=False), folder / "predictions.parquet")
     write_json(folder / "metrics.json", summary)

@@ -13,28 +13,31 @@ import pandas as pd
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy, spearmanr
 
-from ..data.prompts import PROMPTS, Prompt
-from ..labels import LABELS, TWO_WAY_LABELS
+from ..data.prompts import PROMPTS, Prompt, listed
+from ..labels import LABELS, placeholder
 
 # Probabilities are clipped to this: 0 for a label that an annotator gave makes the divergence infinite. The code of
 # ChaosNLI (Nie et al., 2020) does the same.
 MIN_PROBABILITY = 1e-15
 
 
-def set_figures(pairs: pd.DataFrame, right: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+def set_figures(
+    pairs: pd.DataFrame, right: np.ndarray, probabilities: np.ndarray, labels: Sequence[str] = LABELS
+) -> dict[str, Any]:
     """Metrics of one model on one set that need extra columns, ready for JSON.
 
     Args:
         pairs: label (a name), and the `sources.EXTRA_COLUMNS` that the source has.
         right: (n,) whether each prediction was right.
-        probabilities: (n, 3) probability of each label.
+        probabilities: (n, labels) probability of each label of the model.
+        labels: the label set of the pairs.
 
     Returns:
         `by_subset`, `annotators` and `edits`, those whose columns there are; see the functions below.
     """
     figures = {}
     if "subset" in pairs:
-        figures["by_subset"] = by_subset(pairs, right)
+        figures["by_subset"] = by_subset(pairs, right, labels)
     if "label_counts" in pairs and (has_counts := pairs["label_counts"].notna().to_numpy(bool)).any():
         figures["annotators"] = against_annotators(
             np.stack(pairs["label_counts"][has_counts].tolist()), probabilities[has_counts]
@@ -44,10 +47,10 @@ def set_figures(pairs: pd.DataFrame, right: np.ndarray, probabilities: np.ndarra
     return figures
 
 
-def by_subset(pairs: pd.DataFrame, right: np.ndarray) -> dict[str, dict[str, float]]:
-    """{subset: {n, accuracy}}; on a two-way set by `subset, label`: a constant answer is right on half of each."""
+def by_subset(pairs: pd.DataFrame, right: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{subset: {n, accuracy}}; of two labels by `subset, label`: a constant answer is right on half of each subset."""
     names = pairs["subset"]
-    if set(pairs["label"]) == set(TWO_WAY_LABELS):
+    if len(labels) == 2:
         names = names + ", " + pairs["label"]
     groups = pd.Series(right).groupby(names.to_numpy())
     return {str(name): {"n": len(group), "accuracy": float(group.mean())} for name, group in groups}
@@ -57,8 +60,8 @@ def against_annotators(counts: np.ndarray, probabilities: np.ndarray) -> dict[st
     """Distance between a model's probabilities and the shares of annotators who gave each label (Nie et al., 2020).
 
     Args:
-        counts: (n, 3) annotators by label, at least one for each pair.
-        probabilities: (n, 3).
+        counts: (n, labels) annotators by label, at least one for each pair.
+        probabilities: (n, labels).
 
     Returns:
         Means over pairs: `js_divergence` and `kl_divergence` (of the model from the annotators) in nats, and
@@ -103,20 +106,24 @@ def edits(pairs: pd.DataFrame, right: np.ndarray) -> dict[str, float]:
 
 
 def label_orders(prompt: Prompt) -> dict[str, Prompt]:
-    """The prompt with its labels listed in each of the six orders; empty if the prompt has no `{labels}`."""
+    """The prompt with its labels listed in other orders; empty if the prompt has no `{labels}`.
+
+    All orders of up to three labels. Of more, those in which every label stands at every place once.
+    """
     if "{labels}" not in prompt.user:
         return {}
+    labels, turns = prompt.labels, range(len(prompt.labels))
+    orders = permutations(labels) if len(labels) <= 3 else (labels[turn:] + labels[:turn] for turn in turns)
+    slots = {order: listed([f"{{{placeholder(label)}}}" for label in order]) for order in orders}
     return {
-        ", ".join(order): replace(
-            prompt, user=prompt.user.replace("{labels}", "{{{}}}, {{{}}} or {{{}}}".format(*order))
-        )
-        for order in permutations(LABELS)
+        ", ".join(order): replace(prompt, user=prompt.user.replace("{labels}", text)) for order, text in slots.items()
     }
 
 
 def prompt_choices(prompt: Prompt) -> dict[str, Prompt]:
-    """The prompt and all built-in prompts that show the premise, with the same label words."""
-    built_in = (replace(p, label_words=prompt.label_words) for p in PROMPTS.values() if p.reads_premise)
+    """The prompt and all built-in prompts for its labels that show the premise, with the same label words."""
+    fitting = (p for p in PROMPTS.values() if p.fits_any_labels or p.labels == prompt.labels)
+    built_in = (p.with_labels(prompt.labels, prompt.label_words) for p in fitting if p.reads_premise)
     others = {p.name: p for p in built_in if p.fingerprint != prompt.fingerprint}
     return {prompt.name: prompt} | others
 

@@ -1,4 +1,4 @@
-"""Constrained prediction: the model may only answer with one of its three label words.
+"""Constrained prediction: the model may only answer with one of its label words.
 
 - `generate_labels` runs `model.generate` with `prefix_allowed_tokens_fn`, as a deployed model does.
 - `score_prompts` reads the log-probability of every token of every answer from forward passes. `LabelScores` derives

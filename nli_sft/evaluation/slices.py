@@ -6,7 +6,7 @@ Artifacts in Natural Language Inference Data".
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.stats import t as student_t
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from ..labels import LABELS, TWO_WAY_LABELS
+from ..labels import LABELS
 from .comparison import MIN_PREMISES, bootstrap_interval, change_p_value, points
 
 # Smaller slices are left out: they show little, and each one makes the correction stricter for the others.
@@ -92,12 +92,13 @@ class Slice:
         return asdict(self) | {"interval": list(self.interval)}
 
 
-def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+def describe(pairs: pd.DataFrame, labels: Sequence[str] = LABELS) -> dict[tuple[str, str, str], np.ndarray]:
     """The members of every slice: {(family, name, where): (n,) booleans}.
 
     Args:
         pairs: premise, hypothesis, label (a name), and optionally hard, agreement, subset, genre, rule, and
             trained_on if the run was trained on some of them.
+        labels: the label set of the pairs.
     """
     premise_words = [set(words(text)) for text in pairs["premise"]]
     hypothesis_words = [words(text) for text in pairs["hypothesis"]]
@@ -113,7 +114,7 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
     # (family, name, where): members
     label_slices = {
         ("Gold label", label, f"the gold label is {label}"): (pairs["label"] == label).to_numpy()
-        for label in (*LABELS, *TWO_WAY_LABELS[1:])
+        for label in labels
         if label in set(pairs["label"])
     }
     little, much = shared < 1 / 3, shared >= 2 / 3
@@ -140,7 +141,7 @@ def describe(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
         ("Person words", "any (person, people)", "the hypothesis says person, people or the like"): anybody,
         ("Person words", "none", "the hypothesis has no word for a person"): ~kind & ~anybody,
     }
-    return label_slices | text_slices | source_slices(pairs)
+    return label_slices | text_slices | source_slices(pairs, labels)
 
 
 def _is_negation(word: str) -> bool:
@@ -151,7 +152,7 @@ def _is_number(word: str) -> bool:
     return word in NUMBERS or word.isdigit()
 
 
-def source_slices(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]:
+def source_slices(pairs: pd.DataFrame, labels: Sequence[str] = LABELS) -> dict[tuple[str, str, str], np.ndarray]:
     """The slices of `describe` that come from columns of the source."""
     members = {}
     if "trained_on" in pairs:
@@ -168,8 +169,8 @@ def source_slices(pairs: pd.DataFrame) -> dict[tuple[str, str, str], np.ndarray]
         for value in sorted(set(pairs[column].dropna())) if column in pairs else []:
             members[(family, str(value), where.format(value))] = (pairs[column] == value).to_numpy()
     # HANS needs subset and label: a constant answer is right on half of every subset.
-    if "subset" in pairs and set(pairs["label"]) == set(TWO_WAY_LABELS):
-        for value, label in product(sorted(set(pairs["subset"].dropna())), TWO_WAY_LABELS):
+    if "subset" in pairs and len(labels) == 2:
+        for value, label in product(sorted(set(pairs["subset"].dropna())), labels):
             where = f"the subset is {value} and the gold label is {label}"
             inside = (pairs["subset"] == value) & (pairs["label"] == label)
             members[("Subset and label", f"{value}, {label}", where)] = inside.to_numpy()
@@ -181,19 +182,21 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower().replace("’", "'"))
 
 
-def slice_changes(pairs: pd.DataFrame, right_before: np.ndarray, right_after: np.ndarray) -> list[Slice]:
+def slice_changes(
+    pairs: pd.DataFrame, right_before: np.ndarray, right_after: np.ndarray, labels: Sequence[str] = LABELS
+) -> list[Slice]:
     """The change on every slice with at least `MIN_PAIRS` pairs and `MIN_PREMISES` premises.
 
     Contrasts with the other pairs use a t-test with errors clustered by premise (Cameron and Miller, 2015).
 
     Args:
-        pairs: as for `describe`.
+        pairs, labels: as for `describe`.
         right_before, right_after: (n,) whether each prediction was right.
     """
     premises = pd.factorize(pairs["premise"])[0]
     change = right_after.astype(int) - right_before.astype(int)
     found, p_values = [], []
-    for (family, name, where), inside in describe(pairs).items():
+    for (family, name, where), inside in describe(pairs, labels).items():
         groups = pd.factorize(premises[inside])[0]
         # A slice of all pairs adds nothing.
         if inside.all() or inside.sum() < MIN_PAIRS or groups.max() + 1 < MIN_PREMISES:

@@ -11,7 +11,7 @@ Reports list a set that cannot be loaded as missing, with the reason.
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import SequenceMatcher
 from functools import cache
@@ -26,7 +26,7 @@ from ..configs import DataConfig, EvalConfig, read_yaml
 from ..data.demo import is_demo
 from ..data.files import SUFFIXES
 from ..data.sources import URL, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
-from ..labels import LABELS
+from ..labels import LABELS, UnknownLabel
 from ..runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
 from .evaluate import Checks
 from .sets import EvaluationSet
@@ -98,8 +98,12 @@ def load_suite(name: str, folder: Path) -> Suite:
     return Suite(path.stem, sets, Checks(**{key: content[key] for key in checks if key in content}))
 
 
-def load_suite_sets(suite: Suite, args: EvalConfig) -> tuple[list[EvaluationSet], dict[str, str]]:
+def load_suite_sets(
+    suite: Suite, args: EvalConfig, labels: Sequence[str] = LABELS
+) -> tuple[list[EvaluationSet], dict[str, str]]:
     """Load the sets of a suite; return also {name: reason} for those that are missing.
+
+    A run with labels other than SNLI's misses the sets that have others.
 
     A set is read from `args.suite_root` if there is a file, or a folder with one file per split, with its name; else
     from the source that the suite gives.
@@ -113,19 +117,25 @@ def load_suite_sets(suite: Suite, args: EvalConfig) -> tuple[list[EvaluationSet]
     missing: dict[str, str] = {}
     for one in suite.sets:
         try:
-            sets[one.name] = _load_set(one, sets, args)
+            sets[one.name] = _load_set(one, sets, args, labels)
         except SourceMissing as error:
+            missing[one.name] = str(error)
+        except UnknownLabel as error:
+            if tuple(labels) == LABELS:
+                raise
             missing[one.name] = str(error)
     if not sets:
         raise UserError(f"suite {suite.name}: none of its sets can be loaded; {missing[suite.sets[0].name]}")
     return list(sets.values()), missing
 
 
-def _load_set(one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig) -> EvaluationSet:
+def _load_set(
+    one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig, labels: Sequence[str]
+) -> EvaluationSet:
     dropped: Counter = Counter()
-    source, split, pairs = _find(one, before, args, dropped)
+    source, split, pairs = _find(one, before, args, labels, dropped)
     if one.originals is not None:
-        _, _, originals = _load(f"{one.name}_originals", one.originals, one, args, dropped)
+        _, _, originals = _load(f"{one.name}_originals", one.originals, one, args, labels, dropped)
         pairs = link_edits(originals, pairs, dropped)
     if args.max_samples is not None:
         pairs = _subsample(pairs, args.max_samples, args.seed)
@@ -134,18 +144,18 @@ def _load_set(one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig)
 
 
 def _find(
-    one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig, dropped: Counter
+    one: SuiteSet, before: dict[str, EvaluationSet], args: EvalConfig, labels: Sequence[str], dropped: Counter
 ) -> tuple[str, str | None, Dataset]:
     """(source, split, pairs) of a set, or of the subset of a set listed before."""
     whole = before.get(one.part_of) if one.part_of is not None else None
     if _in_root(one.name, args) is None and whole is not None and one.where in whole.pairs.column_names:
         marks = whole.pairs[one.where]
         return whole.source, whole.split, whole.pairs.select([index for index, mark in enumerate(marks) if mark])
-    return _load(one.name, one.dataset_name, one, args, dropped)
+    return _load(one.name, one.dataset_name, one, args, labels, dropped)
 
 
 def _load(
-    name: str, elsewhere: str | None, one: SuiteSet, args: EvalConfig, dropped: Counter
+    name: str, elsewhere: str | None, one: SuiteSet, args: EvalConfig, labels: Sequence[str], dropped: Counter
 ) -> tuple[str, str | None, Dataset]:
     local = _in_root(name, args)
     if local is not None:
@@ -153,7 +163,7 @@ def _load(
         split = next((split for split in ("test", "validation") if has_split(local, split)), None)
         if split is None and Path(local).is_dir():
             raise SourceMissing(f"{local} has no file for a test or validation split")
-        return local, split, load_pairs(local, split, dropped=dropped)
+        return local, split, load_pairs(local, split, labels=labels, dropped=dropped)
     if elsewhere is None:
         where = "" if args.suite_root is None else f" {args.suite_root}"
         raise SourceMissing(f"there is no {name} in suite_root{where}")
@@ -169,6 +179,7 @@ def _load(
     pairs = load_pairs(
         elsewhere,
         split,
+        labels=labels,
         config=one.dataset_config,
         revision=one.dataset_revision,
         columns=one.columns(),
@@ -206,9 +217,10 @@ def link_edits(originals: Dataset, edited: Dataset, dropped: Counter) -> Dataset
     `unlinked`.
     """
     rows = {column: [] for column in ("uid", "premise", "hypothesis", "label", "edit_of")}
+    labels = originals.features["label"].names
 
     def add(row: dict[str, Any], uid: str, edit_of: str | None) -> None:
-        values = uid, row["premise"], row["hypothesis"], LABELS[row["label"]], edit_of
+        values = uid, row["premise"], row["hypothesis"], labels[row["label"]], edit_of
         for column, value in zip(rows, values, strict=True):
             rows[column].append(value)
 
@@ -228,7 +240,7 @@ def link_edits(originals: Dataset, edited: Dataset, dropped: Counter) -> Dataset
             add(row, f"edit-{row['uid']}", max(found)[1])
         else:
             dropped["unlinked"] += 1
-    return pairs_dataset(rows)
+    return pairs_dataset(rows, labels)
 
 
 def _subsample(pairs: Dataset, n: int, seed: int) -> Dataset:

@@ -17,8 +17,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HTTPError  # of httpx, or of another client that huggingface_hub uses
 from jinja2 import Environment, StrictUndefined
 
+from ..data.prompts import listed
 from ..evaluation.comparison import accuracy_interval, compare, headline
-from ..labels import LABELS
+from ..labels import LABELS, TWO_WAY_LABELS
 from ..models.bases import locate_model
 from ..models.loading import load_encoder
 from ..report.compare import EvaluationRecord
@@ -29,6 +30,13 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 # Used if the page of a data set cannot be read.
 KNOWN_LICENSES = {"stanfordnlp/snli": "cc-by-sa-4.0"}
+
+# What a model with these labels predicts. (Of others, the labels alone are known.)
+FOLLOWS = {
+    LABELS: "follows from a **premise** (`entailment`), may or may not be true (`neutral`), or cannot be true "
+    "(`contradiction`)",
+    TWO_WAY_LABELS: "follows from a **premise** (`entailment`) or not (`non-entailment`)",
+}
 
 MODEL_NAMES = {
     "base": "before tuning",
@@ -105,9 +113,11 @@ def model_card(
         template=encoder.template,
         prefix=prompt_prefix(encoder),
         decision_labels=label_tokens(encoder),
-        criteria=dict.fromkeys(LABELS),
+        criteria=dict.fromkeys(prompt.labels),
         is_chat=encoder.is_chat,
-        labels=LABELS,
+        labels=prompt.labels,
+        follows=FOLLOWS.get(prompt.labels),
+        listed_labels=listed([f"`{label}`" for label in prompt.labels]),
         answers=encoder.answers,
         answer_texts=[tokenizer.decode(answer) for answer in encoder.answers],
         end_token_id=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.pad_token_id,
@@ -230,7 +240,7 @@ def eval_result_files(folder: Path) -> dict[str, bytes]:
                 value=round(100 * evaluation["tuned"]["accuracy"], 2),
                 dataset_revision=evaluation["revision"],
                 notes=f"accuracy in %, split {evaluation['split']}, {evaluation['pairs']} pairs, 95% interval "
-                f"{100 * low:.2f} to {100 * high:.2f}, constrained generation over the three labels",
+                f"{100 * low:.2f} to {100 * high:.2f}, constrained generation over the labels",
             )
             text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
             files[f".eval_results/{evaluation['key']}.yaml"] = text.encode()

@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 
 from ..data.prompts import SLOTS, PromptEncoder
-from ..labels import LABELS
 
 CONFIG, TEMPLATE = "decision.json", "decision_template.jinja"
 
@@ -61,10 +60,11 @@ def decision_template(encoder: PromptEncoder) -> str:
     """
     parts = re.split(f"{{({'|'.join(SLOTS)})}}", prompt_prefix(encoder) + encoder.template)
     slots = [slot for slot in SLOTS if slot in parts[1::2]]
+    labels = list(encoder.prompt.labels)
     rendered = (f"state.{part} | trim" if n % 2 else _literal(part) for n, part in enumerate(parts) if part)
     lines = [
         _refuse_if(" or ".join(f"state.{slot} is not string" for slot in slots), f"state needs texts: {slots}"),
-        _refuse_if(f"question.options != {_literal(LABELS)}", f"criteria need to be, in this order: {list(LABELS)}"),
+        _refuse_if(f"question.options != {_literal(labels)}", f"criteria need to be, in this order: {labels}"),
         *(f"{{{{- {expression} -}}}}" for expression in rendered),
     ]
     return "\n".join(lines) + "\n"

@@ -11,7 +11,6 @@ from trl import ModelConfig
 
 from .. import UserError
 from ..classifier import Prediction
-from ..labels import LABELS
 from ..models.bases import check_base, quantization_of
 from ..models.loading import load_encoder, load_tuned
 from ..runs import read_run, write_run
@@ -75,7 +74,7 @@ class Parity:
     @classmethod
     def between(cls, before: list[Prediction], after: list[Prediction]) -> "Parity":
         p_before, p_after = (
-            torch.tensor([[one.probabilities[label] for label in LABELS] for one in predictions], dtype=torch.float64)
+            torch.tensor([list(one.probabilities.values()) for one in predictions], dtype=torch.float64)
             for predictions in (before, after)
         )
         difference = (p_before - p_after).abs()

@@ -13,7 +13,7 @@ import yaml
 from datasets import Dataset
 
 from ..data.prompts import PromptEncoder
-from ..labels import LABELS, TWO_WAY_LABELS
+from ..labels import counts_as
 
 
 def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dataset) -> Path:
@@ -29,8 +29,10 @@ def write_task(folder: str | Path, name: str, encoder: PromptEncoder, pairs: Dat
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / f"{name}.jsonl"
     # In a two-way set, neutral and contradiction are both right for non-entailment.
-    two_way = pairs.features["label"].num_classes == len(TWO_WAY_LABELS)
-    gold = [[0], [1, 2]] if two_way else range(len(LABELS))
+    names = pairs.features["label"].names
+    mapping = counts_as(encoder.prompt.labels, names)
+    right = [[label for label, gold in enumerate(mapping) if gold == name] for name in range(len(names))]
+    gold = right if len(mapping) > len(names) else range(len(names))
     with data.open("w", encoding="utf-8") as file:
         for pair in pairs.to_list():
             row = {key: pair[key] for key in ("uid", "premise", "hypothesis")} | {"gold": gold[pair["label"]]}

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ..evaluation.comparison import points
 from .content import MODEL_NAMES, Report, prompt_text
-from .figures import Plot, evaluation_plots, training_plots
+from .figures import Plot, evaluation_plots, label_colours, training_plots
 from .pairs import pairs_table
 from .suite import suite_tables
 from .tables import escape_markdown
@@ -46,6 +46,7 @@ def write_report(report: Report) -> Path:
         "table_note": table_note,
         "prompt_text": prompt_text(report.prompt),
         "model_names": MODEL_NAMES,
+        "label_colours": label_colours(len(report.prompt.labels)),
         "suite_tables": [table for suite in report.suites for table in suite_tables(suite, report.evaluations)],
     }
     (report.folder / "report.md").write_text(

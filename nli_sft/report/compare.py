@@ -29,6 +29,7 @@ from ..runs import (
     COMPARED_FILES,
     DEFAULT,
     evaluation_folders,
+    label_sets,
     read_metrics,
     read_predictions,
     read_run,
@@ -93,7 +94,7 @@ class EvaluationRecord:
             return None
         table = read_predictions(self._predictions.parent)
         columns = [name for name in table.columns if name.endswith("_prediction")]
-        return in_own_labels(table.loc[:, [*PAIR_COLUMNS, *columns]])
+        return in_own_labels(table.loc[:, [*PAIR_COLUMNS, *columns]], *label_sets(self.summary))
 
 
 class RunRecord:

@@ -17,10 +17,11 @@ from ..data.sources import describe_source
 from ..evaluation.calibration import abstention_curve, temperature_text
 from ..evaluation.comparison import Comparison, buckets, compare, design_effect, headline, points, smallest_difference
 from ..evaluation.slices import Slice, explain, slice_changes
-from ..labels import LABELS, TWO_WAY_LABELS, to_two_way
+from ..labels import LABELS, counts_as
 from ..runs import (
     HYPOTHESIS_ONLY,
     evaluation_folders,
+    label_sets,
     launch_command,
     read_json,
     read_metrics,
@@ -49,7 +50,7 @@ BUCKET_NAMES = {
 
 @dataclass(frozen=True)
 class ListedPair:
-    """One pair of a list, with the probabilities of the three labels before and after tuning."""
+    """One pair of a list, with the probabilities of the labels before and after tuning."""
 
     uid: str
     premise: str
@@ -57,8 +58,8 @@ class ListedPair:
     gold: str
     before: str
     after: str
-    p_before: tuple[float, float, float]
-    p_after: tuple[float, float, float]
+    p_before: tuple[float, ...]
+    p_after: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ class PairList:
     pairs: list[ListedPair]
 
 
-def in_own_labels(table: pd.DataFrame) -> pd.DataFrame:
-    """A table of predictions in the labels of its set: if the set is two-way, predictions are mapped to two labels."""
-    if not (table["label"] == TWO_WAY_LABELS[1]).to_numpy().any():
-        return table
-    two_way = {label: TWO_WAY_LABELS[to_two_way(index)] for index, label in enumerate(LABELS)}
+def in_own_labels(table: pd.DataFrame, labels: Sequence[str], label_names: Sequence[str]) -> pd.DataFrame:
+    """A table of predictions in the labels of its set.
+
+    Args:
+        labels, label_names: of the models and of the set, as `runs.label_sets` returns them.
+    """
+    own = {label: label_names[index] for label, index in zip(labels, counts_as(labels, label_names), strict=True)}
     columns = [name for name in table.columns if name.endswith("_prediction")]
-    return table.assign(**{name: [two_way[label] for label in table[name]] for name in columns})
+    return table.assign(**{name: [own[label] for label in table[name]] for name in columns})
 
 
 def _ids(names: Iterable[str], order: Sequence[str]) -> np.ndarray:
@@ -94,7 +97,7 @@ class Evaluation:
         summary: the content of metrics.json.
         table: the content of predictions.parquet, in the labels of the set (`in_own_labels`).
         metrics: {model: metrics}, a part of `summary`.
-        label_names: the gold labels of the set.
+        labels, label_names: the label sets of the models and of the set.
     """
 
     def __init__(self, folder: Path):
@@ -104,9 +107,9 @@ class Evaluation:
         source = self.summary.get("name") or Path(self.summary["source"]).name
         source = re.sub(r"\.(jsonl|csv|tsv|parquet|txt)(\.gz)?$", "", source)
         self.name = source if self.summary["split"] == "all" else f"{source} {self.summary['split']}"
-        self.table = in_own_labels(read_predictions(folder))
-        self.is_two_way = TWO_WAY_LABELS[1] in set(self.table["label"])
-        self.label_names = TWO_WAY_LABELS if self.is_two_way else LABELS
+        self.labels, self.label_names = label_sets(self.summary)
+        self.table = in_own_labels(read_predictions(folder), self.labels, self.label_names)
+        self.is_two_way = self.labels != self.label_names
         self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
         self.metrics = {name: self.summary[name] for name in self.models}
 
@@ -116,20 +119,21 @@ class Evaluation:
         return _ids(self.table["label"], self.label_names)
 
     def probabilities(self, model: str) -> np.ndarray:
-        """(n, 3) constrained probability of each label."""
-        return self.table[[f"{model}_p_{label}" for label in LABELS]].to_numpy(dtype=np.float64)
+        """(n, labels) constrained probability of each label of the model."""
+        return self.table[[f"{model}_p_{label}" for label in self.labels]].to_numpy(dtype=np.float64)
 
     def _own_probabilities(self, model: str) -> np.ndarray:
         """(n, labels of the set) probabilities; of neutral and contradiction together for non-entailment."""
-        p = self.probabilities(model)
-        return np.stack([p[:, 0], p[:, 1:].sum(axis=1)], axis=1) if self.is_two_way else p
+        return self.probabilities(model) @ np.eye(len(self.label_names))[self._mapping]
+
+    @property
+    def _mapping(self) -> list[int]:
+        return counts_as(self.labels, self.label_names)
 
     def _unconstrained_accuracy(self, model: str) -> float:
         """Accuracy of the label with the highest unconstrained probability: `acc` of lm-evaluation-harness."""
-        answers = self.table[[f"{model}_unconstrained_{label}" for label in LABELS]].to_numpy().argmax(axis=1)
-        if self.is_two_way:
-            answers = np.array([to_two_way(answer) for answer in answers])
-        return float((answers == self._gold).mean())
+        answers = self.table[[f"{model}_unconstrained_{label}" for label in self.labels]].to_numpy().argmax(axis=1)
+        return float((np.array(self._mapping)[answers] == self._gold).mean())
 
     def right(self, model: str) -> np.ndarray:
         """(n,) whether each prediction is the gold label."""
@@ -174,7 +178,7 @@ class Evaluation:
 
     @cached_property
     def slices(self) -> list[Slice]:
-        return slice_changes(self.table, self.right("base"), self.right("tuned"))
+        return slice_changes(self.table, self.right("base"), self.right("tuned"), self.label_names)
 
     @cached_property
     def explanation(self) -> list[str]:
@@ -486,6 +490,8 @@ class Report:
     def how_to_run_controls(self) -> list[str]:
         """Commands that train the hypothesis-only baseline and evaluate this run with it."""
         control = ["--prompt", HYPOTHESIS_ONLY, "--label_words", *self.prompt.label_words]
+        if self.prompt.labels != LABELS:
+            control += ["--labels", *self.prompt.labels]
         control += ["--output_dir", self.folder / HYPOTHESIS_ONLY]
         if self.recipe.get("hypothesis_only_control"):
             control += ["--hypothesis_only_control", "false"]

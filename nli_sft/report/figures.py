@@ -24,6 +24,9 @@ from .content import MODEL_NAMES, Evaluation, Training
 
 BEFORE, AFTER, CONTROL, INK = "#8c8c8c", "#0072B2", "#D55E00", "#222222"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#cfe3f1", "#56a0d0", "#0072B2", "#00466e"])
+# Of the probabilities of labels; a middle label of three is grey.
+LABEL_COLOURS = {2: ["#0072b2", "#d55e00"], 3: ["#0072b2", "#c4c4c4", "#d55e00"]}
+MORE_COLOURS = ["#0072b2", "#56b4e9", "#009e73", "#f0e442", "#e69f00", "#d55e00", "#cc79a7", "#c4c4c4"]
 WIDTH = 4.8  # inches
 TITLE_CHARACTERS = 50
 
@@ -54,6 +57,11 @@ STYLE: dict[Any, Any] = {
 
 # matplotlib computes the layout with DejaVu Sans, which is wide: other fonts fit as well.
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'DejaVu Sans', sans-serif"
+
+
+def label_colours(labels: int) -> list[str]:
+    """A colour for each of so many labels. More than eight share some."""
+    return LABEL_COLOURS.get(labels) or [MORE_COLOURS[index % len(MORE_COLOURS)] for index in range(labels)]
 
 
 @dataclass(frozen=True)

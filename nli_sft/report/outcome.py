@@ -29,7 +29,7 @@ def outcome_table(evaluation: Evaluation, trained: Mapping) -> Table:
     rows = [_row("all pairs", np.ones(len(evaluation.table), dtype=bool), right)]
     low_high = (evaluation.metrics[model]["accuracy_interval"] for model in models)
     rows.append(["95% interval", "", *(f"{100 * low:.1f}–{100 * high:.1f}" for low, high in low_high)])
-    for (family, name, _), inside in source_slices(evaluation.table).items():
+    for (family, name, _), inside in source_slices(evaluation.table, evaluation.label_names).items():
         if family == "Difficulty":
             rows.append(_row("easy", ~inside, right))
             rows.append(_row("hard", inside, right))

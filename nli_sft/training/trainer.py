@@ -482,7 +482,10 @@ class NLITrainer(ResumableTrainer):
         scores.check_numbers(self.model, f"the evaluation after step {step}", fix)
         gold = torch.tensor(gold)
         gold_tokens = sum(len(self.encoder.answers[label]) for label in gold.tolist())
-        figures: Any = metrics.compute(gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy())
+        labels = self.encoder.prompt.labels
+        figures: Any = metrics.compute(
+            gold.numpy(), scores.choice.numpy(), scores.log_probs.exp().numpy(), label_names=labels
+        )
         values = {
             "loss": -scores.unconstrained[torch.arange(len(gold)), gold].sum().item() / gold_tokens,
             **{name: figures[name] for name in ("accuracy", "macro_f1", "nll", "ece")},

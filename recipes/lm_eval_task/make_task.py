@@ -37,9 +37,9 @@ class TaskConfig(DataConfig):
 
 
 def main(args):
-    recipe, _, _ = read_run(args.run)
+    recipe, prompt, _ = read_run(args.run)
     (pairs,) = load_evaluation_sets(
-        from_recipe(EvalConfig, vars(args)), trained_on=from_recipe(TrainDataConfig, recipe)
+        from_recipe(EvalConfig, vars(args)), trained_on=from_recipe(TrainDataConfig, recipe), labels=prompt.labels
     )
     encoder = load_encoder(args.run, recipe.get("trust_remote_code", False))
     name = re.sub(r"\W+", "_", f"{Path(args.run).resolve().name}_{pairs}")

@@ -81,6 +81,8 @@ def test_fingerprint_is_of_content_alone():
     assert len(prints) == len(PROMPTS)
     assert Prompt("another name", plain.user).fingerprint == plain.fingerprint
     assert load_prompt("plain", ["yes", "maybe", "no"]).fingerprint != plain.fingerprint
+    assert plain.fingerprint == "24cb5fad049c49b4", "as in runs from before prompts had labels"
+    assert load_prompt("plain", labels=["yes", "no"]).fingerprint != load_prompt("plain", labels=["no", "yes"])
 
 
 def test_braces_in_data_are_left_alone(chatml):
@@ -187,10 +189,71 @@ def test_own_prompt_files(tmp_path):
         ValueError, match=r"'plane' is neither built in \(plain, definitions, few_shot, hypothesis_only\)"
     ):
         load_prompt("plane")
-    with pytest.raises(ValueError, match="label_words must be three different words"):
+    with pytest.raises(ValueError, match="label_words must be 3 different words"):
         load_prompt("plain", ["yes", "no", "No"])
     with pytest.raises(ValueError, match="no {hypothesis} slot"):
         Prompt("mine", "Say something.")
+
+
+STEPS = ("1", "2", "3", "4", "5")
+FEVER = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
+
+
+@pytest.mark.parametrize(
+    ("labels", "question"),
+    [
+        (("entails", "neutral"), "Answer entails or neutral."),
+        (FEVER, "Answer SUPPORTS, REFUTES or NOT ENOUGH INFO."),
+        (STEPS, "Answer 1, 2, 3, 4 or 5."),
+    ],
+)
+@pytest.mark.parametrize("name", ["plain", "hypothesis_only"])
+def test_built_in_prompts_that_list_the_labels_fit_any(chatml, name, labels, question):
+    prompt = load_prompt(name, labels=labels)
+    assert question in prompt.turns()[-1]["content"]
+    assert (prompt.labels, prompt.label_words) == (labels, labels)
+    assert PromptEncoder(prompt, chatml).answer_texts == list(labels)
+    words = load_prompt(name, [f"word{n}" for n in range(len(labels))], labels)
+    assert (words.labels, words.label_words[-1]) == (labels, f"word{len(labels) - 1}")
+
+
+@pytest.mark.parametrize("name", ["definitions", "few_shot"])
+def test_built_in_prompts_that_name_snlis_labels_are_refused_for_others(name):
+    with pytest.raises(
+        UserError,
+        match=f"prompt {name} is written for the labels entailment, neutral, contradiction; "
+        "for SUPPORTS, REFUTES, NOT ENOUGH INFO take plain, or your own in a .yaml file that says ",
+    ):
+        load_prompt(name, labels=FEVER)
+
+
+def test_own_prompts_name_their_labels(tmp_path):
+    path = tmp_path / "fever.yaml"
+    text = "user: '{SUPPORTS}? {REFUTES}? Else {NOT_ENOUGH_INFO}: {premise} {hypothesis}'\n"
+    path.write_text(text + "examples: [[A., B., NOT ENOUGH INFO]]\nlabel_words: [yes, no, maybe]\n")
+    prompt = load_prompt(str(path), labels=FEVER)
+    question, answer, _ = (turn["content"] for turn in prompt.turns())
+    assert (question, answer) == ("yes? no? Else maybe: A. B.", "maybe")
+    with pytest.raises(UserError, match=r"user holds {SUPPORTS}, which nothing fills; there are .*{neutral}"):
+        load_prompt(str(path))
+    path.write_text(text + "labels: [SUPPORTS, REFUTES, NOT ENOUGH INFO]\n")
+    assert load_prompt(str(path)) == load_prompt(str(path), labels=FEVER)
+    with pytest.raises(
+        UserError, match=r"fever.yaml is for the labels SUPPORTS, .*, not yes, no; set labels to these"
+    ):
+        load_prompt(str(path), labels=["yes", "no"])
+    path.write_text("user: '{premise} {hypothesis}'\nlabels: [yes, no]\n")
+    assert load_prompt(str(path)).labels == ("yes", "no"), "as written, not as YAML's booleans"
+    with pytest.raises(UserError, match="label_words must be 2 different words, for yes, no"):
+        load_prompt(str(path), ["a", "b", "c"])
+
+
+def test_rows_are_those_of_the_labels_of_the_prompt(chatml):
+    encoder = PromptEncoder(load_prompt("plain", labels=("supported", "not_supported")), chatml)
+    with pytest.raises(
+        UserError, match="needs the labels supported, not_supported, but this set has entailment, neut"
+    ):
+        encoder.encode_rows(few_pairs(), max_length=None)
 
 
 def with_template(template):
@@ -355,14 +418,14 @@ def test_every_added_token_is_refused_in_data_and_text_is_not():
         ("user: 5", "mine.yaml: user is 5; expected text"),
         ("user: [a, b]", "user is .'a', 'b'.; expected text"),
         ("user: '{premise} {hypothesis}'\nname: 1", "name is 1; expected text"),
-        ("user: '{premise} {hypothesis}'\nlabel_words: yes", "label_words is True; expected a list of three texts"),
-        ("user: '{premise} {hypothesis}'\nlabel_words:", "label_words is None; expected a list of three texts"),
-        ("user: '{premise} {hypothesis}'\nlabel_words: [a, b]", "expected a list of three texts"),
-        ("user: '{premise} {hypothesis}'\nlabel_words: [a, b, [c]]", "expected a list of three texts"),
+        ("user: '{premise} {hypothesis}'\nlabel_words: yes", "label_words is True; expected a list of texts"),
+        ("user: '{premise} {hypothesis}'\nlabel_words:", "label_words is None; expected a list of texts"),
+        ("user: '{premise} {hypothesis}'\nlabel_words: [a, b]", "label_words must be 3 different words"),
+        ("user: '{premise} {hypothesis}'\nlabel_words: [a, b, [c]]", "expected a list of texts"),
         ("user: '{premise} {hypothesis}'\nlabel_words: [' a', b, c]", "' a' begins or ends with a space; remove it"),
         ("user: '{premise} {hypothesis}'\nlabel_words: [a, b, '{premise}']", "'{premise}' holds a slot"),
         ("user: '{premise} {hypothesis}'\nexamples: 5", "examples is 5; expected a list of .premise, hypothesis, la"),
-        ("user: '{premise} {hypothesis}'\nexamples: [5]", "example 1 is 5; expected a list of three texts"),
+        ("user: '{premise} {hypothesis}'\nexamples: [5]", "example 1 is 5; expected a list of 3 texts"),
         ("user: '{premise} {hypothesis}'\nexamples: [{premise: a}]", "example 1 is {'premise': 'a'}; expected"),
         ("user: '{premise} {hypothesis}'\nexamples: [[a, b, maybe]]", "example label 'maybe' is not one of"),
         ("user: '{premise} {hypothesis}'\nexamples: [['{premise}', b, neutral]]", "'{premise}' holds a slot"),

@@ -675,6 +675,100 @@ def test_missing_sources(tmp_path):
         load_pairs("nobody/nothing", "train")
 
 
+RTE = ("entailment", "not_entailment")
+FEVER = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO")
+STEPS = ("1", "2", "3", "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("labels", "written", "ids"),
+    [
+        (RTE, ["entailment", "not_entailment", "non-entailment"], [0, 1, 1]),  # GLUE's, and as HANS writes it
+        (("entails", "neutral"), ["neutral", "entails"], [1, 0]),  # SciTail
+        (("Entailment", "Contradiction", "NotMentioned"), ["NotMentioned", "Entailment"], [2, 0]),  # ContractNLI
+        (FEVER, ["REFUTES", "NOT ENOUGH INFO", "Not_enough_info", "supports"], [1, 2, 2, 0]),
+        (STEPS, [5, "1", 3.0, "5.0"], [4, 0, 2, 4]),
+        (("favor", "against", "none"), ["none", None, "-", "AGAINST"], [2, 1]),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_labels_of_another_label_set(tmp_path, labels, written, ids, suffix):
+    rows = [{"premise": "A.", "hypothesis": f"B {n}.", "label": label} for n, label in enumerate(written)]
+    pairs = load_pairs(str(write(tmp_path, suffix, rows)), labels=labels)
+    assert pairs.features["label"].names == list(labels)
+    assert list(pairs["label"]) == ids
+
+
+@pytest.mark.parametrize("names", [["not_entailment", "entailment"], ["entailment", "not_entailment"]])
+def test_names_of_a_parquet_file_and_of_a_hub_set_are_those_of_the_label_set(tmp_path, names):
+    table = hub_set(names, [0, 1, 1])
+    table.to_parquet(tmp_path / "rte.parquet")
+    DatasetDict({"train": table}).save_to_disk(tmp_path / "set")
+    for source in ("rte.parquet", "set"):
+        pairs = load_pairs(str(tmp_path / source), "train", labels=RTE)
+        assert [RTE[label] for label in pairs["label"]] == [names[0], names[1], names[1]]
+
+
+@pytest.mark.parametrize("written", [[0, 1, 1], ["1", "0"], ["supported", 1], [7, 9]])
+def test_ids_without_names_are_refused_unless_spelled_out(tmp_path, written):
+    labels = ("supported", "not_supported")
+    path = labelled(tmp_path / "claims.jsonl", written)
+    with pytest.raises(
+        UserError,
+        match=r"claims.jsonl: (some labels are|the only labels are) .*, whose meaning is "
+        r"unknown; set label_spellings to the labels for supported, not_supported, in that order, such",
+    ):
+        load_pairs(path, labels=labels)
+    if "supported" not in written:
+        spelled = load_pairs(path, labels=labels, label_spellings=sorted({str(one) for one in written}, reverse=True))
+        assert spelled.features["label"].names == list(labels)
+        assert spelled["label"][0] == (str(written[0]) != max(map(str, written)))
+
+
+def test_names_beside_the_ids_of_another_label_set(tmp_path, caplog):
+    beside = {"label_text": ["not supported", "Supported", None, "supported"]}
+    path = labelled(tmp_path / "claims.jsonl", [1, 0, 0, 0], **beside)
+    assert list(load_pairs(path, labels=("supported", "not_supported"))["label"]) == [1, 0, 0, 0]
+    assert "read by the names beside them: 0 is supported, 1 is not_supported" in caplog.text
+
+
+def test_a_set_with_other_labels_is_refused_with_both_label_sets(tmp_path):
+    hans = labelled(tmp_path / "hans.jsonl", ["non-entailment", "entailment", "non-entailment"])
+    with pytest.raises(
+        UserError,
+        match=r"hans.jsonl row 1, column label: unknown label 'non-entailment'; expected one "
+        r"of SUPPORTS, REFUTES, NOT ENOUGH INFO, .* \(the column has non-entailment, entailment\)",
+    ):
+        load_pairs(hans, labels=FEVER)
+    with pytest.raises(
+        UserError, match="label_spellings has 3 entries; give one each for entailment, not_entailment, in"
+    ):
+        load_pairs(hans, labels=RTE, label_spellings=["a", "b", "c"])
+
+
+def test_annotators_of_another_label_set_are_counted(tmp_path):
+    beside = {"annotator_labels": [["supports", "SUPPORTS", "refutes"], ["REFUTES", "sports"]]}
+    pairs = load_pairs(labelled(tmp_path / "fever.jsonl", ["SUPPORTS", "REFUTES"], **beside), labels=FEVER)
+    assert list(pairs["label_counts"]) == [[2, 1, 0], None]
+    counts = {"label_counts": [[4, 1, 0, 0, 0], [1, 2, 2]]}
+    pairs = load_pairs(labelled(tmp_path / "steps.jsonl", [1, 2], **counts), labels=STEPS)
+    assert list(pairs["label_counts"]) == [[4, 1, 0, 0, 0], None], "as many counts as labels"
+
+
+def test_a_recipe_reads_all_its_sources_in_its_labels(tmp_path):
+    rows = [{**ROWS[0], "uid": n, "premise": f"Man {n}.", "label": RTE[n % 2]} for n in range(40)]
+    own, more = (str(write(tmp_path, ".jsonl", rows, name)) for name in ("own", "more"))
+    recipe = TrainDataConfig(dataset_name=own, train_mix=[f"{more}=0.5"], balance="label", max_train_samples=30)
+    mixture = {}
+    pairs = load_train_and_validation(recipe, labels=RTE, seed=0, mixture=mixture)
+    assert {split: pairs[split].features["label"].names for split in pairs} == dict.fromkeys(pairs, list(RTE))
+    assert mixture[own]["labels"].keys() == set(RTE)
+    (test,) = load_evaluation_sets(EvalConfig(run="run"), trained_on=recipe, labels=RTE)
+    assert test.pairs["uid"] == pairs["validation"]["uid"]
+    with pytest.raises(UserError, match="unknown label 'entailment'; expected one of yes, no"):
+        load_evaluation_sets(EvalConfig(run="run", dataset_name=own), trained_on=recipe, labels=("yes", "no"))
+
+
 def unusual(folder, name, spellings, premises=6):
     """A file with columns and labels that only a recipe can explain."""
     rows = [{"text": f"Man {n} sleeps.", "claim": "He rests.", "judgement": spellings[n % 3]} for n in range(premises)]

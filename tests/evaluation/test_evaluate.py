@@ -95,6 +95,37 @@ def test_sets_in_one_pass_are_scored_as_they_are_alone(chatml):
             torch.testing.assert_close(values, getattr(padded, name), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("labels", [("entailment", "not_entailment"), ("1", "2", "3", "4", "5")])
+def test_a_run_with_other_labels_is_evaluated_in_them(tmp_path, labels):
+    base, prompt = make_base(tmp_path / "base"), PROMPTS["plain"].with_labels(labels)
+    run = make_run(tmp_path / "run", base, prompt=prompt, evaluated=False)
+    pairs = few_pairs(2, labels)
+    pairs = pairs.add_column("subset", ["overlap"] * len(pairs))
+    options = {"batch_size": 16, "batch_args": BatchConfig(), "unconstrained_samples": 4}
+    (results,) = evaluate_run(
+        run,
+        ModelConfig(model_name_or_path=str(base)),
+        [EvaluationSet("few", "test", pairs, 0)],
+        calibration_pairs=few_pairs(4, labels),
+        checks=Checks(label_order_pairs=12, prompt_pairs=6),
+        **options,
+    )
+    for model in ("base", "tuned"):
+        scores, result = results[model]
+        right = scores.choice.numpy() == np.array(pairs["label"])
+        assert (result["labels"], result["label_mapping"]) == (list(labels), None)
+        assert result["accuracy"] == pytest.approx(right.mean())
+        assert np.array(result["confusion"]).trace() == right.sum()
+        assert result["calibrated"]["fitted_on_pairs"] == 48
+        assert len(result["label_orders"]["accuracy"]) == len(labels)
+        assert list(result["prompts"]["accuracy"]) == ["plain"], "the others name SNLI's labels"
+        assert result["unconstrained_generation"]["n"] == 4
+    subsets = {"overlap": 2}.get(labels[0], len(results["tuned"][1]["by_subset"]))
+    assert subsets == (2 if len(labels) == 2 else 1)
+    with pytest.raises(UserError, match=f"labels of the model are {', '.join(labels)}, those of the set entailment, "):
+        evaluate_run(run, ModelConfig(str(base)), [EvaluationSet("snli", "test", few_pairs(), 0)], **options)
+
+
 def test_a_run_is_evaluated_with_baseline_calibration_and_checks(tmp_path):
     base = make_base(tmp_path / "base")
     run = make_run(tmp_path / "run", base, evaluated=False)

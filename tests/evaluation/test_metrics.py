@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from nli_sft.evaluation.metrics import METRICS_PATH, compute
-from nli_sft.labels import TWO_WAY_LABELS
+from nli_sft.labels import LABELS, TWO_WAY_LABELS
 
 # Four pairs, three right; worked out by hand below.
 GOLD = [0, 1, 2, 1]
@@ -70,11 +70,29 @@ def test_calibration_error_of_a_calibrated_model_is_small():
 
 
 def test_two_way_sets_map_predictions_and_add_probabilities():
-    result = compute([0, 1, 1], [0, 1, 2], [[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]], None, TWO_WAY_LABELS)
+    result = compute(
+        [0, 1, 1], [0, 1, 2], [[0.6, 0.2, 0.2], [0.3, 0.4, 0.3], [0.1, 0.1, 0.8]], None, TWO_WAY_LABELS, LABELS
+    )
     assert result["accuracy"] == 1
     assert result["confusion"] == [[1, 0], [0, 2]]
     assert result["nll"] == pytest.approx(-(np.log(0.6) + np.log(0.7) + np.log(0.9)) / 3)
     assert result["label_mapping"]["neutral"] == result["label_mapping"]["contradiction"] == "non-entailment"
+
+
+def test_two_labels_of_a_model_of_two_are_not_mapped():
+    result = compute([0, 1, 1], [0, 1, 0], [[0.6, 0.4], [0.3, 0.7], [0.8, 0.2]], None, ("supported", "refuted"))
+    assert (result["labels"], result["label_mapping"]) == (["supported", "refuted"], None)
+    assert result["confusion"] == [[1, 0], [1, 1]]
+    assert result["nll"] == pytest.approx(-(np.log(0.6) + np.log(0.7) + np.log(0.2)) / 3)
+    assert result["brier"] == pytest.approx((2 * 0.4**2 + 2 * 0.3**2 + 2 * 0.8**2) / 3)
+
+
+def test_five_labels():
+    names, probabilities = "12345", np.full((2, 5), 0.2)
+    result = compute([4, 0], [4, 1], probabilities, None, names)
+    assert (np.array(result["confusion"]).shape, result["per_label"]["5"]["f1"]) == ((5, 5), 1.0)
+    assert result["nll"] == pytest.approx(np.log(5))
+    assert result["macro_f1"] == pytest.approx(1 / 5)
 
 
 def test_a_wrong_label_that_was_certain_has_a_finite_loss():
@@ -91,6 +109,8 @@ def test_mass_is_averaged():
         (([], []), "no pairs"),
         (([0, 1], [0]), "2 gold labels but 1 predictions"),
         (([0], [0], [[0.5, 0.5]]), r"expected probabilities of shape \(1, 3\)"),
+        (([0, 1], [0, 2], None, None, TWO_WAY_LABELS), "expected label ids from 0 to 1, found 0 to 2"),
+        (([0], [0], None, None, ("a", "b"), LABELS), "labels of the model are entailment, .* those of the set a, b"),
     ],
 )
 def test_inputs_that_do_not_match_are_refused(arguments, message):

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nli_sft.data.prompts import PROMPTS, Prompt
+from nli_sft.data.prompts import PROMPTS, Prompt, load_prompt
 from nli_sft.evaluation.robustness import (
     against_annotators,
     by_subset,
@@ -12,6 +12,7 @@ from nli_sft.evaluation.robustness import (
     sensitivity,
     set_figures,
 )
+from nli_sft.labels import LABELS, TWO_WAY_LABELS
 
 
 def test_hans_is_split_by_heuristic_and_label():
@@ -19,13 +20,13 @@ def test_hans_is_split_by_heuristic_and_label():
     pairs = pd.DataFrame(
         {"subset": ["overlap", "overlap", "subsequence"], "label": ["entailment", "non-entailment", "non-entailment"]}
     )
-    assert by_subset(pairs, np.array([True, False, False])) == {
+    assert by_subset(pairs, np.array([True, False, False]), TWO_WAY_LABELS) == {
         "overlap, entailment": {"n": 1, "accuracy": 1.0},
         "overlap, non-entailment": {"n": 1, "accuracy": 0.0},
         "subsequence, non-entailment": {"n": 1, "accuracy": 0.0},
     }
     three_way = pairs.assign(label=["entailment", "neutral", "neutral"])
-    assert by_subset(three_way, np.array([True, False, True])) == {
+    assert by_subset(three_way, np.array([True, False, True]), LABELS) == {
         "overlap": {"n": 2, "accuracy": 0.5},
         "subsequence": {"n": 1, "accuracy": 1.0},
     }
@@ -84,12 +85,28 @@ def test_label_orders_permute_the_list_of_labels_only():
     assert label_orders(PROMPTS["definitions"]) == {}
 
 
+def test_two_labels_have_two_orders_and_five_stand_at_every_place_once():
+    two = label_orders(load_prompt("plain", labels=("entails", "not enough")))
+    assert [other.turns()[-1]["content"].splitlines()[0].partition("Answer ")[2] for other in two.values()] == [
+        "entails or not enough.",
+        "not enough or entails.",
+    ]
+    five = label_orders(load_prompt("plain", labels=tuple("12345")))
+    assert list(five) == ["1, 2, 3, 4, 5", "2, 3, 4, 5, 1", "3, 4, 5, 1, 2", "4, 5, 1, 2, 3", "5, 1, 2, 3, 4"]
+
+
 def test_other_prompts_ask_for_the_same_words_and_show_the_premise():
     own = Prompt(name="own", user="{premise} {hypothesis}", label_words=("true", "unclear", "false"))
     choices = prompt_choices(own)
     assert list(choices) == ["own", "plain", "definitions", "few_shot"]
     assert all(prompt.label_words == own.label_words for prompt in choices.values())
     assert list(prompt_choices(PROMPTS["plain"])) == ["plain", "definitions", "few_shot"]
+    labels = ("supported", "not_supported")
+    other = Prompt(name="own", user="{premise} {hypothesis}", labels=labels, label_words=("yes", "no"))
+    assert [(name, prompt.labels, prompt.label_words) for name, prompt in prompt_choices(other).items()] == [
+        ("own", labels, ("yes", "no")),
+        ("plain", labels, ("yes", "no")),
+    ]
 
 
 def test_flips_are_pairs_with_different_predictions_across_variants():

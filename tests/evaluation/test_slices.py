@@ -13,6 +13,7 @@ from nli_sft.evaluation.slices import (
     slice_changes,
     words,
 )
+from nli_sft.labels import TWO_WAY_LABELS
 
 
 def pair(premise, hypothesis, label="neutral", **columns):
@@ -86,7 +87,11 @@ def test_two_way_sets_are_sliced_by_subset_and_label():
     table = pd.DataFrame(
         [pair("P.", "H.", label, subset="order") for label in ("entailment", "non-entailment", "entailment")]
     )
-    inside = {name: mask for (family, name, _), mask in describe(table).items() if family == "Subset and label"}
+    inside = {
+        name: mask
+        for (family, name, _), mask in describe(table, TWO_WAY_LABELS).items()
+        if family == "Subset and label"
+    }
     assert list(inside["order, entailment"]) == [True, False, True]
     assert list(inside["order, non-entailment"]) == [False, True, False]
 

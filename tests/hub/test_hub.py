@@ -378,6 +378,20 @@ def test_the_code_of_the_card_runs_as_pasted(hub, tmp_path, family):
         assert LABELS[prompt.label_words.index(word)] == classifier(premise, hypothesis).label
 
 
+def test_the_card_of_a_run_with_other_labels(hub, made, tmp_path):
+    labels = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO", "DISPUTED")
+    prompt = PROMPTS["plain"].with_labels(labels)
+    card = str(model_card(make_run(tmp_path / "fever", made[0], prompt=prompt), "me/fever"))
+    assert (
+        "to label a **hypothesis**, given a **premise**, with `SUPPORTS`, `REFUTES`, `NOT ENOUGH INFO` or `DISPUTED`. "
+        in card
+    )
+    assert "It answers with one of 4 label words" in card
+    assert "over 4 labels: guessing is right on 1 in 4." in card
+    assert re.search(r"\| NOT ENOUGH INFO \| `NOT ENOUGH INFO` \| `\[[\d, ]+\]` \|", card)
+    assert "neutral" not in card.replace("general words for entailment", "").split("## Limits")[0]
+
+
 def test_every_snippet_of_the_card_is_python(hub, run):
     card = str(model_card(run, "me/snli"))
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

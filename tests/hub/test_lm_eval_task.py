@@ -1,3 +1,4 @@
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_both_labels_of_non_entailment_are_right(chatml, tmp_path):
     write_task(tmp_path, "two_way", encoder, pairs)
     scores, accuracies, _ = harness_answers(tmp_path, "two_way", model, encoder)
     assert accuracies == [float(bool(s.argmax()) == label) for s, label in zip(scores, pairs["label"], strict=True)]
+
+
+def test_a_task_in_other_labels(chatml, tmp_path):
+    labels = ("supported", "disputed", "refuted", "unknown")
+    encoder = PromptEncoder(PROMPTS["plain"].with_labels(labels), chatml)
+    pairs = few_pairs(1, labels)
+    task = yaml.safe_load(write_task(tmp_path, "pairs", encoder, pairs).read_text())
+    assert task["doc_to_choice"] == list(labels)
+    lines = Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+    assert [json.loads(line)["gold"] for line in lines] == pairs["label"][:]
 
 
 def test_a_task_is_made_of_the_prompt_object(chatml, tmp_path):

@@ -247,6 +247,11 @@ def test_two_way_sets_are_compared_in_their_own_labels(tmp_path):
     names = {"neutral": "non-entailment", "contradiction": "non-entailment"}
     table["label"] = table["label"].replace(names)
     table.to_parquet(path)
+    summary = json.loads((path.parent / "metrics.json").read_text())
+    for model in ("base", "tuned"):
+        two_way = {"labels": ["entailment", "non-entailment"], "label_mapping": {"entailment": "entailment"} | names}
+        summary[model] |= two_way
+    (path.parent / "metrics.json").write_text(json.dumps(summary))
     table = RunRecord(folder).evaluations["snli-test"].table
     assert set(table["tuned_prediction"]) == {"entailment", "non-entailment"}
 

@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+from tiny_run import make_base
+from tiny_run import make_run as make_tiny_run
 
 from nli_sft import UserError
 from nli_sft.data.prompts import PROMPTS
@@ -83,6 +85,7 @@ def figures(table):
             columns(model, "p"),
             np.exp(columns(model, "unconstrained")).sum(axis=1),
             names,
+            LABELS,
         )
         for model in (column.removesuffix("_prediction") for column in table if column.endswith("_prediction"))
     }
@@ -356,6 +359,28 @@ def test_controls_are_interpreted(tmp_path):
     sentences = " ".join(Report(make_run(tmp_path / "does not", table)).own.controls())
     assert "nothing shows that it uses the premise" in sentences
     assert "could come from the hypotheses alone" in sentences
+
+
+@pytest.mark.parametrize("labels", [("entailment", "not_entailment"), ("1", "2", "3", "4", "5")])
+def test_a_run_with_other_labels(tmp_path, labels):
+    prompt = PROMPTS["plain"].with_labels(labels)
+    run = make_tiny_run(tmp_path / "run", make_base(tmp_path / "base"), prompt=prompt)
+    summary = json.loads((run / "eval" / "snli-test" / "metrics.json").read_text())
+    write_json(run / "eval" / "snli-test" / "metrics.json", summary | {"data_fingerprint": "beef" * 4})
+    report = Report(run)
+    assert (report.own.labels, report.own.label_names, report.own.is_two_way) == (labels, labels, False)
+    assert report.own.probabilities("tuned").shape == (24, len(labels))
+    page = text_of(write_report(report).read_text(encoding="utf-8"))
+    assert f"one of its {len(labels)} labels, so chance is 1 in {len(labels)}" in page
+    assert all(re.search(rf"{label} \d+%", page) for label in labels)
+    markdown = (run / "report.md").read_text(encoding="utf-8").replace("\\_", "_")
+    assert f"Probabilities of {' / '.join(labels)} in percent." in markdown
+    assert not re.search("neutral|contradiction", page.replace("negation for contradiction", "") + markdown)
+    (run / "eval" / "snli-test" / "predictions.parquet").rename(tmp_path / "old.parquet")
+    table = pd.read_parquet(tmp_path / "old.parquet").drop(columns=f"tuned_p_{labels[-1]}")
+    table.to_parquet(run / "eval" / "snli-test" / "predictions.parquet")
+    with pytest.raises(UserError, match=f"predictions.parquet has no column 'tuned_p_{labels[-1]}'"):
+        Report(run)
 
 
 def test_a_two_way_set_is_mapped_and_says_so(tmp_path):

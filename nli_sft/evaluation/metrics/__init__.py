@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
-from ...labels import LABELS, to_two_way
+from ...labels import LABELS, counts_as
 
 METRICS_PATH = Path(__file__).parent
 
@@ -27,23 +27,26 @@ def compute(
     probabilities: Sequence[Sequence[float]] | np.ndarray | None = None,
     mass: Sequence[float] | np.ndarray | None = None,
     label_names: Sequence[str] = LABELS,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metrics of one model on one set of pairs, ready for JSON.
 
     Args:
         gold: (n,) label ids, indices of `label_names`.
-        predicted: (n,) three-way label ids.
-        probabilities: (n, 3) probability of each label; rows sum to 1. Needed for the calibration metrics.
+        predicted: (n,) label ids, indices of `labels`.
+        probabilities: (n, labels) probability of each label; rows sum to 1. Needed for the calibration metrics.
         mass: (n,) label mass: the total probability of the label words without constraints.
-        label_names: the names of the gold ids: `LABELS`, or `TWO_WAY_LABELS` for a set that does not distinguish
-            neutral from contradiction. Predictions are then mapped by `labels.to_two_way`, and probabilities added.
+        label_names: the label set of the gold labels.
+        labels: the label set of the model; `label_names` by default. If they differ, predictions are mapped by
+            `labels.counts_as`, and probabilities added.
 
     Returns:
         - `n`, `accuracy`, `accuracy_interval` [low, high]: 95 % Wilson score interval (Wilson, 1927), which treats the
           pairs as independent;
         - `macro_f1`, `per_label` {name: {precision, recall, f1, n}}, 0 where undefined;
         - `confusion`: counts; rows are gold labels, columns predictions, in the order of `labels`;
-        - `labels`, and `label_mapping` {three-way name: two-way name}, or `None`;
+        - `labels`, the label set of the gold labels, and `label_mapping` {label of the model: label of the set}, or
+          `None` if they are the same;
         - with probabilities: `nll`, mean negative log-likelihood of the gold label in nats; `brier`, mean squared
           distance between probabilities and gold, summed over labels, 0 to 2 (Brier, 1950); `ece`, expected
           calibration error; `mean_confidence`; `reliability`, its non-empty bins
@@ -51,7 +54,8 @@ def compute(
         - with mass: its mean, `label_mass`.
 
     Raises:
-        ValueError: if there are no pairs, or lengths or shapes differ.
+        ValueError: if there are no pairs, lengths or shapes differ, or an id is no label.
+        UserError: if the label sets differ and there is no mapping.
     """
     from .metrics import NLIMetrics  # here, so that importing this does not import `evaluate`
 
@@ -61,7 +65,12 @@ def compute(
         raise ValueError("no pairs to compute metrics on")
     module = NLIMetrics(keep_in_memory=True, cache_dir=tempfile.gettempdir())  # a home folder may be read-only
     result = module.compute(
-        predictions=predicted, references=gold, probabilities=probabilities, mass=mass, label_names=label_names
+        predictions=predicted,
+        references=gold,
+        probabilities=probabilities,
+        mass=mass,
+        label_names=label_names,
+        labels=labels,
     )
     assert result is not None, "None only in processes other than the first of a distributed metric"
     return result
@@ -73,13 +82,13 @@ def compute_arrays(
     probabilities: Sequence[Sequence[float]] | np.ndarray | None,
     mass: Sequence[float] | np.ndarray | None,
     label_names: Sequence[str],
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The computation itself, with the arguments and the result of `compute`."""
-    gold_ids, predicted_ids = np.asarray(gold), np.asarray(predicted)
     names = list(label_names)
-    is_two_way = len(names) != len(LABELS)
-    if is_two_way:
-        predicted_ids = np.array([to_two_way(label) for label in predicted])
+    own_names = names if labels is None else list(labels)
+    mapping = np.array(counts_as(own_names, names))
+    gold_ids, predicted_ids = _ids(gold, names), mapping[_ids(predicted, own_names)]
 
     ids = list(range(len(names)))
     per_label: tuple[np.ndarray, ...] = precision_recall_fscore_support(  # pyright: ignore[reportAssignmentType]
@@ -102,22 +111,32 @@ def compute_arrays(
         },
         "confusion": confusion_matrix(gold_ids, predicted_ids, labels=ids).tolist(),
         "labels": names,
-        "label_mapping": {name: names[to_two_way(i)] for i, name in enumerate(LABELS)} if is_two_way else None,
+        "label_mapping": None
+        if own_names == names
+        else {name: names[label] for name, label in zip(own_names, mapping, strict=True)},
     }
     if probabilities is not None:
-        result |= _calibration(gold_ids, predicted_ids, _mapped(probabilities, len(gold), is_two_way), ids)
+        result |= _calibration(gold_ids, predicted_ids, _mapped(probabilities, len(gold), mapping), ids)
     if mass is not None:
         result["label_mass"] = float(np.mean(mass))
     return result
 
 
-def _mapped(probabilities: Sequence[Sequence[float]] | np.ndarray, n: int, is_two_way: bool) -> np.ndarray:
-    """(n, 3) probabilities that sum to 1, or (n, 2) of a two-way set."""
+def _ids(ids: Sequence[int] | np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """(n,) ids, once they are known to be of these labels."""
+    values = np.asarray(ids)
+    if values.min() < 0 or values.max() >= len(names):
+        raise ValueError(f"expected label ids from 0 to {len(names) - 1}, found {values.min()} to {values.max()}")
+    return values
+
+
+def _mapped(probabilities: Sequence[Sequence[float]] | np.ndarray, n: int, mapping: np.ndarray) -> np.ndarray:
+    """(n, labels of the set) probabilities that sum to 1, from those of the model's labels."""
     values = np.asarray(probabilities, dtype=np.float64)
-    if values.shape != (n, len(LABELS)):
-        raise ValueError(f"expected probabilities of shape ({n}, {len(LABELS)}), found {values.shape}")
+    if values.shape != (n, len(mapping)):
+        raise ValueError(f"expected probabilities of shape ({n}, {len(mapping)}), found {values.shape}")
     values = values / values.sum(axis=1, keepdims=True)  # float32 probabilities sum to 1 only approximately
-    return np.stack([values[:, 0], values[:, 1:].sum(axis=1)], axis=1) if is_two_way else values
+    return values @ np.eye(mapping.max() + 1)[mapping]
 
 
 def _calibration(gold: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, ids: list[int]) -> dict[str, Any]:

@@ -15,11 +15,13 @@ error with its reliability bins, and the mean label mass.
 
 KWARGS_DESCRIPTION = """
 Args:
-    predictions: three-way label ids, in the order entailment, neutral, contradiction.
+    predictions: label ids, indices of labels.
     references: gold label ids, indices of label_names.
-    probabilities: optional, three probabilities per pair.
+    probabilities: optional, one probability per pair and label.
     mass: optional, the total probability of the label words, one number per pair.
-    label_names: names of the gold ids; two for a set that does not distinguish neutral from contradiction.
+    label_names: names of the gold ids; by default entailment, neutral, contradiction.
+    labels: names of the predicted ids, if they differ: three for a model and two for a set that does not distinguish
+        neutral from contradiction.
 Returns: a dict; see nli_sft.evaluation.metrics.compute.
 Example:
     >>> evaluate.load(str(METRICS_PATH)).compute(predictions=[0, 2], references=[0, 1])["accuracy"]
@@ -41,5 +43,5 @@ class NLIMetrics(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, probabilities=None, mass=None, label_names=LABELS):
-        return compute_arrays(references, predictions, probabilities, mass, label_names)
+    def _compute(self, predictions, references, probabilities=None, mass=None, label_names=LABELS, labels=None):
+        return compute_arrays(references, predictions, probabilities, mass, label_names, labels)
