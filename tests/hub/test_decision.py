@@ -29,12 +29,12 @@ HARD = Prompt(
 )
 
 
-def ask(decide, pairs=PAIRS):
+def ask(decide, pairs=PAIRS, labels=LABELS):
     """The pipeline's probabilities, (pairs, labels)."""
-    question = {"type": "choice", "criteria": dict.fromkeys(LABELS)}
+    question = {"type": "choice", "criteria": dict.fromkeys(labels)}
     states = [{"premise": premise, "hypothesis": hypothesis} for premise, hypothesis in pairs]
     answers = [decide({"state": state, "questions": {"label": question}})["label"] for state in states]
-    assert all(list(answer["probabilities"]) == list(LABELS) for answer in answers)
+    assert all(list(answer["probabilities"]) == list(labels) for answer in answers)
     return torch.tensor([list(answer["probabilities"].values()) for answer in answers])
 
 
@@ -48,7 +48,8 @@ def largest_difference(folder, encoder, temperature=1.0):
     model = tiny_llama(len(encoder.tokenizer)).float()
     write_decision_files(folder, encoder, temperature)
     decide = pipeline("decision", model=model, tokenizer=encoder.tokenizer, decision_config=folder)
-    return (ask(decide) - classify(NLIClassifier(model, encoder, temperature=temperature))).abs().max()
+    asked = ask(decide, labels=encoder.prompt.labels)
+    return (asked - classify(NLIClassifier(model, encoder, temperature=temperature))).abs().max()
 
 
 @pytest.mark.parametrize("prompt", [PROMPTS["plain"], PROMPTS["few_shot"], HARD], ids=lambda prompt: prompt.name)
@@ -57,6 +58,13 @@ def test_the_pipeline_returns_our_probabilities(kind, prompt, tmp_path):
     tokenizer = TOKENIZERS[kind]()
     encoder = PromptEncoder(prompt, tokenizer)
     assert label_tokens(encoder), f"{kind} could not be tested"
+    assert largest_difference(tmp_path, encoder) < 1e-5
+
+
+@pytest.mark.parametrize("labels", [("entailment", "not_entailment"), ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO", "1")])
+def test_the_pipeline_answers_in_other_labels(labels, tmp_path):
+    encoder = PromptEncoder(PROMPTS["plain"].with_labels(labels), chatml_tokenizer())
+    assert label_tokens(encoder)
     assert largest_difference(tmp_path, encoder) < 1e-5
 
 

@@ -15,6 +15,7 @@ from nli_sft.configs.keys import METRICS, field_values, refuse_keys
 from nli_sft.data.prompts import PROMPTS, PromptEncoder
 from nli_sft.data.sources import pairs_dataset
 from nli_sft.evaluation.scoring import generate_labels
+from nli_sft.labels import LABELS
 from nli_sft.models.loading import apply_template, load_model, load_tokenizer
 from nli_sft.training.batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator
 from nli_sft.training.trainer import NLITrainer
@@ -169,7 +170,7 @@ def test_evaluation_is_label_accuracy_and_the_loss_of_training(chatml, tmp_path,
     run = trainer(chatml, tmp_path, batching=batching)
     metrics = run.evaluate()
     reported = {key for key in metrics if key != "epoch" and not key.endswith(("runtime", "per_second"))}
-    assert reported == {f"eval_{key}" for key in METRICS}
+    assert reported == {f"eval_{key}" for key in (*METRICS, *(f"f1_{label}" for label in LABELS))}
     rows = TokenRows(run.eval_dataset, run.encoder.answers)
     prompts, gold = [rows.prompt(index).tolist() for index in range(len(rows))], rows.gold.tolist()
     said = generate_labels(run.model, chatml, prompts, run.encoder.answers)
