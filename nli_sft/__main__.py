@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO
 
 from . import UserError, __version__
+
 if TYPE_CHECKING:
     from datasets import Dataset
 

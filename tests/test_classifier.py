@@ -133,7 +133,7 @@ def test_the_temperature_changes_no_label(run, classifier, tmp_path):
         assert hot.probabilities == pytest.approx({label: p / total for label, p in flattened.items()}, abs=1e-5)
 
 
-def test_it_answers_with_the_labels_of_the_run(tmp_path):
+def test_it_answers_with_the_labels_of_the_run(tmp_path, capsys):
     labels = ("SUPPORTS", "REFUTES", "NOT ENOUGH INFO", "DISPUTED")
     prompt = PROMPTS["plain"].with_labels(labels, ["yes", "no", "maybe", "partly"])
     run = make_run(tmp_path / "run", make_base(tmp_path / "base"), prompt=prompt)
@@ -145,6 +145,19 @@ def test_it_answers_with_the_labels_of_the_run(tmp_path):
     assert len(set(table["tuned_prediction"])) > 1, "a model with a single answer proves nothing"
     for label in labels:
         assert [p.probabilities[label] for p in predictions] == pytest.approx(table[f"tuned_p_{label}"], abs=1e-5)
+
+    kept = ["premise", "hypothesis", "label"]
+    table.assign(p_neutral=1)[[*kept, "p_neutral"]].to_json(tmp_path / "pairs.jsonl", orient="records", lines=True)
+    predict(run, tmp_path / "pairs.jsonl", "--device", "cpu", "--dtype", "float32")
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["prediction"] for row in rows] == list(table["tuned_prediction"])
+    assert rows[0].keys() == {*kept, "p_neutral", "prediction", *(f"p_{label}" for label in labels)}
+    right = (table["label"] == table["tuned_prediction"]).mean()
+    assert f"Accuracy: {right:.1%} (95% interval" in err
+    table.assign(p_DISPUTED=1)[[*kept, "p_DISPUTED"]].to_csv(tmp_path / "taken.csv")
+    with pytest.raises(SystemExit, match="taken.csv row 2: predict writes the columns p_DISPUTED itself"):
+        predict(run, tmp_path / "taken.csv")
 
 
 def test_one_pair_lists_generators_and_columns(classifier):
@@ -572,7 +585,7 @@ def test_standard_output_is_only_json_lines_and_may_be_closed(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["taken.csv"], "taken.csv row 2: predict writes the columns prediction, p_neutral itself"),
+        (["taken.csv"], "taken.csv row 2: predict writes the columns prediction itself"),
         (["twice.csv"], "twice.csv: the header has column note 2 times; rename all but one"),
         (["unnamed.csv"], "unnamed.csv: 2 columns of the header have no name; name them"),
         (["joined.csv"], "joined.csv row 3: repeats the heading"),
