@@ -19,7 +19,7 @@ from nli_sft.training.trainer import NLITrainer
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Graphs on a CPU: all but the recording itself. Returns the functions that were recorded."""
+    """Run graph code on a CPU without recording. Returns the functions that would be recorded."""
     functions = []
 
     def record(function, pool):
@@ -45,9 +45,9 @@ def fields(**options):
         (None, {}, {"optim": "adamw_torch"}),
         (None, {}, {"loss_type": "dft"}),
     ],
-    ids=["lora", "in parts", "accumulated", "not clipped", "update not recorded", "dft"],
+    ids=["lora", "micro-batches", "accumulated", "not clipped", "update not recorded", "dft"],
 )
-def test_graphs_train_as_the_trainer_does_without(
+def test_training_is_the_same_with_and_without_graphs(
     chatml, tmp_path, monkeypatch, recorded, peft_config, batch_options, options
 ):
     """Same losses, gradient norms, metrics and token counts, and the same weights at the end."""
@@ -70,17 +70,17 @@ def test_graphs_train_as_the_trainer_does_without(
     assert graphs.optimizer.optimizer.step.__func__ is plain.optimizer.optimizer.step.__func__  # given back
 
 
-def test_a_training_by_graph_is_resumed_to_the_same_weights(chatml, tmp_path, recorded):
+def test_training_with_graphs_resumes_to_the_same_weights(chatml, tmp_path, recorded):
     options = fields(save_strategy="steps", save_steps=3)
-    whole = trainer(chatml, tmp_path / "whole", **options)
-    whole.train()
-    again = trainer(chatml, tmp_path / "whole", **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    for name, parameter in whole.model.named_parameters():
+    uninterrupted = trainer(chatml, tmp_path / "uninterrupted", **options)
+    uninterrupted.train()
+    again = trainer(chatml, tmp_path / "uninterrupted", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-3"))
+    for name, parameter in uninterrupted.model.named_parameters():
         assert torch.equal(again.model.get_parameter(name), parameter), name
 
 
-def test_a_loss_that_is_no_number_is_noticed_at_the_next_log_and_changes_nothing(chatml, tmp_path, recorded):
+def test_a_nan_loss_is_noticed_at_the_next_log_and_changes_no_weights(chatml, tmp_path, recorded):
     run = trainer(chatml, tmp_path, **fields(max_steps=8, logging_steps=4, learning_rate=1e-3))
     weights = []
     compute = run._trie_loss
@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_number_is_noticed_at_the_next_log_and_changes_nothing
         assert torch.equal(value, weights[5][name])  # as before step 6
 
 
-def test_a_pass_that_cannot_be_recorded_is_trained_without_graphs(chatml, tmp_path, monkeypatch, recorded, caplog):
+def test_training_continues_without_graphs_if_recording_fails(chatml, tmp_path, monkeypatch, recorded, caplog):
     def refuse(function, pool):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -114,7 +114,7 @@ def test_a_pass_that_cannot_be_recorded_is_trained_without_graphs(chatml, tmp_pa
         insisting.train()
 
 
-def test_out_of_memory_drops_the_graphs_and_repeats_the_step_in_smaller_parts(chatml, tmp_path, recorded, caplog):
+def test_out_of_memory_drops_the_graphs_and_repeats_the_step_in_micro_batches(chatml, tmp_path, recorded, caplog):
     options = fields(per_device_train_batch_size=16, max_steps=4)
     run = trainer(chatml, tmp_path, **options)
     compute = run._trie_loss
@@ -136,7 +136,7 @@ def test_out_of_memory_drops_the_graphs_and_repeats_the_step_in_smaller_parts(ch
     assert logged(run, "num_tokens") == logged(plain, "num_tokens")
 
 
-def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
+def test_padding_a_pass_does_not_change_its_loss(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
     (part,) = TrieCollator(encoder.answers, 160, 10**6)(rows)["micro_batches"]
@@ -147,7 +147,7 @@ def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
     assert padded["input_ids"].shape == shape[:2]
     assert len(padded["predict"]) == shape[2] > len(part["predict"])
     assert graph.pass_shape(padded, (1, 256)) == shape
-    assert graph.pad_pass(padded, shape)["exit"] is padded["exit"]  # padded once, and not again
+    assert graph.pad_pass(padded, shape)["exit"] is padded["exit"]  # padded only once
     model = tiny_llama(len(chatml))
     run = NLITrainer.__new__(NLITrainer)
     run.model, run.args = model, SFTConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none")
@@ -162,19 +162,19 @@ def test_a_padded_pass_has_the_loss_of_its_rows(chatml):
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-6)
 
 
-def test_shapes_are_few():
+def test_lengths_are_rounded_up_to_few_shapes():
     rounded = [graph.round_up(count) for count in range(1, 65)]
     assert rounded[:8] == list(range(1, 9))
     assert all(count <= up <= count * 9 / 8 + 1 for count, up in zip(range(1, 65), rounded, strict=True))
     assert len(set(rounded)) == 8 + 8 * 3
     rows = {"input_ids": torch.zeros(3, 300), "predict": torch.zeros(70)}
-    assert graph.pass_shape(rows, (1, 256)) == (3, 384, 96)  # a pair longer than most rows
+    assert graph.pass_shape(rows, (1, 256)) == (3, 384, 96)  # a pair longer than a row
     assert graph.pass_shape(rows, (4, 512)) == (4, 512, 96)
     assert graph.pass_shape(rows, (5, 512)) == (3, 512, 96)  # too much padding
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true"])
-def test_a_cpu_trains_without_graphs_unless_they_are_insisted_on(chatml, tmp_path, caplog, wanted):
+def test_a_cpu_trains_without_graphs_unless_they_are_required(chatml, tmp_path, caplog, wanted):
     if wanted == "true":
         with pytest.raises(UserError, match="cuda_graph: true is not possible: the device is cpu"):
             trainer(chatml, tmp_path, batch_options={"cuda_graph": wanted})
@@ -183,7 +183,7 @@ def test_a_cpu_trains_without_graphs_unless_they_are_insisted_on(chatml, tmp_pat
         assert "graph" not in caplog.text
 
 
-def test_items_are_made_ahead_and_errors_come_in_their_place():
+def test_prefetching_keeps_the_order_of_items_and_errors():
     made = []
 
     def items():
@@ -203,7 +203,7 @@ def test_items_are_made_ahead_and_errors_come_in_their_place():
         next(ahead)
 
 
-def test_a_consumer_that_stops_early_ends_the_thread():
+def test_the_prefetching_thread_ends_with_its_consumer():
     before = threading.active_count()
     ahead = prefetch(itertools.count(), ahead=1)
     next(ahead)
@@ -215,15 +215,15 @@ GPU = {"use_cpu": False, "optim": "adamw_torch_fused", "max_steps": 12, "logging
 
 
 def losses_of_one_batch(chatml, tmp_path, dropout, **options):
-    """Losses of steps on the same batch that learn nothing: what differs is random."""
+    """Losses of steps on one batch with a learning rate of 0, which differ only by random numbers."""
     lora = LoraConfig(
         r=4, lora_dropout=dropout, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
-    )  # as it begins otherwise, an adapter adds nothing that dropout could change
+    )  # a new adapter adds 0, which dropout cannot change
     fixed = {"learning_rate": 1e-12, "gradient_checkpointing": False, "logging_steps": 1}
     run = trainer(
         chatml,
         tmp_path,
-        model=tiny_llama(len(chatml)).eval(),  # as it is loaded
+        model=tiny_llama(len(chatml)).eval(),  # as after loading
         peft_config=lora,
         batch_options={"cuda_graph": "true"},
         **options | fixed | {"per_device_train_batch_size": 36},
@@ -237,7 +237,7 @@ def losses_of_one_batch(chatml, tmp_path, dropout, **options):
     [(0.0, {}, 1), (0.5, {}, 6), (0.0, {"neftune_noise_alpha": 20.0}, 6)],
     ids=["nothing random", "dropout", "NEFTune"],
 )
-def test_the_base_is_in_training_mode_too(chatml, tmp_path, recorded, dropout, options, different):
+def test_the_base_is_in_training_mode(chatml, tmp_path, recorded, dropout, options, different):
     assert len(set(losses_of_one_batch(chatml, tmp_path, dropout, **fields(**options)))) == different
 
 
@@ -254,8 +254,8 @@ def test_the_base_is_in_training_mode_too(chatml, tmp_path, recorded, dropout, o
     ],
     ids=["full", "lora", "parts and accumulation", "checkpointing", "compiled", "lora, compiled"],
 )
-def test_recorded_steps_train_as_others_do(chatml, tmp_path, peft_config, batch_options, options):
-    """In float32, on a GPU: the same losses, gradient norms and weights."""
+def test_recorded_steps_train_as_eager_ones_do(chatml, tmp_path, peft_config, batch_options, options):
+    """On a GPU in float32: the same losses, gradient norms and weights."""
     runs = {}
     for wanted in ("true", "false"):
         given = {**batch_options, "cuda_graph": wanted}
@@ -274,12 +274,12 @@ def test_recorded_steps_train_as_others_do(chatml, tmp_path, peft_config, batch_
 @pytest.mark.parametrize(
     ("dropout", "options"), [(0.5, {}), (0.0, {"neftune_noise_alpha": 20.0})], ids=["dropout", "NEFTune"]
 )
-def test_random_numbers_are_drawn_anew_at_every_replay(chatml, tmp_path, dropout, options):
+def test_every_replay_draws_new_random_numbers(chatml, tmp_path, dropout, options):
     assert len(set(losses_of_one_batch(chatml, tmp_path, dropout, **GPU, **options)[4:])) == 8
 
 
 @pytest.mark.gpu
-def test_a_step_that_waits_for_the_device_is_trained_without_graphs(chatml, tmp_path, caplog):
+def test_a_step_that_synchronizes_is_trained_without_graphs(chatml, tmp_path, caplog):
     options = GPU | {"learning_rate": 1e-3}
     run = trainer(chatml, tmp_path, **options)
     compute = run._trie_loss
@@ -294,7 +294,7 @@ def test_a_step_that_waits_for_the_device_is_trained_without_graphs(chatml, tmp_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_scores_by_graph_are_those_of_a_pass(chatml, compiled):
+def test_scores_are_the_same_with_and_without_graphs(chatml, compiled):
     torch.backends.cuda.matmul.allow_tf32 = False  # which SFTConfig turns on for torch_compile
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs(6)
@@ -317,4 +317,4 @@ def test_scores_by_graph_are_those_of_a_pass(chatml, compiled):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    assert_same_scores()  # graphs read the weights of today
+    assert_same_scores()  # graphs read the current weights

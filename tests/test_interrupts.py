@@ -11,7 +11,7 @@ import pytest
 from nli_sft import configs
 from nli_sft.configs import EvalConfig, run_script
 
-# Like torchrun, it forwards SIGINT, and raises an error when its processes have ended.
+# Like torchrun, it forwards SIGINT and raises an error after its processes have ended.
 LAUNCHER = """
 import os, signal, subprocess, sys
 def pass_on(number, frame):
@@ -41,7 +41,7 @@ finally:
 
 
 def _heed_ctrl_c():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a shell starts with it ignored
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell start with SIGINT ignored
 
 
 def interrupt(*command, ready):

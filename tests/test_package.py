@@ -1,4 +1,4 @@
-"""What is released: one version everywhere, modules that can be imported, and all files in what is published."""
+"""Releases: one version everywhere, modules that can be imported, and complete distributions."""
 
 import re
 import shutil
@@ -36,8 +36,8 @@ def test_every_module_can_be_imported_from_elsewhere(tmp_path):
     assert int(result.stdout.split()[-1]) > 20
 
 
-def test_a_source_distribution_holds_all_that_the_readme_speaks_of(tmp_path):
-    """Built from a copy: a build leaves files behind, and finds those of the last one."""
+def test_a_source_distribution_is_complete(tmp_path):
+    """Build from a copy, since a build leaves files that the next one would include."""
     source, made = tmp_path / "source", tmp_path / "made"
     source.mkdir()
     for path in ROOT.iterdir():

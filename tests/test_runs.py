@@ -21,7 +21,6 @@ from nli_sft.runs import (
     read_run,
     trained_on,
     training_command,
-    versions,
     weights_fingerprint,
     write_json,
     write_run,
@@ -89,7 +88,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
 
 
-def test_evaluation_folders_are_named_after_what_was_judged():
+def test_evaluation_folders_are_named_after_source_and_split():
     assert str(evaluation_folder("out", "stanfordnlp/snli", "test")) == "out/eval/snli-test"
     assert str(evaluation_folder("out", "data/hans.jsonl.gz", "all")) == "out/eval/hans-all"
 
@@ -97,20 +96,16 @@ def test_evaluation_folders_are_named_after_what_was_judged():
 @pytest.mark.parametrize(
     ("source", "split"), [("snli", "../../../x"), ("..", "test"), ("a/..", "/etc"), ("x", "..\\..")]
 )
-def test_no_name_of_a_source_or_split_leads_out_of_the_run_folder(tmp_path, source, split):
+def test_evaluation_folders_stay_inside_the_run_folder(tmp_path, source, split):
     folder = evaluation_folder(tmp_path / "run", source, split)
     assert folder.resolve().parent == (tmp_path / "run" / "eval").resolve()
 
 
-def test_a_run_knows_the_pairs_again_that_it_was_trained_on(tmp_path):
+def test_pairs_of_the_training_set_are_recognised(tmp_path):
     keys = np.array([7, 2**64 - 1, 7], dtype=np.uint64)
     assert trained_on(tmp_path, keys) is None, "a folder of an earlier version, or from the Hub"
     write_trained_pairs(tmp_path / "new", keys)
     assert trained_on(tmp_path / "new", np.array([8, 7, 2**64 - 1], dtype=np.uint64)).tolist() == [False, True, True]
-
-
-def test_versions():
-    assert versions()["transformers"].startswith("5.")
 
 
 def git(*arguments, folder):
@@ -118,7 +113,7 @@ def git(*arguments, folder):
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_git_state_is_that_of_this_package_wherever_one_stands(tmp_path, monkeypatch):
+def test_git_state_is_that_of_this_package_in_any_working_directory(tmp_path, monkeypatch):
     elsewhere, checkout = tmp_path / "elsewhere", tmp_path / "checkout"
     for folder in (elsewhere, checkout):
         folder.mkdir()
@@ -130,7 +125,7 @@ def test_git_state_is_that_of_this_package_wherever_one_stands(tmp_path, monkeyp
     module.parent.mkdir()
     module.write_text("")
     monkeypatch.setattr(runs, "__file__", str(module))
-    assert git_state() is None, "an environment inside somebody's repository"
+    assert git_state() is None, "installed inside another repository"
     monkeypatch.delenv("GIT_DIR")
     git("add", ".", folder=checkout)
     git("commit", "-q", "-m", "y", folder=checkout)
@@ -159,7 +154,7 @@ def past(tmp_path_factory):
 
 
 def read_all(folder):
-    """All that is read of a run folder by compare, report and card."""
+    """Read everything that compare, report and card read of a run folder."""
     run = RunRecord(folder)
     for _ in (run.validation, run.curve, run.cost, run.base):
         pass
@@ -169,7 +164,7 @@ def read_all(folder):
     Report(folder).provenance()
 
 
-@pytest.mark.parametrize("harm", DAMAGE)
+@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
     "name",
     [
@@ -181,14 +176,14 @@ def read_all(folder):
         "eval/stress.json",
     ],
 )
-def test_a_damaged_file_ends_in_a_sentence_that_names_it(past, tmp_path, name, harm):
+def test_a_damaged_file_is_named_in_one_line(past, tmp_path, name, damage):
     folder = shutil.copytree(past, tmp_path / "run")
     write_json(folder / "eval" / "stress.json", {"suite": "stress", "order": [], "evaluated": {}, "missing": {}})
     read_all(folder)
-    DAMAGE[harm](folder / name)
-    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as told:
+    DAMAGE[damage](folder / name)
+    with pytest.raises(UserError, match=name.rpartition("/")[2].replace(".", r"\.")) as error:
         read_all(folder)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -217,23 +212,23 @@ def test_predictions_without_a_column_are_refused(past, tmp_path):
         read_all(folder)
 
 
-def weigh(folder, content, name="model.safetensors"):
+def write_weights(folder, content, name="model.safetensors"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
 
 
 def test_an_evaluation_of_other_weights_is_not_read(past, tmp_path, caplog):
     folder = shutil.copytree(past, tmp_path / "run")
-    weigh(folder, b"one")
-    weigh(folder / "hypothesis_only", b"two")
+    write_weights(folder, b"one")
+    write_weights(folder / "hypothesis_only", b"two")
     metrics = folder / "eval" / "snli-test" / "metrics.json"
     write_json(metrics, json.loads(metrics.read_text()) | {"weights": fingerprints(folder)})
     assert evaluation_folders(folder) == [metrics.parent]
     assert not caplog.text
-    weigh(folder / "hypothesis_only", b"new")
+    write_weights(folder / "hypothesis_only", b"new")
     assert evaluation_folders(folder) == []
-    weigh(folder / "hypothesis_only", b"two")
-    weigh(folder, b"new")
+    write_weights(folder / "hypothesis_only", b"two")
+    write_weights(folder, b"new")
     assert RunRecord(folder).evaluations == {}
     assert read_evaluations(folder) == []
     assert "snli-test: it was computed with other weights than the folder holds now (tuned)" in caplog.text
@@ -242,22 +237,22 @@ def test_an_evaluation_of_other_weights_is_not_read(past, tmp_path, caplog):
 
 
 def test_an_adapter_left_in_the_folder_is_other_weights(tmp_path):
-    weigh(tmp_path, b"full")
+    write_weights(tmp_path, b"full")
     of_full = weights_fingerprint(tmp_path)
-    weigh(tmp_path, b"adapter", "adapter_model.safetensors")
-    assert weights_fingerprint(tmp_path) == of_full, "nothing says that it is loaded"
+    write_weights(tmp_path, b"adapter", "adapter_model.safetensors")
+    assert weights_fingerprint(tmp_path) == of_full, "without a config it is not loaded"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert weights_fingerprint(tmp_path) not in (of_full, None)
     assert weights_fingerprint(tmp_path / "nowhere") is None
 
 
-def test_of_large_files_blocks_are_hashed(tmp_path, monkeypatch):
+def test_large_files_are_hashed_in_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "HASHED_WHOLE", 2**20)
     monkeypatch.setattr(runs, "BLOCK", 2**10)
     content = bytearray(2**21)
-    weigh(tmp_path, content)
+    write_weights(tmp_path, content)
     first = weights_fingerprint(tmp_path)
     content[-1500:] = bytes(1000) + b"x" * 500
     content[2**20 : 2**20 + 4096] = b"y" * 4096
-    weigh(tmp_path, content)
+    write_weights(tmp_path, content)
     assert weights_fingerprint(tmp_path) != first

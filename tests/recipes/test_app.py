@@ -1,4 +1,4 @@
-"""The page of recipes/app.py in headless Chromium: typed into, and the bars read."""
+"""The page of recipes/app.py in headless Chromium."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ class Browser:
         (theirs_in, self._out), (self._in, theirs_out) = os.pipe(), os.pipe()
         flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe"
         command = f"exec {CHROMIUM} {flags} --user-data-dir={profile} 3<&{theirs_in} 4>&{theirs_out}"
-        # bash, because dash takes no descriptors of two digits
+        # bash, because dash does not support descriptors of two digits
         self.process = subprocess.Popen(
             ["bash", "-c", command], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL
         )
@@ -53,7 +53,7 @@ class Browser:
         while True:
             while b"\0" not in self._buffer:
                 part = os.read(self._in, 1 << 16)
-                assert part, "Chromium has gone"
+                assert part, "Chromium has ended"
                 self._buffer += part
             answer, _, self._buffer = self._buffer.partition(b"\0")
             answer = json.loads(answer)
@@ -71,7 +71,7 @@ class Browser:
             if accept(value):
                 return value
             time.sleep(0.2)
-        raise AssertionError(f"waited in vain for {expression}; the page reads {self.text()!r}")
+        raise AssertionError(f"timed out waiting for {expression}; the page shows {self.text()!r}")
 
     def text(self):
         return self.evaluate("document.body.innerText")
@@ -108,7 +108,7 @@ def serving(*arguments, **environment):
         until = time.monotonic() + 120
         while True:
             assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < until, "the page does not come up"
+            assert time.monotonic() < until, "the page has not started"
             try:
                 urlopen(url, timeout=5).close()
                 break
@@ -128,7 +128,7 @@ READ_BARS = """
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_the_page_is_typed_into_and_the_bars_are_read(run, tmp_path):
+def test_the_page_predicts_before_and_after_tuning(run, tmp_path):
     tuned = NLIClassifier.from_pretrained(run, device="cpu")
     base = tuned.before_tuning()
     with serving("--model", str(run)) as url:
@@ -155,7 +155,7 @@ def test_the_page_is_typed_into_and_the_bars_are_read(run, tmp_path):
             browser.close()
 
 
-def test_without_a_model_it_says_so(monkeypatch):
+def test_a_missing_model_is_an_error(monkeypatch):
     monkeypatch.delenv("NLI_SFT_MODEL", raising=False)
     monkeypatch.setattr(sys, "argv", ["app.py"])
     with pytest.raises(SystemExit, match="model is missing; give it as --model, or in the environment variable"):

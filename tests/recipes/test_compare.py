@@ -57,7 +57,7 @@ def compared(outputs):
     files = {kind: out / "written" / f"compare.{kind}" for kind in ("html", "json")}
     files["figures"] = out / "written" / "figures"
     flags = [part for kind, path in files.items() for part in (f"--{kind}", path)]
-    # As a user starts it: without accelerate, with outputs/* expanded by the shell.
+    # As a user launches it: without accelerate, with outputs/* expanded by the shell.
     result = subprocess.run(
         [sys.executable, SCRIPT, *sorted(outputs.iterdir()), *flags],
         capture_output=True,
@@ -78,7 +78,7 @@ def test_the_terminal_shows_base_first_then_runs_by_validation_accuracy(compared
     assert "output_dir" not in output
 
 
-def test_every_file_holds_the_same_runs(compared):
+def test_all_files_have_the_same_runs(compared):
     files, _ = compared
     figures = json.loads(files["json"].read_text())
     (ranking,) = figures["rankings"]
@@ -94,9 +94,9 @@ def test_the_figures_are_small_svg_files(compared):
     assert set(figures) == {"snli-test.svg", "cost.svg", "epochs.svg"}
     assert all(name in output for name in figures)
     for svg in figures.values():
-        assert ElementTree.fromstring(svg).get("style") == "background: white", "text must be readable on a dark page"
+        assert ElementTree.fromstring(svg).get("style") == "background: white", "text must be readable on dark pages"
         assert len(svg) < 60_000
-        assert "dc:date" not in svg, "another file each time"
+        assert "dc:date" not in svg, "the files must be reproducible"
     assert "full (3 seeds)" in figures["snli-test.svg"]
 
 
@@ -108,7 +108,7 @@ def test_the_page_opens_in_a_browser(compared, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "Comparison of runs</h1>" in result.stdout
     assert result.stdout.count("<tr>") > 15
-    assert "CONSOLE" not in result.stderr, "errors of the page"
+    assert "CONSOLE" not in result.stderr, "errors on the page"
 
 
 def test_runs_with_another_prompt_are_ranked_separately(compare, outputs, tmp_path):
@@ -148,7 +148,7 @@ def test_bad_input_ends_with_an_error_message(compare, arguments, message):
     assert error.startswith(message)
 
 
-def test_a_table_far_wider_than_the_terminal_is_not_printed(compare, outputs):
+def test_a_table_much_wider_than_the_terminal_is_not_printed(compare, outputs):
     def shown(width):
         folders = [outputs / f"{method}-seed{seed}" for method in ("full", "lora") for seed in (1, 2, 3)]
         output, _ = compare(*folders, columns=width)
@@ -165,7 +165,7 @@ def test_help_begins_with_a_summary():
 
 
 def test_the_sweep_uses_keys_and_a_metric_that_exist(tmp_path):
-    """W&B's agent replaces ${args} by --key=value; the metric must be one that a training logs."""
+    """W&B's agent replaces ${args} with --key=value. The metric must be one that training logs."""
     sweep = yaml.safe_load((ROOT / "recipes" / "sweep.yaml").read_text())
     grid = [f"--{key}={spec['values'][0]}" for key, spec in sweep["parameters"].items()]
     (tmp_path / "accelerate").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')

@@ -1,4 +1,4 @@
-"""The demo as a newcomer meets it: from a wheel, in an empty folder, without a network or an account."""
+"""The demo as a new user runs it: from a wheel, in an empty folder, without a network or an account."""
 
 import json
 import os
@@ -21,7 +21,7 @@ METHODS = ("lora", "qlora", "full")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel of this tree, built from a copy: a build leaves files behind, and finds those of the last one."""
+    """A wheel, built from a copy, since a build leaves files that the next one would include."""
     source, made = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -32,7 +32,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo(wheel, tmp_path_factory):
-    """(folder, what was printed) of a shortened demo that runs on the installed wheel."""
+    """(folder, output) of a shortened demo that runs on the installed wheel."""
     installed, folder = tmp_path_factory.mktemp("installed"), tmp_path_factory.mktemp("demo")
     pip("install", "--target", installed, wheel)
     environment = {"PYTHONPATH": str(installed), "HOME": str(folder), "COLUMNS": "80", "WANDB_MODE": "online"}
@@ -58,7 +58,7 @@ def pip(command, *arguments):
     )
 
 
-def test_everything_below_the_package_is_in_the_wheel(wheel):
+def test_the_wheel_holds_the_whole_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("nli_sft/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nli_sft").rglob("*") if path.is_file()}
@@ -67,7 +67,7 @@ def test_everything_below_the_package_is_in_the_wheel(wheel):
     assert wheel.stat().st_size < 8 * 2**20
 
 
-def test_the_demo_leaves_a_run_with_its_report_and_control(demo):
+def test_the_demo_writes_a_run_with_report_and_baseline(demo):
     run = demo[0] / "outputs/demo-lora"
     assert yaml.safe_load((run / "recipe.yaml").read_text())["model_name_or_path"] == "demo"
     assert json.loads((run / "run.json").read_text())["resources"]["disk"]["model_bytes"] > 5 * 2**20
@@ -77,7 +77,7 @@ def test_the_demo_leaves_a_run_with_its_report_and_control(demo):
     assert list(demo[0].glob("wandb/offline-run-*"))
 
 
-def test_the_fitted_temperature_is_kept_with_the_run(demo):
+def test_the_fitted_temperature_is_saved_with_the_run(demo):
     run = demo[0] / "outputs/demo-lora"
     fitted = json.loads((run / "eval/demo-test/metrics.json").read_text())["tuned"]["calibrated"]["temperature"]
     assert fitted != 1.0
@@ -86,7 +86,7 @@ def test_the_fitted_temperature_is_kept_with_the_run(demo):
     assert NLIClassifier.from_pretrained(run, device="cpu").temperature == fitted
 
 
-def test_the_demo_ends_with_a_table_that_fits(demo):
+def test_the_demo_ends_with_a_table_of_at_most_80_columns(demo):
     output = demo[1]
     lines = output.splitlines()
     start = next(number for number, line in enumerate(lines) if line.strip() == "demo test: accuracy")
@@ -103,19 +103,19 @@ def test_the_demo_ends_with_a_table_that_fits(demo):
         "invalid answers  ",
     ):
         assert any(line.strip().startswith(name) for line in table), name
-    whole = next(line.split() for line in table if line.strip().startswith("all pairs"))
-    assert whole[2] == "120"
-    assert len(whole) == 7, "pairs, base, tuned, with shuffled premises, hypothesis-only"
+    row = next(line.split() for line in table if line.strip().startswith("all pairs"))
+    assert row[2] == "120"
+    assert len(row) == 7, "pairs, base, tuned, with shuffled premises, hypothesis-only"
     assert "Training: " in output
     assert "of RAM" in output
 
 
-def test_the_demo_shows_its_progress_and_nothing_to_worry_about(demo):
+def test_the_demo_shows_progress_and_no_noise(demo):
     output = demo[1]
     assert "accuracy=" in output
     assert "label accuracy on validation" in output
     assert "Training the hypothesis-only baseline" in output
-    # On two dozen validation pairs each of the two trainings warns, before and after. The real demo has enough.
+    # With 24 validation pairs, both trainings warn before and after. The real demo has enough pairs.
     few = choice_warning(24)
     assert output.count(few) == output.count("Warning") == 4
     assert choice_warning(yaml.safe_load((ROOT / "recipes/demo/lora.yaml").read_text())["max_eval_samples"]) is None
@@ -126,7 +126,7 @@ def test_the_demo_shows_its_progress_and_nothing_to_worry_about(demo):
     assert "login:" not in output
 
 
-def test_make_demo_runs_what_the_recipe_writes():
+def test_make_demo_evaluates_the_run_of_its_recipe():
     commands = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     recipe = yaml.safe_load((ROOT / "recipes/demo/lora.yaml").read_text())
     assert "recipes/sft.py --config recipes/demo/lora.yaml" in commands
@@ -136,7 +136,7 @@ def test_make_demo_runs_what_the_recipe_writes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_the_demo_goes_from_chance_to_nearly_everything_right(method, tmp_path):
+def test_the_demo_improves_from_chance_to_over_90_percent(method, tmp_path):
     run = f"outputs/demo-{method}"
     for command in (("sft.py", "--config", ROOT / f"recipes/demo/{method}.yaml"), ("eval.py", "--run", run)):
         result = launch(*command, cwd=tmp_path)

@@ -20,7 +20,7 @@ def evaluated(lora_run, workspace):
     return folder / "eval" / "data-test", result.output
 
 
-def test_metrics_and_predictions_say_the_same(evaluated):
+def test_metrics_and_predictions_agree(evaluated):
     folder, output = evaluated
     metrics = json.loads((folder / "metrics.json").read_text())
     table = pd.read_parquet(folder / "predictions.parquet")
@@ -50,10 +50,10 @@ def test_train_test_overlap_is_reported(lora_run, workspace):
     arguments = ["--run", lora_run[0], "--dataset_name", data, "--unconstrained_samples=0"]
     result = launch("eval.py", *arguments, cwd=workspace)
     assert result.returncode == 0, result.output
-    said = " ".join(result.output.split())
-    assert said.count("Warning: train-test overlap") == 1
+    output = " ".join(result.output.split())
+    assert output.count("Warning: train-test overlap") == 1
     assert (
-        "9 of the 12 pairs of known are in the training data; accuracy on them says nothing about new pairs." in said
+        "9 of the 12 pairs of known are in the training data; accuracy on them says nothing about new pairs." in output
     )
     folder = lora_run[0] / "eval" / "known-all"
     assert json.loads((folder / "metrics.json").read_text())["train_test_overlap"] == 9
@@ -99,10 +99,10 @@ def test_a_full_model_is_evaluated_beside_its_base(recipe, workspace):
     table = pd.read_parquet(folder / "eval" / "data-test" / "predictions.parquet")
     assert len(table) == 12
     assert not (table["base_p_entailment"] == table["tuned_p_entailment"]).all()
-    # The controls: neither exchanging the premises nor never seeing them leaves a model what it was.
+    # Both baselines differ from the tuned model.
     assert not (table["shuffled_p_entailment"] == table["tuned_p_entailment"]).all()
     of_one_hypothesis = table.groupby("hypothesis")["hypothesis_only_p_entailment"].nunique()
-    assert (of_one_hypothesis == 1).all(), "the control read something besides the hypothesis"
+    assert (of_one_hypothesis == 1).all(), "the baseline has read more than the hypothesis"
     recipe = yaml.safe_load((folder / "hypothesis_only" / "recipe.yaml").read_text())
     assert recipe["prompt"] == "hypothesis_only"
     assert "hypothesis_only_control" not in recipe
@@ -119,13 +119,13 @@ def test_qlora_on_the_cpu(recipe, workspace):
     assert result.returncode == 0, result.output
 
 
-def test_what_is_not_a_run(workspace):
+def test_a_folder_that_is_not_a_run_is_refused(workspace):
     result = launch("eval.py", "--run", workspace / "data", cwd=workspace)
     assert result.returncode != 0
     assert "is not a run folder: it has no recipe.yaml" in " ".join(result.output.split())
 
 
-def test_a_model_with_weights_that_are_not_numbers_is_refused(lora_run, workspace, tmp_path):
+def test_a_model_with_nan_weights_is_refused(lora_run, workspace, tmp_path):
     shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval"))
     file = tmp_path / "run" / "adapter_model.safetensors"
     weights = load_file(file)
@@ -133,12 +133,12 @@ def test_a_model_with_weights_that_are_not_numbers_is_refused(lora_run, workspac
     save_file(weights, file)
     result = launch("eval.py", "--run", tmp_path / "run", "--unconstrained_samples=0", cwd=workspace)
     assert result.returncode != 0
-    told = " ".join(result.output.split())
-    assert "error: tuned on data test: the scores of 36 of 36 pairs are NaN or infinite, and so are weights" in told
-    assert 'recipes/eval.py", line' not in result.output, "a traceback of ours"
+    output = " ".join(result.output.split())
+    assert "error: tuned on data test: the scores of 36 of 36 pairs are NaN or infinite, and so are weights" in output
+    assert 'recipes/eval.py", line' not in result.output, "a traceback"
 
 
-def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, workspace, tmp_path):
+def test_a_suite_is_evaluated_and_lists_missing_sets(lora_run, workspace, tmp_path):
     shutil.copytree(lora_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "eval", "figures"))
     chaos = {
         "label_count": [76, 20, 4],
@@ -157,12 +157,12 @@ def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, worksp
     arguments = ["--suite", tmp_path / "few.yaml", "--suite_root", tmp_path, "--unconstrained_samples=2"]
     result = launch("eval.py", "--run", tmp_path / "run", *arguments, cwd=workspace, COLUMNS="200")
     assert result.returncode == 0, result.output
-    told = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())
-    assert told["evaluated"] == {"snli": "snli-test", "hans": "hans-all", "chaosnli_snli": "chaosnli_snli-all"}
-    assert set(told["missing"]) == {"sick", "hypothesis_only"}
+    suite = json.loads((tmp_path / "run" / "eval" / "few.json").read_text())
+    assert suite["evaluated"] == {"snli": "snli-test", "hans": "hans-all", "chaosnli_snli": "chaosnli_snli-all"}
+    assert set(suite["missing"]) == {"sick", "hypothesis_only"}
     metrics = {
         name: json.loads((tmp_path / "run" / "eval" / key / "metrics.json").read_text())["tuned"]
-        for name, key in told["evaluated"].items()
+        for name, key in suite["evaluated"].items()
     }
     assert len(metrics["snli"]["label_orders"]["accuracy"]) == 6
     assert len(metrics["snli"]["prompts"]["accuracy"]) == 3
@@ -175,7 +175,7 @@ def test_a_suite_is_evaluated_at_once_and_lists_what_is_missing(lora_run, worksp
     assert ["unconstrained_generation" in one for one in metrics.values()] == [True, False, False]
     drawn = {path.name for path in (tmp_path / "run" / "figures").iterdir()}
     assert {"snli-test-reliability.svg", "hans-all-reliability.svg", "training-loss.png"} <= drawn
-    assert not any("-reliability.png" in name for name in drawn), "of a suite, the page alone shows plots"
+    assert not any("-reliability.png" in name for name in drawn), "plots of a suite are drawn for the page only"
     page = (tmp_path / "run" / "report.html").read_text()
     for text in (result.output, (tmp_path / "run" / "report.md").read_text().replace("\\", ""), page):
         assert "sick" in text

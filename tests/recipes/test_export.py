@@ -37,7 +37,7 @@ def make(workspace, tmp_path, **fields):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_the_merged_model_says_what_the_adapter_said(workspace, tmp_path, export, capsys, dora):
+def test_the_merged_model_predicts_as_the_adapter(workspace, tmp_path, export, capsys, dora):
     run = make(workspace, tmp_path, dora=dora)
     keep_temperature(run, 1.5)
     write_decision_files(run, load_encoder(run), 1.5)
@@ -49,7 +49,7 @@ def test_the_merged_model_says_what_the_adapter_said(workspace, tmp_path, export
     assert parity["largest_difference"] < 1e-4
     assert "0 of 24 labels changed" in " ".join(capsys.readouterr().out.split())
 
-    # A plain model folder: transformers alone loads it, with template and greedy decoding.
+    # It is an ordinary model folder: transformers loads it and generates the same answer.
     model = AutoModelForCausalLM.from_pretrained(output)
     base = AutoModelForCausalLM.from_pretrained(workspace / "base")
     assert not any("lora" in name for name in load_file(output / "model.safetensors"))
@@ -61,14 +61,16 @@ def test_the_merged_model_says_what_the_adapter_said(workspace, tmp_path, export
     assert config["max_new_tokens"] == 3
     assert not config.get("do_sample", False)
     premise, hypothesis, _ = SCENES[3]
-    said = [NLIClassifier.from_pretrained(folder, device="cpu")(premise, hypothesis) for folder in (run, output)]
-    assert said[0].label == said[1].label
+    predictions = [
+        NLIClassifier.from_pretrained(folder, device="cpu")(premise, hypothesis) for folder in (run, output)
+    ]
+    assert predictions[0].label == predictions[1].label
     assert (output / "decision.json").read_text() == (run / "decision.json").read_text()
 
 
 def test_a_quantised_base_is_read_unquantised_or_dequantised(workspace, tmp_path, export, capsys):
     run = make(workspace, tmp_path, load_in_4bit=True)
-    # bitsandbytes computes 4-bit products on a CPU in bfloat16, so that "before" is itself off by a little.
+    # bitsandbytes multiplies 4-bit weights in bfloat16 on a CPU, so the unmerged predictions are slightly off.
     anything = ["--device=cpu", "--max_difference=1", "--max_flips=1"]
     export("--run", run, "--dequantize", "--output_dir", tmp_path / "a", *anything)
     dequantised = json.loads((tmp_path / "a" / "parity.json").read_text())
@@ -89,11 +91,11 @@ def test_a_quantised_base_is_read_unquantised_or_dequantised(workspace, tmp_path
         export("--run", run, "--device=cpu", "--output_dir", tmp_path / "c", "--max_difference=1e-3")
     assert "the merged model differs from the measured one" in str(exit.value)
     assert "; try --dequantize" in str(exit.value)
-    assert not (tmp_path / "c").exists(), "what failed does not get the name"
+    assert not (tmp_path / "c").exists(), "a failed export is not left under the final name"
     assert (tmp_path / "c.unchecked" / "parity.json").is_file()
 
 
-def test_what_cannot_be_exported(workspace, tmp_path, export):
+def test_runs_that_cannot_be_exported(workspace, tmp_path, export):
     run = make(workspace, tmp_path)
     (tmp_path / "there").mkdir()
     for arguments, message in (
@@ -110,7 +112,7 @@ def test_what_cannot_be_exported(workspace, tmp_path, export):
     assert "has no adapter to merge" in str(exit.value)
 
 
-def test_parity_counts_flips_and_the_largest_move():
+def test_parity_counts_flips_and_the_largest_difference():
     def prediction(*p):
         return Prediction(LABELS[p.index(max(p))], dict(zip(LABELS, p, strict=True)))
 

@@ -34,7 +34,7 @@ def script(monkeypatch, capsys, tmp_path, caplog):
 
 @pytest.fixture
 def train(script, workspace, tmp_path):
-    """Three steps on a base."""
+    """Train three steps on a base."""
 
     def run(base, *arguments):
         flags = ["--max_train_samples=24", "--per_device_train_batch_size=8", "--num_train_epochs=1"]

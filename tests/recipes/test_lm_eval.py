@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval.models", reason="needs lm-evaluation-harness: pip i
 MAKE_TASK = ROOT / "recipes" / "lm_eval_task" / "make_task.py"
 
 
-def test_the_printed_command_gives_our_unconstrained_scores(lora_run, workspace, tmp_path):
+def test_the_printed_command_gives_the_unconstrained_scores_of_eval(lora_run, workspace, tmp_path):
     """Write a task, run the printed command, and compare the answers with those of recipes/eval.py."""
     run, _ = lora_run
     arguments = [sys.executable, MAKE_TASK, "--run", run, "--output_dir", tmp_path]
@@ -40,7 +40,7 @@ def test_the_printed_command_gives_our_unconstrained_scores(lora_run, workspace,
     assert [sample["acc"] for sample in samples] == [float(r) for r in right]
 
 
-def test_without_a_run_it_says_so(workspace):
+def test_a_missing_run_is_an_error(workspace):
     made = subprocess.run(
         [sys.executable, MAKE_TASK, "--run", "nowhere"], capture_output=True, text=True, cwd=workspace
     )

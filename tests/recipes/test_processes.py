@@ -1,4 +1,4 @@
-"""The same training and the same predictions on any number of processes, whole models on each or spread over them."""
+"""Training and predictions are the same on any number of processes, with replicated and with sharded models."""
 
 import json
 
@@ -15,7 +15,7 @@ from nli_sft.evaluation.scoring import score_prompts
 from nli_sft.models.loading import load_tokenizer, load_tuned
 from nli_sft.runs import read_run
 
-# 94 pairs in batches of 20, and no dropout: its random numbers would be each process's own.
+# 94 pairs in batches of 20. No dropout, whose random numbers differ between processes.
 OPTIONS = ["--lora_dropout", "0", "--max_train_samples", "94", "--max_eval_samples", "23", "--learning_rate", "1e-3"]
 
 
@@ -25,7 +25,7 @@ def train(recipe, workspace, processes, batching):
     arguments += ["--per_device_train_batch_size", 20 // processes]
     result = launch("sft.py", *arguments, cwd=workspace, processes=processes)
     assert result.returncode == 0, result.output
-    assert result.output.count("94 training pairs, 23 validation pairs") == 1, "only the main process speaks"
+    assert result.output.count("94 training pairs, 23 validation pairs") == 1, "only the main process prints"
     return output
 
 
@@ -41,7 +41,7 @@ def history(folder, name):
         pytest.param("trie", 4, marks=pytest.mark.slow),
     ],
 )
-def test_several_processes_learn_and_predict_the_same_as_one(recipe, workspace, batching, processes):
+def test_several_processes_train_and_predict_as_one_does(recipe, workspace, batching, processes):
     one, several = (train(recipe, workspace, number, batching) for number in (1, processes))
     assert len(history(one, "loss")) == 10
     for name in ("loss", "grad_norm", "mean_token_accuracy", "eval_loss", "eval_accuracy"):
@@ -63,7 +63,7 @@ def test_several_processes_learn_and_predict_the_same_as_one(recipe, workspace, 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("spreading", [fsdp_command, zero2_command, zero3_command])
-def test_what_is_spread_over_two_processes_learns_the_same_and_is_saved_whole(recipe, workspace, method, spreading):
+def test_a_sharded_model_trains_the_same_and_is_saved_in_full(recipe, workspace, method, spreading):
     if spreading is not fsdp_command:
         pytest.importorskip("deepspeed")
     options = [*OPTIONS, "--use_peft", str(method == "lora"), "--max_steps", "6", "--learning_rate", "1e-2"]
@@ -77,7 +77,7 @@ def test_what_is_spread_over_two_processes_learns_the_same_and_is_saved_whole(re
     for name in ("loss", "grad_norm", "eval_loss", "eval_accuracy"):
         assert history(spread, name) == pytest.approx(history(whole, name), rel=1e-3), name
 
-    # What was evaluated last was spread over two processes. One process loads what they saved.
+    # The last evaluation was on the sharded model. One process loads the saved one.
     made_by, prompt, record = read_run(spread)
     encoder = PromptEncoder(prompt, load_tokenizer(str(spread)))
     pairs = load_train_and_validation(from_recipe(TrainDataConfig, made_by), seed=42)["validation"]

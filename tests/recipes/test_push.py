@@ -24,7 +24,7 @@ def hub(workspace):
 
 
 def snli():
-    """A data set of the shape of stanfordnlp/snli: parquet by split, label ids with names, -1 for no label."""
+    """A data set like stanfordnlp/snli: Parquet by split, label ids with names, -1 for no label."""
     features = Features(premise=Value("string"), hypothesis=Value("string"), label=ClassLabel(names=list(LABELS)))
     files = {}
     for split, copies in (("train", 8), ("validation", 2), ("test", 3)):
@@ -47,7 +47,7 @@ def snli():
 
 @pytest.fixture(scope="module")
 def trained(hub, workspace, tmp_path_factory):
-    """A run trained from the Hub alone, with the token in its recipe."""
+    """A run whose base and data come from the Hub, with the token in its recipe."""
     folder = tmp_path_factory.mktemp("hub")
     revision = hub.repositories["model", "tiny/base"].branches["main"]
     recipe = {
@@ -84,13 +84,13 @@ def test_base_and_data_come_from_the_hub(hub, trained):
     assert record["model"] == "tiny/base"
     assert record["data"]["train"]["pairs"] == 96
     assert record["data"]["dropped"] == {"unlabelled": 2, "too_long": 0}
-    assert ("model", "me/tiny-lora") not in hub.repositories, "a training pushes nothing"
+    assert ("model", "me/tiny-lora") not in hub.repositories, "training pushes nothing"
     assert any(request.endswith("plain_text/train-00000-of-00001.parquet") for request in hub.requests)
     revision = hub.repositories["model", "tiny/base"].branches["main"]
     assert f"GET /tiny/base/resolve/{revision}/model.safetensors" in hub.requests
 
 
-def test_the_token_is_nowhere(hub, trained):
+def test_the_token_is_not_written_anywhere(hub, trained):
     folder, output = trained
     assert TOKEN not in output
     files = [path for path in folder.rglob("*") if path.is_file() and path != folder / "recipe.yaml"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "suites")
 TYPES = (TrainDataConfig, PromptConfig, BatchConfig, TrackingConfig, SFTConfig, ModelConfig)
 
-# The published config.json of each base, as far as shapes go, and its number of parameters.
+# The shapes in the published config.json of each base, and its number of parameters.
 SMOLLM2 = {"model_type": "llama", "vocab_size": 49152, "tie_word_embeddings": True}
 QWEN3 = {
     "model_type": "qwen3",
@@ -89,12 +89,8 @@ ARCHITECTURES = {
 
 
 def parse(path):
-    # A recipe for a GPU says so by its precision; without one, everything but the device must still hold.
+    # GPU recipes set a precision that a machine without a GPU refuses; everything else is checked.
     return parse_recipe(TYPES, [f"--config={path}", "--bf16=false"])
-
-
-def test_all_recipes_are_seen():
-    assert len(RECIPES) == 14
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -108,7 +104,7 @@ def test_a_recipe_builds_its_model(path):
     else:
         assert data.dataset_name == "stanfordnlp/snli"
         for revision in (data.dataset_revision, model.model_revision):
-            assert re.fullmatch(r"[0-9a-f]{40}", revision), "a moving revision is a moving result"
+            assert re.fullmatch(r"[0-9a-f]{40}", revision), "pin revisions to commits"
     assert training.eval_on_start
     assert training.metric_for_best_model == "eval_accuracy"
     load_prompt(prompt.prompt, prompt.label_words)
@@ -137,12 +133,8 @@ def test_a_recipe_opens_with_its_launch_command(path):
     assert command.endswith(str(path.relative_to(ROOT)))
 
 
-def test_recipes_say_nothing_that_is_the_default_anyway():
+def test_recipes_do_not_repeat_defaults():
     plain = {f.name: f.default for config in TYPES for f in config.__dataclass_fields__.values()}
     for path in RECIPES:
         for key, value in yaml.safe_load(path.read_text()).items():
             assert value != plain[key], f"{path}: {key}"
-
-
-def test_scripts_are_not_a_package():
-    assert not list(ROOT.glob("recipes/**/__init__.py"))

@@ -1,17 +1,17 @@
-"""What a recipe or a run of somebody else must not be able to do."""
+"""Recipes and runs of other people must not run code, and secrets must not be written."""
 
 from launching import launch, read_wandb
 from tiny_run import make_run
 
 
-def test_a_run_that_trusts_code_is_not_believed(workspace):
+def test_trust_remote_code_is_not_taken_from_a_run(workspace):
     run = make_run(workspace / "outputs" / "trusting", workspace / "base", trust_remote_code=True, evaluated=False)
     result = launch("eval.py", "--run", run, "--dataset_name", workspace / "data", cwd=workspace)
     assert result.returncode != 0
     assert "--trust_remote_code true runs it here" in " ".join(result.output.split())
 
 
-def test_trust_is_recorded_and_secrets_are_not(recipe, tmp_path):
+def test_trust_remote_code_is_recorded_and_tokens_are_not(recipe, tmp_path):
     output = tmp_path / "trusted"
     arguments = ["--config", recipe, "--output_dir", output, "--max_steps", "1", "--trust_remote_code", "true"]
     secret = ["--hub_token", "hf_0123456789"]
@@ -33,9 +33,9 @@ def test_an_estimate_needs_no_weights_and_writes_nothing(recipe, workspace, tmp_
     arguments = ["--config", recipe, "--model_name_or_path", tmp_path / "shape", "--output_dir", tmp_path / "out"]
     result = launch("sft.py", *arguments, "--dataset_name", "not/there", "--estimate", "true", cwd=tmp_path)
     assert result.returncode == 0, result.output
-    said = " ".join(result.output.split())
-    assert "Precision: fp32" in said
-    assert "RAM for the training, estimated: " in said
-    assert "; a GPU would need " in said
-    assert "adapter" in said
+    output = " ".join(result.output.split())
+    assert "Precision: fp32" in output
+    assert "RAM for the training, estimated: " in output
+    assert "; a GPU would need " in output
+    assert "adapter" in output
     assert not (tmp_path / "out").exists()

@@ -36,7 +36,7 @@ def test_a_run_folder_is_complete(lora_run, workspace):
         "before and at the end"
     )
     assert re.search(r"Label accuracy on validation: [\d.]+% \(95% interval [\d.]+% to [\d.]+%; the best", output)
-    # What is trained, and how much of the model, is printed.
+    # The trained share of the parameters is printed.
     assert "[" in output
     assert "with the loss on the marked tokens only" in output
     assert "96 training pairs, 24 validation pairs" in output
@@ -55,7 +55,7 @@ def test_wandb_offline_holds_loss_and_label_accuracy(lora_run, workspace):
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
 
 
-def test_the_resolved_recipe_makes_the_same_run_again(lora_run, workspace):
+def test_the_resolved_recipe_repeats_the_run(lora_run, workspace):
     folder, _ = lora_run
     again = workspace / "outputs" / "again"
     result = launch(
@@ -87,7 +87,7 @@ def test_bad_input_ends_without_a_traceback(recipe, workspace):
         result = wrong(arguments)
         assert result.returncode != 0, message
         assert message in " ".join(result.output.split())
-        assert 'recipes/sft.py", line' not in result.output, "a traceback of ours"
+        assert 'recipes/sft.py", line' not in result.output, "a traceback"
 
 
 def test_train_validation_overlap_is_reported(recipe, workspace, tmp_path):
@@ -116,7 +116,7 @@ def test_a_mixture_is_reported_by_source(recipe, workspace, tmp_path):
     assert own in result.output
 
 
-def test_the_command_printed_at_the_end_works_for_a_run_on_a_single_file(recipe, workspace, tmp_path):
+def test_the_printed_evaluation_command_works_for_a_single_file(recipe, workspace, tmp_path):
     source = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
     rows = [{"text": row["premise"], "claim": row["hypothesis"], "gold": row["label"][0] * 2} for row in source[:96]]
     data = write_jsonl(tmp_path / "my pairs.jsonl", [row for row in rows if row["gold"] != "--"])

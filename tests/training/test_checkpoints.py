@@ -1,4 +1,4 @@
-"""Each kind of interruption leaves a run folder from which training resumes to the same weights."""
+"""After every kind of interruption, training resumes to the same weights."""
 
 import errno
 import json
@@ -21,13 +21,13 @@ from nli_sft.training import checkpoints
 from nli_sft.training.checkpoints import MANIFEST, UNFINISHED, find_checkpoint, find_damage, is_finished
 from nli_sft.training.trainer import NLITrainer
 
-# With dropout: the states of the random generators have to be right too.
+# With dropout, so that the states of the random generators matter.
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 @pytest.fixture(scope="module")
 def trainer(chatml):
-    """Makes trainers of one run: 12 steps in 2 epochs, logged every 4, evaluated and saved every 3."""
+    """Make trainers of one run: 12 steps in 2 epochs, logged every 4, evaluated and saved every 3."""
 
     def make(run, peft_config=LORA, batching="trie", tied=False, **options):
         encoder = PromptEncoder(PROMPTS["plain"], chatml)
@@ -69,16 +69,16 @@ def trainer(chatml):
 
 
 @pytest.fixture(scope="module")
-def whole(trainer, tmp_path_factory):
-    """The run that was not interrupted."""
-    run = trainer(tmp_path_factory.mktemp("whole"))
+def uninterrupted(trainer, tmp_path_factory):
+    """The uninterrupted run."""
+    run = trainer(tmp_path_factory.mktemp("uninterrupted"))
     run.train()
     return run
 
 
 @pytest.fixture(scope="module")
-def whole_in_full(trainer, tmp_path_factory):
-    """Likewise, with full fine-tuning."""
+def uninterrupted_full(trainer, tmp_path_factory):
+    """The uninterrupted run with full fine-tuning."""
     run = trainer(tmp_path_factory.mktemp("full"), peft_config=None)
     run.train()
     return run
@@ -89,12 +89,12 @@ def weights(trainer):
 
 
 def history(trainer):
-    """What was logged, without how long it took."""
+    """The logged values, without times."""
     timed = ("runtime", "per_second", "flos")
     return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
 
 
-def same_run(first, second):
+def assert_same_run(first, second):
     assert history(first) == history(second)
     for name in ("best_global_step", "best_metric", "global_step"):
         assert getattr(first.state, name) == getattr(second.state, name), name
@@ -104,7 +104,7 @@ def same_run(first, second):
 
 
 class Killed(BaseException):
-    """Stands in for SIGKILL, which no handler catches."""
+    """Simulates SIGKILL, which no handler catches."""
 
 
 def kill_at(run, step, event="on_step_end"):
@@ -121,22 +121,24 @@ def kill_at(run, step, event="on_step_end"):
         run.train()
 
 
-@pytest.mark.parametrize(("peft_config", "fixture"), [(LORA, "whole"), (None, "whole_in_full")], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    ("peft_config", "fixture"), [(LORA, "uninterrupted"), (None, "uninterrupted_full")], ids=["lora", "full"]
+)
 @pytest.mark.parametrize(("killed_after", "resumed_from"), [(2, None), (4, 3), (8, 6), (11, 9)])
 def test_a_killed_run_resumes_to_the_same_weights(
     trainer, request, tmp_path, peft_config, fixture, killed_after, resumed_from
 ):
-    whole = request.getfixturevalue(fixture)
+    uninterrupted = request.getfixturevalue(fixture)
     run = tmp_path / "run"
     kill_at(trainer(run, peft_config), killed_after)
     found = find_checkpoint("auto", run)
     assert found == (resumed_from and str(run / f"checkpoint-{resumed_from}"))
     resumed = trainer(run, peft_config)
     resumed.train(resume_from_checkpoint=found)
-    same_run(whole, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
-def test_a_resumed_run_reports_the_time_of_the_whole_run(trainer, tmp_path):
+def test_a_resumed_run_reports_the_time_of_the_complete_run(trainer, tmp_path):
     kill_at(trainer(tmp_path), 8)
     manifest = tmp_path / "checkpoint-6" / MANIFEST
     progress = json.loads(manifest.read_text())["progress"]
@@ -161,7 +163,7 @@ def test_a_resumed_run_reports_the_time_of_the_whole_run(trainer, tmp_path):
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
     ],
 )
-def test_the_error_of_a_lost_process_says_how_to_resume(trainer, tmp_path, error, lost):
+def test_the_error_for_a_lost_process_names_how_to_resume(trainer, tmp_path, error, lost):
     run = trainer(tmp_path)
     compute_loss = run.compute_loss
 
@@ -176,7 +178,7 @@ def test_the_error_of_a_lost_process_says_how_to_resume(trainer, tmp_path, error
         run.train()
 
 
-def test_a_run_killed_while_it_saves_has_no_partial_checkpoint(trainer, whole, tmp_path, monkeypatch):
+def test_a_run_killed_while_it_saves_has_no_partial_checkpoint(trainer, uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     first = trainer(run)
     save_rng, saved = first._save_rng_state, []
@@ -195,7 +197,7 @@ def test_a_run_killed_while_it_saves_has_no_partial_checkpoint(trainer, whole, t
     resumed = trainer(run)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
     assert not (run / UNFINISHED).exists()
-    same_run(whole, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def scramble(file):
     file.write_bytes(os.urandom(file.stat().st_size))
 
 
-def test_damaged_checkpoints_do_not_mean_a_start_from_the_beginning(trainer, tmp_path):
+def test_training_does_not_restart_silently_if_all_checkpoints_are_damaged(trainer, tmp_path):
     trainer(tmp_path, max_steps=6).train()
     scramble(tmp_path / "checkpoint-3" / "optimizer.pt")
     (tmp_path / "checkpoint-6" / MANIFEST).unlink()
@@ -247,7 +249,7 @@ def test_damaged_checkpoints_do_not_mean_a_start_from_the_beginning(trainer, tmp
 
 
 def test_a_full_model_resumes_without_false_warnings(trainer, tmp_path, caplog):
-    """Tied weights are one tensor with two names; a fraction of all steps is a number of steps."""
+    """Tied weights are one tensor with two names, and a fraction of all steps equals a number of steps."""
     options = {"logging_steps": 0.1, "save_steps": 3, "eval_steps": 0.25, "peft_config": None, "max_steps": 6}
     transformers.logging.enable_propagation()
     trainer(tmp_path, tied=True, **options).train()
@@ -256,8 +258,8 @@ def test_a_full_model_resumes_without_false_warnings(trainer, tmp_path, caplog):
     assert "do not match" not in caplog.text
     other = trainer(tmp_path, tied=True, **options | {"logging_steps": 2})
     other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "logging_steps: 2 (from args) != 1 (from trainer_state.json)" in caplog.text, "a true one"
-    assert other.state.logging_steps == 2, "the new value counts"
+    assert "logging_steps: 2 (from args) != 1 (from trainer_state.json)" in caplog.text, "a justified warning"
+    assert other.state.logging_steps == 2, "the new value is used"
     result = other.model.load_state_dict({}, strict=False)
     other._issue_warnings_after_load(result)
     assert "missing keys in the checkpoint model loaded" in caplog.text
@@ -293,7 +295,7 @@ def test_no_checkpoint_to_resume_from(tmp_path):
         find_checkpoint("True", tmp_path)
 
 
-def test_old_checkpoints_make_room_but_not_the_best_or_the_newest(trainer, tmp_path):
+def test_old_checkpoints_are_deleted_except_the_best_and_the_newest(trainer, tmp_path):
     run = trainer(tmp_path, save_total_limit=2)
     run.train()
     kept = {path.name for path in tmp_path.glob("checkpoint-*")}
@@ -301,21 +303,21 @@ def test_old_checkpoints_make_room_but_not_the_best_or_the_newest(trainer, tmp_p
     assert len(kept) == 2
 
 
-def test_a_run_folder_that_was_moved_still_knows_its_best(trainer, whole, tmp_path):
+def test_a_moved_run_folder_keeps_its_best_checkpoint(trainer, uninterrupted, tmp_path):
     kill_at(trainer(tmp_path / "here"), 11)
     shutil.move(tmp_path / "here", tmp_path / "there")
     resumed = trainer(tmp_path / "there")
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", tmp_path / "there"))
     assert str(tmp_path / "there") in resumed.state.best_model_checkpoint
-    same_run(whole, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
 @pytest.mark.parametrize(
     ("number", "status", "step"),
     [(signal.SIGTERM, 143, 5), (signal.SIGTERM, 143, 6), (signal.SIGTERM, 143, 12), (signal.SIGINT, 130, 5)],
 )
-def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monkeypatch, number, status, step):
-    """In the middle of an epoch, at its end and in the last step."""
+def test_sigterm_and_ctrl_c_save_and_exit(trainer, uninterrupted, tmp_path, caplog, monkeypatch, number, status, step):
+    """In the middle of an epoch, at its end and at the last step."""
     run = tmp_path / "run"
     first = trainer(run)
     begin = first.callback_handler.callbacks[-1]
@@ -337,7 +339,7 @@ def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monk
     assert find_checkpoint("auto", run) == str(run / f"checkpoint-{step}")
     resumed = trainer(run)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
-    same_run(whole, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_sigterm_and_ctrl_c_save_and_exit(trainer, whole, tmp_path, caplog, monk
         RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/2"),
     ],
 )
-def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path, monkeypatch, error):
+def test_a_full_disk_keeps_the_previous_checkpoint(trainer, tmp_path, monkeypatch, error):
     run = trainer(tmp_path)
     save = run._save_optimizer_and_scheduler
 
@@ -370,7 +372,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(trainer, tmp_path, monkeypatch
     assert resumed.state.global_step == 12
 
 
-def test_another_error_while_saving_is_not_called_a_full_disk(trainer, tmp_path, monkeypatch):
+def test_other_errors_while_saving_are_not_reported_as_a_full_disk(trainer, tmp_path, monkeypatch):
     run = trainer(tmp_path)
 
     def broken(folder):
@@ -409,8 +411,8 @@ def test_a_loss_or_gradient_of_nan_stops_before_the_weights_change(trainer, tmp_
 def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(trainer, tmp_path, caplog, batching):
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     options = {"max_steps": 6, "per_device_train_batch_size": 9, "logging_steps": 1, "max_grad_norm": 0.5}
-    whole = trainer(tmp_path / "whole", lora, batching, **options)
-    whole.train()
+    uninterrupted = trainer(tmp_path / "uninterrupted", lora, batching, **options)
+    uninterrupted.train()
     run = trainer(tmp_path / "run", lora, batching, **options)
     passes, forward = [], run.model.forward
 
@@ -418,7 +420,7 @@ def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(trainer, tm
         rows, length = kwargs["input_ids"].shape
         if run.model.training:
             passes.append(rows * length)
-            # In the second half of step 3, when the first has left its gradients; and again at half the size.
+            # In the second micro-batch of step 3, after gradients of the first, and again at half the size.
             if len(passes) > 5 and rows > 1 and rows * length > max(passes) // 4:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return forward(*args, **kwargs)
@@ -428,15 +430,15 @@ def test_out_of_memory_halves_the_micro_batches_and_repeats_the_step(trainer, tm
     warnings = [message for message in caplog.messages if "Out of memory" in message]
     assert len(warnings) == 2
     assert all(line.startswith("Out of memory at step 3: repeating it, with at most") for line in warnings)
-    assert run.trained_tokens == whole.trained_tokens
+    assert run.trained_tokens == uninterrupted.trained_tokens
     for name in ("loss", "grad_norm", "num_tokens"):
-        logged = [[e[name] for e in one.state.log_history if name in e] for one in (whole, run)]
+        logged = [[e[name] for e in one.state.log_history if name in e] for one in (uninterrupted, run)]
         assert logged[1] == pytest.approx(logged[0], rel=1e-3), name
-    for name, value in weights(whole).items():
+    for name, value in weights(uninterrupted).items():
         torch.testing.assert_close(run.model.get_parameter(name), value, rtol=1e-3, atol=2e-4)
 
 
-def test_out_of_memory_with_a_single_row_says_what_to_do(trainer, tmp_path):
+def test_out_of_memory_with_a_single_row_suggests_a_fix(trainer, tmp_path):
     run = trainer(tmp_path, per_device_train_batch_size=2, save_steps=1, eval_steps=1)
     forward = run.model.forward
 
@@ -453,7 +455,7 @@ def test_out_of_memory_with_a_single_row_says_what_to_do(trainer, tmp_path):
     assert find_checkpoint("auto", tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_a_dead_worker_is_reported_and_the_run_resumes(trainer, whole, tmp_path):
+def test_a_dead_worker_is_reported_and_the_run_resumes(trainer, uninterrupted, tmp_path):
     run = tmp_path / "run"
     first = trainer(run, dataloader_num_workers=1)
     collate = first.data_collator
@@ -470,10 +472,10 @@ def test_a_dead_worker_is_reported_and_the_run_resumes(trainer, whole, tmp_path)
         first.train()
     resumed = trainer(run, dataloader_num_workers=1)
     resumed.train(resume_from_checkpoint=find_checkpoint("auto", run))
-    same_run(whole, resumed)
+    assert_same_run(uninterrupted, resumed)
 
 
-def test_an_error_in_a_worker_is_not_called_a_death(trainer, tmp_path):
+def test_an_error_in_a_worker_is_not_reported_as_a_dead_worker(trainer, tmp_path):
     run = trainer(tmp_path, dataloader_num_workers=1)
 
     def broken(rows):
@@ -511,11 +513,11 @@ def test_a_checkpoint_lists_its_files(trainer, tmp_path):
         "trainer_state.json",
     } <= names
     state = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-3"), "not the name it was written under"
+    assert state["best_model_checkpoint"] == str(tmp_path / "checkpoint-3"), "not the temporary name"
 
 
-def test_a_step_that_loss_scaling_skips_is_no_error(trainer, tmp_path):
-    """GradScaler begins with a scale that may be too large; the one for CPUs stands in for a GPU's."""
+def test_a_step_skipped_by_loss_scaling_is_no_error(trainer, tmp_path):
+    """GradScaler's first scale may be too large. A CPU scaler stands in for that of a GPU."""
     run = trainer(tmp_path, logging_steps=1, max_grad_norm=1.0)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10_000)
     # accelerate unscales gradients for fp16 only, which it refuses on a CPU.

@@ -1,4 +1,4 @@
-"""Which folders may be trained in, what is cleared, and which changes a resumed recipe may have."""
+"""Which output folders are accepted, what is cleared, and which changes a resumed recipe may have."""
 
 import pytest
 from past_runs import write_past_run
@@ -65,7 +65,7 @@ def test_a_folder_with_leftovers_of_a_run_is_refused(tmp_path, left):
         check_folder(tmp_path / "outer", base="hub/tiny")
 
 
-def test_a_new_folder_and_one_with_other_files_are_free(tmp_path):
+def test_a_new_folder_and_one_with_other_files_are_accepted(tmp_path):
     check_folder(tmp_path / "new", base="hub/tiny")
     fill(tmp_path, *MINE, "tracking.json", "_unfinished/checkpoint-3/a")  # killed before the first checkpoint
     check_folder(tmp_path, base="hub/tiny")
@@ -73,7 +73,7 @@ def test_a_new_folder_and_one_with_other_files_are_free(tmp_path):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "adapter_config.json", "pytorch_model.bin"])
-def test_a_model_from_elsewhere_is_never_overwritten(tmp_path, file, overwrite):
+def test_a_model_that_is_no_run_is_never_overwritten(tmp_path, file, overwrite):
     fill(tmp_path, file)
     with pytest.raises(UserError, match="holds a model that this package did not train"):
         check_folder(tmp_path, base="hub/tiny", overwrite=overwrite)
@@ -168,7 +168,7 @@ def test_allowed_differences_are_logged_in_one_line(checkpoint, caplog):
     ]
 
 
-def test_the_same_recipe_and_checkpoints_without_a_record_log_nothing(checkpoint, caplog, tmp_path):
+def test_nothing_is_logged_for_the_same_recipe_or_without_a_record(checkpoint, caplog, tmp_path):
     check_resumption(checkpoint, RECIPE, load_prompt("plain"), DATA)
     check_resumption(tmp_path / "checkpoint-of-an-earlier-version", RECIPE, load_prompt("few_shot"), DATA)
     assert not caplog.messages

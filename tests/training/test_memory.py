@@ -50,15 +50,15 @@ def training(tmp_path):
     return SFTConfig(str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False)
 
 
-def really_saved(model, rows, length):
-    """Bytes that autograd keeps of a forward pass on a CPU, weights aside."""
+def saved_bytes(model, rows, length):
+    """Bytes that autograd saves in a forward pass on a CPU, without weights."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor  # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage.nbytes(), tensor  # keeps them alive, so that no address is reused
         return tensor
 
     ids = torch.zeros(rows, length, dtype=torch.long)
@@ -72,7 +72,7 @@ def really_saved(model, rows, length):
 
 @pytest.mark.parametrize("method", [{}, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("rows", [4, 16])
-def test_the_estimate_is_what_a_real_model_holds(base, training, method, rows):
+def test_the_estimate_matches_a_real_model(base, training, method, rows):
     args = ModelConfig(base, **method)
     model = load_model(args).train()
     if method:
@@ -85,11 +85,11 @@ def test_the_estimate_is_what_a_real_model_holds(base, training, method, rows):
     assert estimated.optimizer == 2 * trained
     assert estimated.attention_mask == rows * 64 * 64 * 4
     # Temporary results of the backward pass are relatively large in a model as small as this.
-    saved = really_saved(model, rows, 64)
+    saved = saved_bytes(model, rows, 64)
     assert saved * 0.95 < estimated.activations < saved * 1.35
 
 
-def test_the_weights_of_a_quantised_base_are_those_of_a_real_one(base, training):
+def test_the_estimated_weights_of_a_quantised_base_match_a_real_one(base, training):
     args = ModelConfig(base, dtype="bfloat16", load_in_4bit=True, **LORA)
     really = 0
     for parameter in load_model(args).parameters():
@@ -112,7 +112,7 @@ def test_packed_weights_are_counted_as_packed(base, training, tmp_path, method):
     assert packed.adapter == 2 * bitsandbytes.adapter, "TRL keeps it in bf16 with bitsandbytes only"
 
 
-def test_checkpointing_and_fewer_tokens_hold_less(base, training):
+def test_checkpointing_and_fewer_tokens_need_less(base, training):
     args, checkpointed = ModelConfig(base), copy(training)
     checkpointed.gradient_checkpointing = True
     plain = estimate_memory(args, training, FP32, **{**STEP, "rows": 16})
@@ -127,7 +127,7 @@ def test_gradients_of_earlier_passes_count_at_the_peak_of_the_next(base, trainin
     assert once.activations < twice.activations <= once.activations + once.gradients
 
 
-def test_dropout_keeps_a_mask_of_bytes(base, training):
+def test_dropout_saves_a_mask_of_bytes(base, training):
     def activations(dropout):
         args = ModelConfig(base, **{**LORA, "lora_dropout": dropout})
         return estimate_memory(args, training, FP32, **{**STEP, "rows": 16}).activations
@@ -135,19 +135,19 @@ def test_dropout_keeps_a_mask_of_bytes(base, training):
     config = AutoConfig.from_pretrained(base)
     wide, narrow = config.intermediate_size, config.hidden_size
     nodes = 16 * 64 * config.num_hidden_layers
-    # Each of seven adapters keeps its own copy of its input, of which there were four, and a mask.
+    # Each of the seven adapters saves a mask and its own copy of its input; without dropout, four inputs are shared.
     kept, masks = 4 * nodes * (3 * narrow), nodes * (6 * narrow + wide)
     assert kept + masks <= activations(0.05) - activations(0.0) < kept + 2 * masks
 
 
 @pytest.mark.parametrize(("optim", "bytes_per_weight"), [("adamw_torch", 8), ("sgd", 0), ("adamw_8bit", 2)])
-def test_optimisers_differ(base, training, optim, bytes_per_weight):
+def test_the_optimiser_state_depends_on_the_optimiser(base, training, optim, bytes_per_weight):
     training.optim = optim
     estimated = estimate_memory(ModelConfig(base), training, FP32, **STEP)
     assert estimated.optimizer == bytes_per_weight * estimated.weights / 4
 
 
-def test_advice_names_only_what_the_recipe_does_not_use(base, training):
+def test_advice_names_only_options_not_in_use(base, training):
     fits = estimate_memory(ModelConfig(base), training, FP32, capacity=16 * GIB, **STEP)
     assert fits.fits
     assert "16.0 GiB: it fits" in str(fits)
@@ -179,7 +179,7 @@ def test_free_memory_is_infinite_if_it_cannot_be_read(monkeypatch):
     assert free_memory(torch.device("cuda")) == float("inf")
 
 
-def test_free_memory_is_read_after_a_model_in_a_cycle_is_gone(monkeypatch):
+def test_free_memory_excludes_models_in_reference_cycles(monkeypatch):
     class Model:
         pass
 
@@ -201,14 +201,14 @@ def test_a_recipe_is_estimated_by_its_largest_pass(base, training):
     training.per_device_train_batch_size = 64
     small = plan(base, training, BatchConfig(max_row_tokens=512)).estimate
     assert small.length == 512
-    assert small.rows == -(-64 * TOKENS_PER_PAIR // (512 - 20)), "each row begins with the question"
+    assert small.rows == -(-64 * TOKENS_PER_PAIR // (512 - 20)), "each row starts with the instruction"
     assert plan(base, training, BatchConfig(max_row_tokens=512, max_batch_tokens=1024)).estimate.rows == 2
     padded = plan(base, training, BatchConfig(batching="padded")).estimate
     assert (padded.rows, padded.length) == (64, training.max_length)
 
 
 def test_rows_grow_with_a_long_instruction(base, training, chatml):
-    """Without a tokenizer their length is guessed from the text of the prompt."""
+    """Without a tokenizer, their length is estimated from the prompt's text."""
     training.per_device_train_batch_size = 72
     guessed = plan(base, training, BatchConfig(max_row_tokens=128), "few_shot").estimate
     encoder = PromptEncoder(PROMPTS["few_shot"], chatml)
@@ -221,7 +221,7 @@ def test_rows_grow_with_a_long_instruction(base, training, chatml):
 
 @pytest.mark.parametrize("most_tokens", [8192, 256])
 @pytest.mark.parametrize("by_premise", [False, True])
-def test_with_loaded_data_the_passes_are_those_of_training(base, training, chatml, most_tokens, by_premise):
+def test_with_loaded_data_passes_are_those_of_training(base, training, chatml, most_tokens, by_premise):
     training.per_device_train_batch_size = 18
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = encoder.encode_rows(few_pairs(6), max_length=None)
@@ -248,7 +248,7 @@ def test_a_missing_config_is_reported(training):
     assert str(unknown).startswith("No estimate: model_name_or_path ./nowhere: cannot load its config")
 
 
-def test_a_cpu_has_no_context_of_a_gpu(base, training):
+def test_a_cpu_estimate_has_no_cuda_context(base, training):
     on_cpu = estimate_memory(ModelConfig(base), training, FP32, **STEP)
     on_gpu = replace(on_cpu, device="cuda")
     assert on_cpu.total == on_cpu.tensors < 0.1 * GIB < on_gpu.total
@@ -266,8 +266,8 @@ def test_with_compiled_layers_the_estimate_is_an_upper_bound(base, training):
     assert "GiB: it may fit, since compiled layers use less" in str(small)
 
 
-def test_checkpoints_are_computed_again_as_on_cuda(training, tmp_path):
-    """There autocast computes Phi's norms and GELU in fp32, the second time too."""
+def test_checkpoints_are_recomputed_in_the_types_of_cuda(training, tmp_path):
+    """On CUDA, autocast computes Phi's norms and GELU in fp32, also when recomputing."""
     PhiConfig(
         vocab_size=300, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
     ).save_pretrained(tmp_path / "phi")
@@ -278,11 +278,11 @@ def test_checkpoints_are_computed_again_as_on_cuda(training, tmp_path):
         args = ModelConfig(str(tmp_path / "phi"), dtype="bfloat16", **LORA)
         return estimate_memory(args, training, BF16, **{**STEP, "rows": 16}).activations
 
-    # The other kind of checkpoint is computed again where the types of CUDA are out of reach.
+    # Reentrant checkpoints are recomputed where CUDA's types cannot be simulated.
     assert activations({"use_reentrant": True}) < activations({"use_reentrant": False}) == activations(None)
 
 
-# A device on which a row of 100 tokens takes a GiB, beside 2 for the weights.
+# A device on which a row of 100 tokens takes 1 GiB, and the weights 2 GiB.
 BATCHES = [Batch(rows=rows, length=100, predicted=4 * rows, cut=True) for rows in (7, 8, 5)]
 
 
@@ -294,12 +294,12 @@ def row_by_row(most_tokens):
 
 
 @pytest.mark.parametrize(("free", "rows"), [(80, 8), (8.5, 4), (4, 1), (1, 1)])
-def test_auto_halves_a_batch_until_it_fits_in_what_is_free(monkeypatch, free, rows):
+def test_auto_halves_a_batch_until_it_fits_into_free_memory(monkeypatch, free, rows):
     monkeypatch.setattr(estimate, "FRAGMENTATION", 1.0)
     assert choose_batch_tokens(row_by_row, BATCHES, free * GIB) == rows * 100
 
 
-def test_what_torch_has_reserved_is_free(monkeypatch):
+def test_memory_reserved_by_torch_is_free(monkeypatch):
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10 * GIB, 16 * GIB))
     monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 5 * GIB)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 2 * GIB)
@@ -319,13 +319,13 @@ def test_auto_on_a_gpu_and_on_a_cpu(base, training, chatml, monkeypatch):
     monkeypatch.setattr(SFTConfig, "device", torch.device("cuda"))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=16 * GIB))
     monkeypatch.setattr(estimate, "free_memory", lambda _: 16 * GIB)
-    whole = plan(base, training, auto, encoder=encoder, rows=rows)
-    assert whole.max_batch_tokens > 4 * 128
-    in_parts = (whole.estimate.total - 2**20) / SHARE_OF_FREE
-    monkeypatch.setattr(estimate, "free_memory", lambda _: in_parts)
+    full = plan(base, training, auto, encoder=encoder, rows=rows)
+    assert full.max_batch_tokens > 4 * 128
+    too_little = (full.estimate.total - 2**20) / SHARE_OF_FREE
+    monkeypatch.setattr(estimate, "free_memory", lambda _: too_little)
     some = plan(base, training, auto, encoder=encoder, rows=rows)
-    assert 128 <= some.max_batch_tokens < whole.max_batch_tokens
-    assert some.estimate.total <= SHARE_OF_FREE * in_parts < whole.estimate.total
+    assert 128 <= some.max_batch_tokens < full.max_batch_tokens
+    assert some.estimate.total <= SHARE_OF_FREE * too_little < full.estimate.total
     assert str(some).startswith(f"max_batch_tokens: auto is {some.max_batch_tokens:,}.\n")
     given = plan(base, training, BatchConfig(max_row_tokens=128), encoder=encoder, rows=rows)
     assert given.max_batch_tokens == 8192
@@ -333,7 +333,7 @@ def test_auto_on_a_gpu_and_on_a_cpu(base, training, chatml, monkeypatch):
 
 
 def test_a_view_of_a_weight_does_not_count():
-    """Every linear layer transposes its weight, which would be counted twice."""
+    """Linear layers transpose their weight, which must not count twice."""
     weight = torch.zeros(8, 4)
     with _LiveBytes(there=[weight]) as live:
         assert weight.t()[1:].shape == (3, 8)

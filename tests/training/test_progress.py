@@ -3,7 +3,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from nli_sft.training.progress import TrainingBar
 
 
-def test_evaluations_get_a_line_and_the_rest_stands_beside_the_bar(tmp_path, capsys):
+def test_evaluations_are_printed_and_training_metrics_shown_in_the_bar(tmp_path, capsys):
     bar, arguments = TrainingBar(), TrainingArguments(output_dir=tmp_path, use_cpu=True)
     state, control = TrainerState(max_steps=20), TrainerControl()
     bar.on_log(arguments, state, control, logs={"eval_accuracy": 0.1, "eval_loss": 2.0})  # evaluated without training

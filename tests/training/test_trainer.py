@@ -28,7 +28,7 @@ from nli_sft.training.trainer import NLITrainer
     ids=["plain", "accumulated", "no checkpointing"],
 )
 def test_tries_train_as_padded_batches_do(chatml, tmp_path, peft_config, options):
-    """Same losses, gradient norms and token counts at every step, and so the same weights at the end."""
+    """Same losses, gradient norms and token counts at every step, and the same weights at the end."""
     both = {}
     for batching in ("trie", "padded"):
         both[batching] = trainer(chatml, tmp_path, batching=batching, peft_config=peft_config, **options)
@@ -49,23 +49,23 @@ def test_tries_train_as_padded_batches_do(chatml, tmp_path, peft_config, options
 @pytest.mark.parametrize(
     ("batch_options", "options"),
     [
-        ({"max_batch_tokens": 128}, {}),  # one row a pass
+        ({"max_batch_tokens": 128}, {}),  # one row per pass
         ({}, {"torch_compile": True, "torch_compile_backend": "eager"}),
     ],
-    ids=["in parts", "compiled"],
+    ids=["micro-batches", "compiled"],
 )
-def test_parts_and_compiled_layers_train_as_the_whole_batch_does(
+def test_micro_batches_and_compiled_layers_train_as_the_full_batch_does(
     chatml, tmp_path, peft_config, batch_options, options
 ):
-    whole = trainer(chatml, tmp_path, peft_config=peft_config)
+    full = trainer(chatml, tmp_path, peft_config=peft_config)
     other = trainer(chatml, tmp_path, peft_config=peft_config, batch_options=batch_options, **options)
     layers = [module for module in other.model.modules() if isinstance(module, LlamaDecoderLayer)]
     assert all((layer._compiled_call_impl is not None) == ("torch_compile" in options) for layer in layers)
-    for run in (whole, other):
+    for run in (full, other):
         run.train()
     for key in ("loss", "grad_norm", "num_tokens"):
-        assert logged(other, key) == pytest.approx(logged(whole, key), rel=1e-3), key
-    for name, parameter in whole.model.named_parameters():
+        assert logged(other, key) == pytest.approx(logged(full, key), rel=1e-3), key
+    for name, parameter in full.model.named_parameters():
         torch.testing.assert_close(other.model.get_parameter(name), parameter, rtol=1e-3, atol=2e-4)
 
 
@@ -88,18 +88,18 @@ def test_auto_must_be_resolved_first(chatml, tmp_path):
         trainer(chatml, tmp_path, batch_options={"max_batch_tokens": "auto"})
 
 
-def test_a_large_batch_is_cut_into_parts_that_hold_all_of_it(chatml):
+def test_a_large_batch_is_split_into_micro_batches(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     rows = list(TokenRows(encoder.encode_rows(few_pairs(3), max_length=None), encoder.answers))
-    whole = TrieCollator(encoder.answers, 128, 10**6)(rows)
-    parts = TrieCollator(encoder.answers, 128, 256)(rows)
-    assert len(whole["micro_batches"]) == 1
-    assert len(parts["micro_batches"]) > 1
-    assert all(part["input_ids"].numel() <= 256 for part in parts["micro_batches"])
-    assert torch.equal(parts["shift_labels"], whole["shift_labels"])
+    full = TrieCollator(encoder.answers, 128, 10**6)(rows)
+    split = TrieCollator(encoder.answers, 128, 256)(rows)
+    assert len(full["micro_batches"]) == 1
+    assert len(split["micro_batches"]) > 1
+    assert all(part["input_ids"].numel() <= 256 for part in split["micro_batches"])
+    assert torch.equal(split["shift_labels"], full["shift_labels"])
     for name in ("input_ids", "position_ids", "exit"):
-        assert torch.equal(torch.cat([part[name] for part in parts["micro_batches"]]), whole["micro_batches"][0][name])
-    assert sum(part["tokens"] for part in parts["micro_batches"]) == whole["micro_batches"][0]["tokens"]
+        assert torch.equal(torch.cat([part[name] for part in split["micro_batches"]]), full["micro_batches"][0][name])
+    assert sum(part["tokens"] for part in split["micro_batches"]) == full["micro_batches"][0]["tokens"]
 
 
 def test_a_document_is_in_a_batch_once(chatml):
@@ -121,7 +121,7 @@ def test_flex_attention_is_not_trained_on_a_cpu(chatml, tmp_path):
         trainer(chatml, tmp_path, model=model)
 
 
-def test_pairs_of_one_premise_stand_together(chatml):
+def test_pairs_with_the_same_premise_are_consecutive(chatml):
     premises = [f"premise {number % 10}" for number in range(30)]
     sampler = GroupShuffleSampler(premises, seed=1)
     first, again = list(sampler), list(sampler)
@@ -149,16 +149,16 @@ def test_flex_attention_trains_as_sdpa_does(chatml, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_only_the_adapter_moves(chatml, tmp_path, dora):
+def test_only_the_adapter_changes(chatml, tmp_path, dora):
     config = LoraConfig(r=4, target_modules="all-linear", use_dora=dora, use_rslora=dora, task_type="CAUSAL_LM")
     run = trainer(chatml, tmp_path, peft_config=config)
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     run.train()
-    moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert moved == {name for name in before if "lora_" in name}
+    changed = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
 
 
-def test_full_fine_tuning_moves_everything(chatml, tmp_path):
+def test_full_fine_tuning_changes_all_weights(chatml, tmp_path):
     run = trainer(chatml, tmp_path)
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
     run.train()
@@ -173,8 +173,8 @@ def test_evaluation_is_label_accuracy_and_the_loss_of_training(chatml, tmp_path,
     assert reported == {f"eval_{key}" for key in (*METRICS, *(f"f1_{label}" for label in LABELS))}
     rows = TokenRows(run.eval_dataset, run.encoder.answers)
     prompts, gold = [rows.prompt(index).tolist() for index in range(len(rows))], rows.gold.tolist()
-    said = generate_labels(run.model, chatml, prompts, run.encoder.answers)
-    assert metrics["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, said, gold)) / len(gold))
+    predicted = generate_labels(run.model, chatml, prompts, run.encoder.answers)
+    assert metrics["eval_accuracy"] == pytest.approx(sum(map(int.__eq__, predicted, gold)) / len(gold))
     rows = [prompt + run.encoder.answers[label] for prompt, label in zip(prompts, gold, strict=True)]
     losses = []
     for row, prompt in zip(rows, prompts, strict=True):
@@ -205,7 +205,7 @@ def test_the_best_checkpoint_is_chosen_by_label_accuracy(chatml, tmp_path):
     assert run.evaluate()["eval_accuracy"] == pytest.approx(history[best])
 
 
-def test_models_that_cannot_use_tries_get_padded_batches_and_a_line(chatml, tmp_path, caplog):
+def test_models_that_cannot_use_tries_get_padded_batches(chatml, tmp_path, caplog):
     config = MambaConfig(vocab_size=len(chatml), hidden_size=16, num_hidden_layers=1, state_size=4, pad_token_id=0)
     run = trainer(chatml, tmp_path, model=MambaForCausalLM(config), max_steps=1, gradient_checkpointing=False)
     assert "Padded batches instead of tries: mamba has linear_attention layers" in caplog.text
@@ -214,8 +214,8 @@ def test_models_that_cannot_use_tries_get_padded_batches_and_a_line(chatml, tmp_
 
 
 @pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_adapter_on_a_quantised_base_is_bf16_only_where_that_is_the_precision(chatml, tmp_path, bf16, dtype):
-    """TRL casts it to bf16 always, and then fp16 cannot train: loss scaling does not unscale gradients in 16 bits."""
+def test_the_adapter_on_a_quantised_base_has_the_precision_of_the_run(chatml, tmp_path, bf16, dtype):
+    """TRL always casts it to bf16, but then fp16 cannot train: 16-bit gradients are not unscaled."""
     tiny_llama(len(chatml)).save_pretrained(tmp_path / "base")
     args = ModelConfig(str(tmp_path / "base"), dtype="bfloat16" if bf16 else "float32", load_in_4bit=True)
     run = trainer(chatml, tmp_path, model=load_model(args), peft_config=LORA, bf16=bf16)
@@ -239,10 +239,10 @@ def test_batches_are_the_same_for_any_number_of_processes(processes, pairs):
     shares = [ShardedBatchSampler(sampler, 12, index, processes, drop_last=False) for index in range(processes)]
     assert {len(share) for share in shares} == {len(batches)}
     for batch, *own in zip(batches, *shares, strict=True):
-        assert all(own), "every process takes part in every step"
-        dealt = [pair for share in own for pair in share]
-        assert sorted(set(dealt)) == sorted(batch)
-        assert len(dealt) == max(len(batch), processes), "a pair is repeated only where there are fewer than processes"
+        assert all(own), "every process has pairs in every step"
+        distributed = [pair for share in own for pair in share]
+        assert sorted(set(distributed)) == sorted(batch)
+        assert len(distributed) == max(len(batch), processes), "repeats only if pairs are fewer"
     shares[0].set_epoch(1)
     assert pairs < 20 or list(BatchSampler(sampler, 12, drop_last=False)) != batches
 
@@ -255,11 +255,11 @@ def test_keys_are_refused_however_the_config_was_made(chatml, tmp_path):
     with pytest.raises(UserError, match="max_grad_norm is -1.0; it must be 0 or more"):
         trainer(chatml, tmp_path, max_grad_norm=-1.0)
     args = trainer(chatml, tmp_path).args
-    # The control of a run is trained with the same arguments.
+    # The hypothesis-only baseline is trained with the same arguments.
     refuse_keys(*field_values((args, BatchConfig())))
 
 
-def test_dynamic_fine_tuning_is_that_of_padded_batches(chatml, tmp_path):
+def test_the_dft_loss_equals_that_of_padded_batches(chatml, tmp_path):
     both = [trainer(chatml, tmp_path, batching=batching, loss_type="dft") for batching in ("trie", "padded")]
     plain = trainer(chatml, tmp_path)
     for run in (*both, plain):
@@ -268,17 +268,19 @@ def test_dynamic_fine_tuning_is_that_of_padded_batches(chatml, tmp_path):
     assert logged(both[0], "loss") != pytest.approx(logged(plain, "loss"), rel=2e-3)
 
 
-def test_a_head_that_is_saved_whole_is_trained(chatml, tmp_path):
+def test_a_head_in_modules_to_save_is_trained(chatml, tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     for batching in ("trie", "padded"):
         run = trainer(chatml, tmp_path, batching=batching, peft_config=config)
         before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
         run.train()
-        moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
-        assert any("lm_head" in name for name in moved), batching
+        changed = {
+            name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])
+        }
+        assert any("lm_head" in name for name in changed), batching
 
 
-def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
+def test_label_smoothing_needs_padded_batches(chatml, tmp_path):
     with pytest.raises(UserError, match="label_smoothing_factor: .* set batching: padded, or remove"):
         trainer(chatml, tmp_path, label_smoothing_factor=0.1)
     with pytest.warns(FutureWarning, match="label_smoothing_factor"):
@@ -286,11 +288,11 @@ def test_label_smoothing_is_for_padded_batches(chatml, tmp_path):
     plain = trainer(chatml, tmp_path, batching="padded", max_steps=20)
     for one in (smoothed, plain):
         one.train()
-    assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "all tokens keep a part"
+    assert logged(smoothed, "entropy")[-1] > 2 * logged(plain, "entropy")[-1], "smoothing raises the entropy"
 
 
 @pytest.mark.parametrize(("step", "fix"), [(0, "take another base"), (2, "resume from an earlier checkpoint")])
-def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tmp_path, step, fix):
+def test_an_evaluation_with_nan_scores_is_an_error(chatml, tmp_path, step, fix):
     run = trainer(chatml, tmp_path)
     run.state.global_step = step
     run.model.lm_head.weight.data[:] = torch.nan
@@ -300,8 +302,8 @@ def test_an_evaluation_whose_scores_are_no_numbers_ends_in_a_sentence(chatml, tm
 
 
 @pytest.mark.parametrize("source", ["file", "model"])
-def test_the_template_that_was_encoded_is_the_one_that_is_saved(tmp_path, source):
-    """TRL would apply `chat_template_path` once more, without the fixed date, and resize the model for it."""
+def test_the_saved_chat_template_is_the_one_in_use(tmp_path, source):
+    """TRL would apply `chat_template_path` again, without the fixed date, and resize the model."""
     template = "Today: {{ strftime_now('%Y') }}\n" + CHATML
     other = chatml_tokenizer()
     other.chat_template, other.eos_token = template, "<|endoftext|>"
@@ -323,7 +325,7 @@ def test_the_template_that_was_encoded_is_the_one_that_is_saved(tmp_path, source
     assert saved.eos_token == ("<|endoftext|>" if source == "model" else "<|im_end|>")
     assert trainer.model.config.eos_token_id == saved.eos_token_id
     assert trainer.model.get_input_embeddings().num_embeddings == len(tokenizer)
-    assert args.chat_template_path == str(path), "the control is trained with it too"
+    assert args.chat_template_path == str(path), "the hypothesis-only baseline needs it too"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +349,7 @@ def test_bases_with_learned_positions_train_on_tries_as_on_padded_batches(chatml
 
 
 @pytest.mark.parametrize("batching", ["trie", "padded"])
-def test_evaluation_uses_the_batches_of_training(chatml, tmp_path, batching):
+def test_evaluation_uses_the_batching_of_training(chatml, tmp_path, batching):
     run = trainer(chatml, tmp_path, batching=batching)
     run.evaluate()
     assert run._scorer.batch_args.batching == batching
