@@ -204,7 +204,7 @@ def test_help_lists_each_key_once_without_refused_ones(capsys):
         assert hidden not in shown
 
 
-def test_words_of_a_list_are_taken_as_written(recipe):
+def test_words_of_a_list_are_not_converted(recipe):
     """YAML converts these words to other types. The first three are in the README."""
     for words in ("yes, maybe, no", "on, ~, off", "null, 1, 1.0", "2024-01-01, 0x1F, 010"):
         data, prompt, *_ = parse_recipe(
@@ -217,7 +217,7 @@ def test_words_of_a_list_are_taken_as_written(recipe):
         assert prompt.label_words == data.label_spellings == words.split(", ")
 
 
-def test_a_commit_of_digits_is_taken_as_written(recipe):
+def test_a_commit_of_digits_is_not_converted(recipe):
     configs = parse_recipe(
         TYPES, ["--config", str(recipe("model_revision: 0123456\nuse_peft: true\nlora_target_modules: off"))]
     )

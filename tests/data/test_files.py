@@ -62,7 +62,7 @@ def rows(path):
         ("named.tsv.gz", gzip.compress(separated("\t").encode(), mtime=0)),
     ],
 )
-def test_files_as_people_have_them(tmp_path, name, content):
+def test_common_file_layouts(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert read_columns(tmp_path / name) == HEADING
     assert rows(tmp_path / name) == ROWS
@@ -156,7 +156,7 @@ LONE = 'uid,premise,label\n1,"Stop! he said.,entailment\n2,A dog.,neutral\n3,A c
         ("cut.csv.gz", gzip.compress(LONE.encode(), mtime=0)[:-12], "not a complete gzip file"),
     ],
 )
-def test_what_cannot_be_read_ends_in_a_sentence(tmp_path, name, content, message):
+def test_unreadable_files_are_explained_in_one_sentence(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -164,7 +164,7 @@ def test_what_cannot_be_read_ends_in_a_sentence(tmp_path, name, content, message
         read_columns(path), rows(path)
 
 
-def test_a_text_may_be_long_and_go_over_lines(tmp_path):
+def test_texts_may_be_long_and_span_lines(tmp_path):
     path = tmp_path / "long.csv"
     text = "A dog, which is\nneutral, runs.\n" * 10_000
     path.write_text(f'premise,label\n"{text}",neutral\nA cat.,neutral\n')
@@ -181,7 +181,7 @@ def test_one_object_is_one_row(tmp_path, indent):
     assert rows(tmp_path / "one.json") == ROWS[:1]
 
 
-def test_words_for_nothing_and_numbers_are_texts(tmp_path):
+def test_null_words_and_numbers_are_texts(tmp_path):
     words = ["None", "NA", "nan", "NULL", "007", "1e5", "true", "\u2028x\x0b\x85y", "a\0b"]
     (tmp_path / "words.csv").write_text("premise\n" + "".join(f"{word}\n" for word in words), newline="")
     assert [row["premise"] for row in rows(tmp_path / "words.csv")] == words
@@ -197,7 +197,7 @@ def test_types_of_arrow(tmp_path):
         rows(tmp_path / "far.parquet")
 
 
-def test_repeated_keys_and_headings_are_told(tmp_path):
+def test_repeated_keys_and_headings_are_reported(tmp_path):
     (tmp_path / "a.csv").write_text("label,label\n0,1\n")
     (tmp_path / "a.jsonl").write_text('{"label": 0, "label": 1}\n')
     assert read_columns(tmp_path / "a.csv") == read_columns(tmp_path / "a.jsonl") == ["label", "label"]

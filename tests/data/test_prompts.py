@@ -41,12 +41,12 @@ def test_the_mask_token_by_token(any_tokenizer, name, train_on_end):
         end = any_tokenizer.eos_token if train_on_end else ""
         assert text.replace(" ", "") == LABELS[pair["label"]] + end
         # The prompt holds both sentences in full (this family joins words its own way when it decodes).
-        told = any_tokenizer.decode(prompt).lower().replace(" ", "")
-        assert pair["hypothesis"].lower().replace(" ", "") in told
-        assert (pair["premise"].lower().replace(" ", "") in told) == encoder.prompt.reads_premise
+        text = any_tokenizer.decode(prompt).lower().replace(" ", "")
+        assert pair["hypothesis"].lower().replace(" ", "") in text
+        assert (pair["premise"].lower().replace(" ", "") in text) == encoder.prompt.reads_premise
 
 
-def test_beginning_token_stands_once():
+def test_the_beginning_token_occurs_once():
     from tiny import sentencepiece_tokenizer
 
     tokenizer = sentencepiece_tokenizer()
@@ -56,7 +56,7 @@ def test_beginning_token_stands_once():
 
 
 def test_the_shared_text_comes_first():
-    """Tries pay for what differs: nothing but the end of the turn may follow the hypothesis."""
+    """Tries save shared beginnings only, so nothing but the end of the turn may follow the hypothesis."""
     for name, prompt in PROMPTS.items():
         assert prompt.user.endswith("{hypothesis}"), name
 
@@ -68,14 +68,14 @@ def test_few_shot_shows_one_example_of_each_label(chatml):
     assert text.endswith("Premise: P.\nHypothesis: H.<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_label_words_of_several_tokens_are_asked_for_and_trained(chatml):
+def test_label_words_of_several_tokens_are_prompted_and_trained(chatml):
     prompt = load_prompt("plain", ["surely true", "maybe", "surely false"])
     encoder = PromptEncoder(prompt, chatml)
     assert "Answer surely true, maybe or surely false." in encoder.text("P.", "H.")
     assert [chatml.decode(answer) for answer in encoder.answers] == ["surely true", "maybe", "surely false"]
 
 
-def test_fingerprint_is_of_content_alone():
+def test_the_fingerprint_depends_on_content_only():
     plain = PROMPTS["plain"]
     prints = {prompt.fingerprint for prompt in PROMPTS.values()}
     assert len(prints) == len(PROMPTS)
@@ -119,7 +119,7 @@ def test_template_that_inserts_thinking_is_refused(chatml):
     assert PromptEncoder(PROMPTS["plain"], tokenizer).template.endswith("</think>\n\n")
 
 
-def test_template_without_system_role_says_so(chatml):
+def test_a_template_without_system_role_is_refused(chatml):
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
@@ -150,7 +150,7 @@ def test_answers_must_not_begin_one_another():
     assert len({tuple(answer) for answer in ended.answers}) == 3
 
 
-def test_nothing_is_cut_off(chatml):
+def test_nothing_is_truncated(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     pairs = few_pairs()
     lengths = [len(ids) for ids in encoder.encode_rows(pairs, max_length=None)["input_ids"]]
@@ -165,7 +165,7 @@ def test_nothing_is_cut_off(chatml):
     assert [len(ids) for ids in kept["input_ids"]] == [length for length in lengths if length <= limit]
 
 
-def test_marked_example_shows_what_the_loss_sees(chatml):
+def test_the_printed_example_marks_the_tokens_of_the_loss(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     marked = encoder.marked_example(few_pairs()[1])
     supervised_text = "".join(
@@ -281,7 +281,7 @@ def test_a_template_that_reads_the_clock_is_given_a_fixed_date(tmp_path, monkeyp
     encoder.tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(chat_template_utils, "datetime", Later)
     saved = type(encoder.tokenizer).from_pretrained(tmp_path)
-    # Without this package too: whoever serves the saved tokenizer asks what was trained.
+    # Other programs that use the saved tokenizer must render the same prompt.
     assert "26 July 2024" in saved.apply_chat_template([{"role": "user", "content": "A"}], tokenize=False)
     again = PromptEncoder(PROMPTS["plain"], saved)
     assert again.rendered == encoder.rendered
@@ -361,14 +361,14 @@ SYSTEM = Prompt("mine", "{premise} {hypothesis}", system="Be brief & kind.")
         ("", PROMPTS["plain"], "leaves out or changes the user text"),
     ],
 )
-def test_a_template_that_does_not_write_what_it_is_given_is_refused(template, prompt, message):
+def test_a_template_that_changes_texts_is_refused(template, prompt, message):
     with pytest.raises(UserError, match=f"(?s){message}.*"):
         PromptEncoder(prompt, with_template(template))
 
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_templates_that_trim_a_turn_or_move_the_system_text_are_fine(name):
-    """As those of Llama 3 and Gemma, and of Mistral."""
+    """Like those of Llama 3 and Gemma, and of Mistral."""
     encoder = PromptEncoder(PROMPTS[name], with_template(CHATML.replace("['content']", "['content'] | trim")))
     assert encoder.text(" A man. ", "A cat.\n") == encoder.text("A man.", "A cat.")
     moved = (
@@ -380,7 +380,7 @@ def test_templates_that_trim_a_turn_or_move_the_system_text_are_fine(name):
     assert PromptEncoder(PROMPTS[name], with_template(moved.replace("loop.last", "loop.first"))).template
 
 
-def test_every_added_token_is_refused_in_data_and_text_is_not():
+def test_added_tokens_are_refused_in_data_but_ordinary_text_is_not():
     tokenizer = chatml_tokenizer()
     tokenizer.add_tokens(["<think>", "  ", "covid-19", "[INST]"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start_header_id|>", "boundary"]})
@@ -458,7 +458,7 @@ def test_prompt_files_in_another_encoding(tmp_path, suffix, encoding):
 @pytest.mark.parametrize(
     "words", ["yes, maybe, no", "on, ~, off", "null, 1, 1.0", "2024-01-01, 0x1F, 1e3", "010, 1:30, y"]
 )
-def test_words_stay_as_they_are_written(tmp_path, words):
+def test_yaml_does_not_convert_label_words(tmp_path, words):
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"user: '{{premise}} {{hypothesis}}'\nlabel_words: [{words}]\nexamples: [[no, 1.0, neutral], [on, ~, neutral]]"
@@ -490,7 +490,7 @@ def test_the_system_text_may_name_the_labels(chatml):
     assert "Say yes, maybe or no.<|im_end|>" in PromptEncoder(prompt, chatml).template
 
 
-def test_a_prompt_that_is_asked_otherwise_than_trained_is_noticed(chatml):
+def test_a_prompt_that_renders_differently_than_in_training_is_refused(chatml):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     encoder.check_rendered(None, "run")
     encoder.check_rendered(PromptEncoder(PROMPTS["plain"], chatml_tokenizer()).rendered, "run")
@@ -502,7 +502,7 @@ def test_a_prompt_that_is_asked_otherwise_than_trained_is_noticed(chatml):
         ended.check_rendered(encoder.rendered, "run")
 
 
-# Templates as model families have them, short of tools and images.
+# Templates of model families, without tools and images.
 
 LLAMA_2 = (
     "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0].content %}"
@@ -586,7 +586,7 @@ def test_a_system_text_in_the_last_user_turn_is_refused():
         PromptEncoder(SYSTEM, with_template(MISTRAL_V3))
 
 
-def test_an_answer_without_an_end_has_none_to_train(chatml):
+def test_train_on_end_needs_an_end_token(chatml):
     assert PromptEncoder(PROMPTS["plain"], with_template(ALPACA)).template.endswith("### Response:\n")
     with pytest.raises(UserError, match="train_on_end: the chat template ends an answer with no token"):
         PromptEncoder(PROMPTS["plain"], with_template(ALPACA), train_on_end=True)
@@ -606,7 +606,7 @@ def test_control_tokens_in_a_prompt_are_refused(chatml, prompt):
         PromptEncoder(prompt, chatml)
 
 
-def test_without_a_template_a_prompt_may_write_control_tokens_but_an_answer_may_not():
+def test_without_a_template_prompts_may_hold_control_tokens_but_answers_may_not():
     tokenizer = byte_level_tokenizer()
     prompt = Prompt("mine", "<|endoftext|>{premise} {hypothesis}")
     assert "<|endoftext|>" in PromptEncoder(prompt, tokenizer).template
@@ -615,7 +615,7 @@ def test_without_a_template_a_prompt_may_write_control_tokens_but_an_answer_may_
 
 
 @pytest.mark.parametrize("words", [["蕴含", "neutral", "contradiction"], ["[yes]", "[maybe]", "[no]"]])
-def test_label_words_that_a_tokenizer_cannot_write(words):
+def test_label_words_unknown_to_the_tokenizer(words):
     with pytest.raises(UserError, match=r"no tokens for the label word .* \(it writes \[UNK\]\); choose other"):
         PromptEncoder(load_prompt("plain", words), wordpiece_tokenizer())
 
@@ -642,7 +642,7 @@ def test_label_words_of_any_script(words, train_on_end):
         assert [tokenizer.decode(answer).strip() for answer in encoder.answers] == [word + end for word in words]
 
 
-def test_an_unknown_token_that_is_also_the_end_is_no_unknown_word():
+def test_an_unknown_token_that_is_also_the_end_token_is_accepted():
     tokenizer = byte_level_tokenizer()
     tokenizer.unk_token = tokenizer.eos_token  # as in GPT-2
     assert PromptEncoder(PROMPTS["plain"], tokenizer, train_on_end=True).answers

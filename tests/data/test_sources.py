@@ -103,7 +103,7 @@ SICK_HEADING = (
 )
 
 
-def test_sick_comes_as_one_file_with_its_splits_in_a_column(tmp_path):
+def test_sick_is_one_file_with_splits_in_a_column(tmp_path):
     path = tmp_path / "SICK.txt"
     rows = [
         ("7", "A man plays a guitar", 'There is no "man" here', "CONTRADICTION", "TEST"),
@@ -124,7 +124,7 @@ def test_sick_comes_as_one_file_with_its_splits_in_a_column(tmp_path):
         load_pairs(str(path), "train")
 
 
-def test_quotes_of_a_tsv_file_are_text_unless_a_writer_doubled_those_inside(tmp_path):
+def test_quotes_in_tsv_files_are_text_unless_inner_ones_are_doubled(tmp_path):
     fields = ['"Stop!" he said', '"A man."', '"He says ""no""."', 'He says ""no"".', '""', '"""Stop!"" he said"']
     path = tmp_path / "quotes.tsv"
     path.write_text("premise\thypothesis\tlabel\n" + "".join(f"{field}\tA.\tneutral\n" for field in fields))
@@ -132,7 +132,7 @@ def test_quotes_of_a_tsv_file_are_text_unless_a_writer_doubled_those_inside(tmp_
     assert list(load_pairs(str(path))["premise"]) == read
 
 
-def test_hans_comes_as_text_with_heuristic_and_template(tmp_path):
+def test_hans_is_text_with_heuristic_and_template(tmp_path):
     path = tmp_path / "heuristics_evaluation_set.txt"
     path.write_text(
         "gold_label\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse\tsentence1\t"
@@ -153,7 +153,7 @@ def test_hans_comes_as_text_with_heuristic_and_template(tmp_path):
     }
 
 
-def test_mnli_comes_as_json_lines_and_text_with_genre_and_annotators(tmp_path):
+def test_mnli_is_json_lines_and_text_with_genre_and_annotators(tmp_path):
     row = {
         "annotator_labels": ["neutral", "neutral", "entailment", "neutral", "contradiction"],
         "genre": "slate",
@@ -185,7 +185,7 @@ def test_mnli_comes_as_json_lines_and_text_with_genre_and_annotators(tmp_path):
     assert load_pairs(str(tmp_path / "alone.txt")).to_list() == [pair | {"label_counts": [1, 2, 0]}]
 
 
-def test_anli_comes_as_a_folder_a_round(tmp_path):
+def test_anli_is_one_folder_per_round(tmp_path):
     row = {
         "uid": "8a91e1a2-1",
         "context": "Ernest Jones is a British jeweller.",
@@ -207,7 +207,7 @@ def test_anli_comes_as_a_folder_a_round(tmp_path):
         load_pairs(str(tmp_path / "R1"), "validation")
 
 
-def test_chaosnli_comes_with_the_counts_of_100_annotators(tmp_path):
+def test_chaosnli_has_the_counts_of_100_annotators(tmp_path):
     row = {
         "uid": "46359n",
         "label_counter": {"e": 76, "n": 20, "c": 4},
@@ -235,7 +235,7 @@ def test_chaosnli_comes_with_the_counts_of_100_annotators(tmp_path):
         load_pairs(str(broken))
 
 
-def test_breaking_nli_comes_with_its_categories(tmp_path):
+def test_breaking_nli_has_categories(tmp_path):
     row = {
         "sentence1": "A man holds a red cup.",
         "sentence2": "A man holds a blue cup.",
@@ -256,7 +256,7 @@ def test_breaking_nli_comes_with_its_categories(tmp_path):
     }
 
 
-def test_one_annotator_is_no_agreement(tmp_path):
+def test_one_annotator_gives_no_agreement(tmp_path):
     rows = [
         {**ROWS[0], "annotator_labels": ["entailment"]},
         {**ROWS[1], "annotator_labels": ["neutral"] * 4 + ["entailment"]},
@@ -283,7 +283,7 @@ def labelled(path, labels, **columns):
 
 
 @pytest.mark.parametrize("labels", [[0, 1], ["1", "0", "1"], [0.0, 1.0, -1], ["2.0", "0.0"], [1, 1]])
-def test_ids_that_are_not_all_of_snlis_mean_nothing_by_themselves(tmp_path, labels):
+def test_ids_other_than_all_three_of_snli_need_spellings(tmp_path, labels):
     path = labelled(tmp_path / "paws.jsonl", labels)
     with pytest.raises(ValueError, match=r"paws.jsonl: the only labels are .* unknown; set label_spellings"):
         load_pairs(path)
@@ -304,7 +304,7 @@ def test_two_spellings_make_a_two_way_set(tmp_path):
         ([0, 2, 1], {"gold": [0, 2, 1], "annotator_labels": [["entailment"] * 4 + ["neutral"], "n", ["c", "c", "e"]]}),
     ],
 )
-def test_names_beside_ids_give_their_meaning(tmp_path, caplog, labels, beside):
+def test_names_beside_ids_define_them(tmp_path, caplog, labels, beside):
     pairs = load_pairs(labelled(tmp_path / "ids.jsonl", labels * 3, **{k: v * 3 for k, v in beside.items()}))
     assert list(pairs["label"]) == [0, 1, 2] * 3
     assert "label ids are read by the names beside them: " in caplog.text
@@ -356,7 +356,7 @@ def test_bools_are_labels_only_if_spelled_out(tmp_path):
     assert list(load_pairs(spelled, label_spellings=["true", "false"])["label"]) == [0, 1]
 
 
-def test_ids_of_parquet_files_go_by_the_names_in_each(tmp_path):
+def test_ids_of_parquet_files_follow_the_names_in_each(tmp_path):
     hub_set(["entailment", "contradiction", "neutral"], [0, 1, 2, -1]).to_parquet(
         tmp_path / "train-00000-of-00002.parquet"
     )
@@ -561,12 +561,12 @@ def test_splits_of_other_names_on_the_hub(tmp_path):
         (["own-all-2", "", float("nan")], ["own-all-2", "own-all-2#2", "own-all-3"]),
     ],
 )
-def test_repeated_uids_are_told_apart(tmp_path, ids, uids):
+def test_repeated_uids_are_made_unique(tmp_path, ids, uids):
     pairs = load_pairs(labelled(tmp_path / "own.jsonl", ["neutral"] * len(ids), id=ids))
     assert list(pairs["uid"]) == uids
 
 
-def test_a_row_without_a_label_column_is_not_one_without_a_label(tmp_path):
+def test_a_row_without_the_label_column_is_not_unlabelled(tmp_path):
     renamed = {"sentence1": "A.", "sentence2": "B.", "gold_label": "neutral"}
     for row in (renamed, {"premise": "A.", "hypothesis": "B."}):
         path = write_jsonl(tmp_path / "joined.jsonl", [ROWS[0], row])
@@ -583,7 +583,7 @@ def test_many_unlabelled_pairs_raise_a_warning(tmp_path, caplog):
     assert "5 rows without a gold label are left out" in caplog.text
 
 
-def test_columns_that_could_be_meant_twice(tmp_path):
+def test_ambiguous_columns(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("Premise,PREMISE,hypothesis,label\nA.,B.,C.,neutral\n")
     with pytest.raises(ValueError, match="Premise and PREMISE could each be the premise; rename one"):
@@ -597,12 +597,12 @@ def test_columns_that_could_be_meant_twice(tmp_path):
 
 
 @pytest.mark.parametrize("blank", ["\u200b", "\ufeff", "\xa0\u3000", "\x01\x02", "\u202e\u202c"])
-def test_a_text_has_something_to_see_in_it(tmp_path, blank):
+def test_texts_without_visible_characters_are_refused(tmp_path, blank):
     with pytest.raises(ValueError, match="blank.jsonl row 1, column premise: the premise is .*; expected text"):
         load_pairs(str(write_jsonl(tmp_path / "blank.jsonl", [{**ROWS[0], "premise": blank}])))
 
 
-def test_whatever_can_be_seen_is_text(tmp_path):
+def test_any_visible_character_is_text(tmp_path):
     texts = [
         "\u0301",
         "...",
@@ -770,12 +770,12 @@ def test_a_recipe_reads_all_its_sources_in_its_labels(tmp_path):
 
 
 def unusual(folder, name, spellings, premises=6):
-    """A file with columns and labels that only a recipe can explain."""
+    """A file whose columns and labels must be named in the recipe."""
     rows = [{"text": f"Man {n} sleeps.", "claim": "He rests.", "judgement": spellings[n % 3]} for n in range(premises)]
     return str(write(folder, ".csv", rows, name))
 
 
-def test_other_files_are_read_as_the_source_of_the_run_where_that_fits(tmp_path, caplog):
+def test_other_files_are_read_like_the_source_of_the_run_if_that_fits(tmp_path, caplog):
     columns = {"premise_column": "text", "hypothesis_column": "claim", "label_column": "judgement"}
     run = TrainDataConfig(
         dataset_name=unusual(tmp_path, "own", ["ja", "offen", "nein"]),
@@ -835,7 +835,7 @@ def hub_set(names, labels):
     )
 
 
-def test_hub_labels_go_by_their_names_not_their_ids(monkeypatch):
+def test_hub_labels_follow_their_names_not_their_ids(monkeypatch):
     # Sets number their labels in different orders, and -1 must not become the last name.
     hub = hub_set(["contradiction", "entailment", "neutral"], [0, 1, 2, -1])
     monkeypatch.setattr(sources, "get_dataset_split_names", lambda *_, **__: ["train", "validation"])
@@ -915,7 +915,7 @@ def test_the_demo_is_a_source_like_any_other():
     assert len(set(test["uid"])) == len(test)
     assert not set(test["premise"]) & set(load_pairs("demo", "dev")["premise"])
     assert has_split("demo", "validation")
-    assert load_pairs("scenes", "test")["uid"] == test["uid"], "as recipes of version 0.1 call it"
+    assert load_pairs("scenes", "test")["uid"] == test["uid"], "the name in recipes of version 0.1"
     with pytest.raises(ValueError, match="no file for split dev_matched; it has test.parquet, train.parquet"):
         load_pairs("demo", "dev_matched")
 
@@ -926,12 +926,12 @@ def test_the_temperature_is_fitted_on_premises_not_evaluated(tmp_path, caplog):
     ]
     write_jsonl(tmp_path / "dev.jsonl", rows)
     write_jsonl(tmp_path / "train.jsonl", rows)
-    judged = load_pairs(str(tmp_path), "dev").select(range(30))
-    sets = [EvaluationSet("some", "test", judged, 0)]
+    evaluated = load_pairs(str(tmp_path), "dev").select(range(30))
+    sets = [EvaluationSet("some", "test", evaluated, 0)]
     trained_on = TrainDataConfig(dataset_name=str(tmp_path))
     pairs = load_calibration_pairs(EvalConfig(run="run"), trained_on=trained_on, seed=0, sets=sets)
     assert len(pairs) == 420
-    assert not set(pairs["premise"]) & set(judged["premise"])
+    assert not set(pairs["premise"]) & set(evaluated["premise"])
     few = load_calibration_pairs(
         EvalConfig(run="run", calibration_pairs=120), trained_on=trained_on, seed=0, sets=sets
     )
@@ -941,20 +941,20 @@ def test_the_temperature_is_fitted_on_premises_not_evaluated(tmp_path, caplog):
         is None
     )
 
-    (tmp_path / "dev.jsonl").unlink()  # what was held out from training stands in
+    (tmp_path / "dev.jsonl").unlink()  # the pairs held out from training are used
     held = load_calibration_pairs(
         EvalConfig(run="run"), trained_on=replace(trained_on, validation_fraction=0.5), seed=3, sets=sets
     )
     assert set(held["uid"]) <= set(hold_out(load_pairs(str(tmp_path), "train"), 0.5, VALIDATION_SEED)[1]["uid"])
 
-    for name, judged_sets, why in [
+    for name, evaluation_sets, why in [
         ("nobody/nothing", sets, "cannot be loaded"),
         (str(tmp_path), [EvaluationSet("all", "dev", load_pairs(str(tmp_path), "train"), 0)], "0 validation pairs"),
     ]:
         caplog.clear()
         assert (
             load_calibration_pairs(
-                EvalConfig(run="run"), trained_on=TrainDataConfig(dataset_name=name), seed=0, sets=judged_sets
+                EvalConfig(run="run"), trained_on=TrainDataConfig(dataset_name=name), seed=0, sets=evaluation_sets
             )
             is None
         )
@@ -962,14 +962,14 @@ def test_the_temperature_is_fitted_on_premises_not_evaluated(tmp_path, caplog):
 
 
 def numbered(n, label="neutral", per_premise=3, text="Premise"):
-    """Pairs of one label; premises have so many each."""
+    """Pairs of one label, with this many per premise."""
     return [
         {"uid": str(k), "premise": f"{text} {k // per_premise}.", "hypothesis": f"{text} {label} {k}.", "label": label}
         for k in range(n)
     ]
 
 
-def test_runs_that_differ_in_their_seeds_are_validated_on_the_same_pairs(tmp_path):
+def test_runs_with_different_seeds_are_validated_on_the_same_pairs(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [row for label in LABELS for row in numbered(60, label, text=label)])
     args = TrainDataConfig(dataset_name=str(tmp_path), max_train_samples=30, max_eval_samples=9)
 
@@ -977,11 +977,11 @@ def test_runs_that_differ_in_their_seeds_are_validated_on_the_same_pairs(tmp_pat
         return [load_train_and_validation(args, seed=seed) for seed in (1, 2)]
 
     one, other = of_seeds()
-    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "held out, and a part of that"
+    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "a sample of held-out pairs"
     assert fingerprint(one["train"]) != fingerprint(other["train"])
     write_jsonl(tmp_path / "dev.jsonl", [row for label in LABELS for row in numbered(60, label, text=f"Dev {label}")])
     one, other = of_seeds()
-    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "a part of a split"
+    assert fingerprint(one["validation"]) == fingerprint(other["validation"]), "a sample of a split"
 
 
 def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
@@ -997,10 +997,10 @@ def test_sources_are_mixed_by_weight_without_premises_of_validation(tmp_path):
     dropped, mixture = Counter(), {}
     train = load_train_and_validation(args, seed=0, dropped=dropped, mixture=mixture)["train"]
     assert train.column_names == ["uid", "premise", "hypothesis", "label"]
-    told = Counter(
+    by_source = Counter(
         "other" if uid.startswith("other.jsonl/") else uid.partition("/")[0] == "demo" for uid in train["uid"]
     )
-    assert told == {False: 60, "other": 30, True: 15}
+    assert by_source == {False: 60, "other": 30, True: 15}
     assert len(set(train["uid"])) == 105
     held_out = {f"Other {k}." for k in range(10)}
     assert not held_out & set(train["premise"])
@@ -1064,7 +1064,7 @@ def test_training_pairs_are_balanced_by_label_or_by_premise(tmp_path):
     assert set(other["uid"]) != set(by_premise["uid"]), "which pair stands for its premise is drawn"
 
 
-def test_a_pair_is_known_again_whatever_its_case_and_white_space():
+def test_pairs_are_recognised_in_any_case_and_white_space():
     def keys(*texts):
         return sources.pair_hashes(Dataset.from_list([{"premise": p, "hypothesis": h} for p, h in texts])).tolist()
 

@@ -99,7 +99,7 @@ def test_a_wrong_label_that_was_certain_has_a_finite_loss():
     assert np.isfinite(compute([0], [2], [[0.0, 0.0, 1.0]])["nll"])
 
 
-def test_mass_is_averaged():
+def test_label_mass_is_averaged():
     assert compute(GOLD, PREDICTED, mass=[0.1, 0.2, 0.3, 0.4])["label_mass"] == pytest.approx(0.25)
 
 

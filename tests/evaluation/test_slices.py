@@ -103,19 +103,19 @@ def test_holm_steps_down():
     assert len(holm(np.array([]))) == 0
 
 
-def test_the_contrast_keeps_its_level_when_pairs_of_a_premise_are_alike():
+def test_the_contrast_keeps_its_level_when_pairs_of_a_premise_are_correlated():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 4)
     false_alarms = 0
     for _ in range(400):
-        inside = np.repeat(rng.uniform(size=100) < 0.4, 4)  # whole premises, with one value each
+        inside = np.repeat(rng.uniform(size=100) < 0.4, 4)  # one value per premise
         values = np.repeat(rng.integers(-1, 2, 100), 4)
         false_alarms += contrast_p_value(values, inside, groups) < 0.05
     assert 0.02 < false_alarms / 400 < 0.09
 
 
 @pytest.mark.slow
-def test_a_change_keeps_its_level_when_pairs_of_a_premise_are_alike():
+def test_a_change_keeps_its_level_when_pairs_of_a_premise_are_correlated():
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(100), 4)
     drawn = [np.repeat(rng.choice([-1, 0, 1], 100, p=[0.2, 0.6, 0.2]), 4) for _ in range(2_000)]
@@ -124,7 +124,7 @@ def test_a_change_keeps_its_level_when_pairs_of_a_premise_are_alike():
     assert np.mean([change_p_value(change, groups) < 0.05 for change in drawn]) <= 0.06
 
 
-def test_the_contrast_sees_a_difference():
+def test_the_contrast_detects_a_difference():
     inside = np.arange(200) < 100
     assert contrast_p_value(np.where(inside, 1, 0), inside, np.arange(200)) == 0
     assert contrast_p_value(np.ones(200), inside, np.arange(200)) == 1
@@ -156,7 +156,7 @@ def test_figures_of_a_slice():
 
 
 def test_small_slices_and_slices_of_all_pairs_are_left_out():
-    pairs = many_pairs(90)  # 30 negations, one to a premise
+    pairs = many_pairs(90)  # 30 negations, one per premise
     names = {s.name for s in slice_changes(pairs, np.zeros(90, bool), np.ones(90, bool))}
     assert "a negation" in names
     assert "up to 5 words" not in names  # all of them

@@ -397,7 +397,7 @@ def test_every_snippet_of_the_card_is_python(hub, run):
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(blocks) == 4
     assert "nli_sft" not in blocks[0] + blocks[1]  # the first two need no package of ours
-    assert not re.search(r"pip install \"?nli[-_]sft", card)  # a name that anyone could register
+    assert not re.search(r"pip install \"?nli[-_]sft", card)  # the name could be registered by anyone
     for block in blocks:
         compile(block, "card", "exec")
     assert "StructuredOutputsParams(choice=['entailment', 'neutral', 'contradiction'])" in blocks[3]

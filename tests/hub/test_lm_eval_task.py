@@ -71,11 +71,11 @@ def test_acc_agrees_with_unconstrained_scores_on_every_pair(tokenizer, prompt, t
     tokenizer = TOKENIZERS[tokenizer]()
     pairs = few_pairs(17).select(range(200))
     ours = assert_alike(tmp_path, tiny_llama(len(tokenizer)), PromptEncoder(prompt, tokenizer), pairs)
-    assert len(set(ours.unconstrained.argmax(dim=1).tolist())) > 1, "a model with a single answer proves nothing"
+    assert len(set(ours.unconstrained.argmax(dim=1).tolist())) > 1, "a single answer tests nothing"
 
 
 @needs_harness
-def test_both_labels_of_non_entailment_are_right(chatml, tmp_path):
+def test_both_labels_of_non_entailment_are_accepted(chatml, tmp_path):
     rows = few_pairs()
     labels = ["entailment" if label == 0 else "non-entailment" for label in rows["label"]]
     pairs = pairs_dataset({key: list(rows[key]) for key in ("uid", "premise", "hypothesis")} | {"label": labels})
@@ -95,7 +95,7 @@ def test_a_task_in_other_labels(chatml, tmp_path):
     assert [json.loads(line)["gold"] for line in lines] == pairs["label"][:]
 
 
-def test_a_task_is_made_of_the_prompt_object(chatml, tmp_path):
+def test_a_task_uses_the_prompt_object(chatml, tmp_path):
     encoder = PromptEncoder(PROMPTS["plain"], chatml)
     task = yaml.safe_load(write_task(tmp_path, "pairs", encoder, few_pairs()).read_text())
     assert task["metadata"]["prompt_fingerprint"] == PROMPTS["plain"].fingerprint
@@ -108,7 +108,7 @@ def test_a_task_is_made_of_the_prompt_object(chatml, tmp_path):
 
 @pytest.mark.slow
 @needs_harness
-def test_a_run_of_ones_own(tmp_path):
+def test_your_own_run(tmp_path):
     """On 200 pairs of the test split of the run folder in NLI_SFT_RUN."""
     run = os.environ.get("NLI_SFT_RUN")
     if run is None:

@@ -41,7 +41,7 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-# Ways to spoil a good base, and the error of each.
+# Ways to damage a valid base, and the error of each.
 
 
 def an_adapter(folder):
@@ -476,7 +476,7 @@ def test_adapters_on_experts_have_no_dropout(tmp_path, caplog, kind):
     assert suited.lora_dropout == 0
 
 
-def test_an_unspoilt_base_passes_every_check(base):
+def test_a_valid_base_passes_all_checks(base):
     shutil.copytree(base, base.with_name("copy"))
     args = model_args(base.with_name("copy"))
     assert suit_base(args, check_base(args)) == args

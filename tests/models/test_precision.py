@@ -98,7 +98,7 @@ LORA = {"use_peft": True}
         ({}, "float32", "float32", "float32", "float32"),
     ],
 )
-def test_the_dtype_of_weights_fits_the_precision(model, dtype, under_bf16, under_fp16, under_fp32):
+def test_the_dtype_of_weights_follows_the_precision(model, dtype, under_bf16, under_fp16, under_fp32):
     args = ModelConfig(dtype=dtype, **model)
     for name, expected in (("bf16", under_bf16), ("fp16", under_fp16), ("fp32", under_fp32)):
         suited = Precision(name, "").suit(args)

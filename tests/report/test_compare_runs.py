@@ -80,7 +80,7 @@ def test_a_record_is_read_from_its_folder(tmp_path):
     assert not [value for value in config.values() if isinstance(value, dict)]
 
 
-def test_what_is_not_a_finished_run(tmp_path):
+def test_a_folder_that_is_not_a_finished_run(tmp_path):
     with pytest.raises(UserError, match="is not a run folder: it has no recipe.yaml"):
         load_runs([tmp_path])
     with pytest.raises(UserError, match="no runs to compare"):
@@ -129,7 +129,7 @@ def test_replicates_that_overlap_make_no_claim(tmp_path):
     assert "better" not in claim
 
 
-def test_two_seeds_a_side_are_too_few_for_a_claim(tmp_path):
+def test_two_seeds_per_method_are_too_few_for_a_claim(tmp_path):
     runs = [write_past_run(tmp_path / f"a-{s}", a, seed=s) for s, a in ((1, 0.900), (2, 0.901))]
     runs += [write_past_run(tmp_path / f"b-{s}", a, seed=s, lora_r=8) for s, a in ((1, 0.5), (2, 0.501), (3, 0.502))]
     (claim,) = compare_replicates(rank(load_runs(runs))[0])
@@ -202,7 +202,7 @@ def test_every_two_are_tested_on_their_shared_pairs(tmp_path):
     assert test.better == "a"
     assert str(test).startswith("a is better than b: ")
     assert "on the 300 shared snli-test pairs" in str(test)
-    # The accuracies in the table are from different pairs, which a sentence says.
+    # A sentence explains that accuracies in the table are from different pairs.
     (sentence,) = explain_unequal_pairs(ranking)
     assert sentence.startswith("Accuracies on snli-test are not from the same pairs (data_fingerprint): a; b.")
 
@@ -261,7 +261,7 @@ def test_runs_of_one_name_get_unique_names(tmp_path):
     assert sorted(run.name for run in runs) == ["monday/lora", "tuesday/lora"]
 
 
-def test_keys_of_nested_values_are_compared_whole(tmp_path):
+def test_nested_values_are_compared_as_one(tmp_path):
     runs = [
         write_past_run(tmp_path / "a", 0.7, lora_target_modules=["q_proj"]),
         write_past_run(tmp_path / "b", 0.7, lora_target_modules=["q_proj", "v_proj"]),
@@ -393,7 +393,7 @@ def test_filters_are_passed_on(wandb_project, tmp_path):
         fetch_runs("team/snli", tmp_path / "fetched", {"config.lora_r": 2})
 
 
-def test_a_project_that_is_not_there(wandb_project, tmp_path):
+def test_a_missing_project(wandb_project, tmp_path):
     with pytest.raises(UserError, match="team/nothing cannot be read from W&B"):
         fetch_runs("team/nothing", tmp_path / "fetched")
 
