@@ -6,12 +6,15 @@
 All methods run in one process on the same pairs, with freshly loaded weights. The first steps are a warm-up and do
 not count; the rate is that of the median step. Speed and memory are compared with TRL's fastest setting at the same
 batch size. The keys of SFTConfig and ModelConfig configure the training. lm-evaluation-harness is measured if it is
-installed (in a clone: `pip install -e ".[benchmark]"`).
+installed (in a clone: `pip install -e ".[benchmark]"`), transformers' decision pipeline if transformers has it (5.23).
+For long documents with several claims each: --claims 17 --document_tokens 2048.
 """
 
+import copy
 import functools
 import gc
 import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -21,20 +24,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, pipeline
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from nli_sft import UserError, trie
 from nli_sft.configs import BatchConfig, PromptConfig, TrainDataConfig, resolve_recipe, run_script
-from nli_sft.data.prompts import PromptEncoder, load_prompt
-from nli_sft.data.sources import load_pairs, subsample
+from nli_sft.data.prompts import SLOTS, PromptEncoder, load_prompt
+from nli_sft.data.sources import load_pairs, pairs_dataset, subsample
 from nli_sft.evaluation.scoring import distinguishing_prefixes, generate_labels, score_prompts, scoring_graphs
+from nli_sft.hub.decision import label_tokens, write_decision_files
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import adapter_config, apply_template, count_parameters, load_model, load_tokenizer
 from nli_sft.report.figures import speeds
@@ -46,8 +51,9 @@ from nli_sft.training.trainer import NLITrainer
 TRAIN = ["trl_defaults", "trl_padded", "trl_grouped", "trl_compiled", "packed_compiled"]
 TRAIN += ["tries", "tries_by_premise", "tries_compiled"]
 # lm_eval (lm-evaluation-harness), padded and tries score all tokens of all labels, as evaluations do; generate and
-# tries_choice only find the label, as a classifier does.
-SCORE = ["lm_eval", "generate", "padded", "tries", "tries_choice", "tries_compiled", "tries_choice_compiled"]
+# tries_choice only find the label, as a classifier does. pipeline is transformers' `pipeline("decision")`.
+SCORE = ["lm_eval", "generate", "padded", "pipeline", "tries", "tries_choice"]
+SCORE += ["tries_compiled", "tries_choice_compiled"]
 WARM_UP = 2  # steps
 
 
@@ -56,6 +62,11 @@ class BenchmarkConfig:
     """What to measure."""
 
     pairs: int = field(default=512, metadata={"help": "Number of training pairs, sampled by premise."})
+    claims: int | None = field(
+        default=None,
+        metadata={"help": "Put premises together into documents with this many claims each, instead of single pairs."},
+    )
+    document_tokens: int = field(default=2048, metadata={"help": "Tokens in a document of claims."})
     random_weights: bool = field(default=False, metadata={"help": "Build the model from its config.json alone."})
     train: list[str] = field(
         default_factory=lambda: [name for name in TRAIN if "compiled" not in name],
@@ -89,6 +100,8 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         "columns": data_args.columns(),
     }
     pairs = subsample(load_pairs(data_args.dataset_name, "train", **source), args.pairs, seed=0).shuffle(seed=0)
+    if args.claims is not None:
+        pairs = as_documents(pairs, args.claims, args.document_tokens, tokenizer)
     by_premise = pairs.select(list(GroupShuffleSampler(pairs["premise"], seed=0)))
     shared = {"args": args, "training_args": training_args, "model_args": model_args, "encoder": encoder}
     rows, rows_by_premise = (encoder.encode_rows(some, max_length=None) for some in (pairs, by_premise))
@@ -133,6 +146,25 @@ def main(args, data_args, prompt_args, batch_args, training_args, model_args):
         Path(args.svg).write_text(figure.on_white())
 
 
+def as_documents(pairs, claims, tokens, tokenizer):
+    """Pairs that share documents, made of the premises of `claims` pairs and of others up to about `tokens` tokens."""
+    random = np.random.default_rng(0)
+    pairs = pairs.sort("premise")
+    premises = pairs["premise"][:]
+    texts = list(dict.fromkeys(premises))
+    lengths = dict(zip(texts, map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]), strict=True))
+    documents = []
+    for start in range(0, len(pairs) - claims + 1, claims):
+        own = list(dict.fromkeys(premises[start : start + claims]))
+        order = own + [text for text in random.permutation(texts).tolist() if text not in own]
+        used = itertools.accumulate(lengths[text] for text in order)
+        kept = [text for text, total in zip(order, used, strict=True) if text in own or total <= tokens]
+        documents += [" ".join(random.permutation(kept))] * claims
+    pairs, names = pairs.select(range(len(documents))), pairs.features["label"].names
+    columns = {"uid": pairs["uid"][:], "premise": documents, "hypothesis": pairs["hypothesis"][:]}
+    return pairs_dataset(columns | {"label": [names[label] for label in pairs["label"]]}, names)
+
+
 def train_summary(methods):
     """Our fastest method against TRL's fastest at the same batch size."""
 
@@ -169,6 +201,7 @@ def score_summary(methods):
     return {
         "speedup_generate": speedup("generate", ours),
         "speedup_lm_eval": speedup("lm_eval", all_tokens),
+        "speedup_pipeline": speedup("pipeline", ours),
         "agreement": min((method["agreement"] for method in ours if "agreement" in method), default=None),
     }
 
@@ -274,11 +307,15 @@ def tokens_per_pair(rows, encoder, batch, collator):
 
 
 def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
-    """Speed and memory of each scoring method, and the share of pairs on which it agrees with `generate`."""
+    """Speed and memory of each scoring method.
+
+    Also the share of pairs on which it agrees with `generate`, and how far its probabilities differ from `padded`.
+    """
     if not args.score:
         return {}
     model = build_model(args, model_args).eval()
     prompts = encoder.encode(pairs["premise"], pairs["hypothesis"])
+    texts = dict(zip(map(tuple, prompts), pairs.select_columns(list(SLOTS)).to_list(), strict=True))
     prompts.sort(key=len)  # minimizes padding for `generate`; the other methods sort by themselves
     answers, tokenizer = encoder.answers, encoder.tokenizer
     longest = max(map(len, prompts)) + max(map(len, answers))
@@ -288,22 +325,41 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
 
     def generate(prompts):
         batches = [prompts[at : at + size] for at in range(0, len(prompts), size)]
-        return [label for batch in batches for label in generate_labels(model, tokenizer, batch, answers)]
+        return [label for batch in batches for label in generate_labels(model, tokenizer, batch, answers)], None
+
+    def decide(compiled):
+        with tempfile.TemporaryDirectory() as folder:
+            write_decision_files(folder, encoder)
+            ask = pipeline("decision", model=model, tokenizer=copy.deepcopy(tokenizer), decision_config=folder)
+        question = {"type": "choice", "criteria": dict.fromkeys(encoder.prompt.labels)}
+
+        def answer(prompts):
+            requests = ({"state": texts[tuple(prompt)], "questions": {"label": question}} for prompt in prompts)
+            probabilities = torch.tensor([[*ask(one)["label"]["probabilities"].values()] for one in requests])
+            return probabilities.argmax(1).tolist(), probabilities
+
+        return answer
 
     def score(answers, row, compiled):
         options = {"batch_size": size, "max_row_tokens": row, "graphs": scoring_graphs(model, size, row, compiled)}
-        return lambda prompts: score_prompts(
-            model, prompts, answers, tokenizer.pad_token_id, **options
-        ).choice.tolist()
+
+        def answer(prompts):
+            scores = score_prompts(model, prompts, answers, tokenizer.pad_token_id, **options)
+            return scores.choice.tolist(), scores.log_probs.exp()
+
+        return answer
 
     methods = {
         "generate": lambda compiled: generate,
+        "pipeline": decide,
         "padded": functools.partial(score, answers, None),
         "tries": functools.partial(score, answers, row),
         "tries_choice": functools.partial(score, distinguishing_prefixes(answers), row),
     }
-    figures, predictions = {}, {}
+    figures, predictions, probabilities = {}, {}, {}
     for name in [method for method in SCORE if method in args.score]:
+        if name == "pipeline" and not can_decide(encoder):
+            continue
         if name == "lm_eval":
             if importlib.util.find_spec("lm_eval"):
                 figures[name] = lm_eval_speed(model, encoder, prompts, size)
@@ -318,14 +374,22 @@ def score_speed(args, training_args, model_args, batch_args, encoder, pairs):
         rates = []
         for _ in range(3):
             start = time.perf_counter()
-            predictions[name] = method(prompts)
+            predictions[name], probabilities[name] = method(prompts)
             rates.append(len(prompts) / (time.perf_counter() - start))
         figures[name] = {"pairs_per_second": statistics.median(rates), "peak_bytes": peak_memory()}
         if "generate" in predictions:
             agreeing = sum(map(int.__eq__, predictions[name], predictions["generate"]))
             figures[name]["agreement"] = agreeing / len(prompts)
+        if probabilities.get("padded") is not None and probabilities[name] is not None:
+            difference = (probabilities[name] - probabilities["padded"]).abs().max()
+            figures[name]["largest_difference"] = difference.item()
         Console().print(speed_table("Scoring", figures))
     return figures
+
+
+def can_decide(encoder):
+    """Whether transformers has the decision pipeline, and this prompt works with it."""
+    return importlib.util.find_spec("transformers.decision") is not None and label_tokens(encoder) is not None
 
 
 def lm_eval_speed(model, encoder, prompts, batch_size):
@@ -366,6 +430,7 @@ def speed_table(title, methods):
         "TFLOP/s": ("useful_flops", 1e12, ".1f"),
         "loss": ("loss", 1, ".4f"),
         "as generate": ("agreement", 0.01, ".2f"),
+        "from padded": ("largest_difference", 1, ".0e"),
     }
     columns = {title: of for title, of in columns.items() if any(method.get(of[0]) for method in methods.values())}
     table = Table("", *columns, title=title)
