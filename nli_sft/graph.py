@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 _END = object()  # follows the last item of `prefetch`
 
-PASS_TENSORS = ("input_ids", "position_ids", "exit", "predict", "shift_labels")
+PASS_TENSORS = ("input_ids", "position_ids", "exit", "predict", "shift_labels", "shift_weights")
 
 
 def round_up(count: int) -> int:
@@ -67,8 +67,8 @@ def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """Pad a pass with nodes that see only themselves and labelled nodes that carry no label.
 
     Args:
-        part: `input_ids`, `position_ids` and `exit` of (rows, length), `predict` of (P,) and `shift_labels` of (1, P),
-            as `trainer.TrieCollator` makes them.
+        part: `input_ids`, `position_ids` and `exit` of (rows, length), `predict` of (P,), and `shift_labels` and
+            `shift_weights` of (1, P), as `batches.TrieCollator` makes them.
         shape: at least as large in every dimension.
 
     Returns:
@@ -90,7 +90,9 @@ def pad_pass(part: Mapping[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     predict[: len(own)] = own // own_length * length + own % own_length
     labels = torch.full((1, labelled), IGNORE_INDEX)
     labels[:, : len(own)] = part["shift_labels"]
-    return {**padded, "predict": predict, "shift_labels": labels}
+    weights = torch.zeros(1, labelled)
+    weights[:, : len(own)] = part["shift_weights"]
+    return {**padded, "predict": predict, "shift_labels": labels, "shift_weights": weights}
 
 
 def record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
@@ -320,7 +322,7 @@ class ScoringGraphs:
     def pad(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pad the tensors of `trie.pack_scoring` to one of a few shapes."""
         labels = torch.full((1, len(batch["predict"])), IGNORE_INDEX)
-        part = {**batch, "shift_labels": labels}
+        part = {**batch, "shift_labels": labels, "shift_weights": torch.zeros(labels.shape)}
         padded = pad_pass(part, pass_shape(part, self.usual))
         nodes = batch["answer_nodes"]
         padded["answer_nodes"] = torch.cat([nodes, nodes.new_zeros(self.pairs - len(nodes), *nodes.shape[1:])])
@@ -364,7 +366,7 @@ class ScoringGraphs:
 
 
 def label_loss(
-    logits: Tensor, labels: Tensor, labelled: Tensor | float, loss_type: str = "nll"
+    logits: Tensor, labels: Tensor, labelled: Tensor | float, loss_type: str = "nll", weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The loss of TRL's `SFTTrainer` on the logits of labelled nodes, without waiting for the device.
 
@@ -373,6 +375,7 @@ def label_loss(
         labels: (P,), -100 where there is none.
         labelled: the number of labelled tokens in the step, by which the sum is divided.
         loss_type: `nll`, or `dft` (https://arxiv.org/abs/2508.05629), as in `SFTConfig`.
+        weights: (P,), by which each label's loss is multiplied (`batches.class_weights`).
 
     Returns:
         The loss, and (3,) float64 sums over the labelled nodes: entropy in nats, how often the label has the largest
@@ -382,6 +385,8 @@ def label_loss(
     log_probs = logits.float().log_softmax(-1)
     chosen = log_probs.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).masked_fill(~known, 0.0)
     weighted = chosen * chosen.detach().exp() if loss_type == "dft" else chosen
+    if weights is not None:
+        weighted = weighted * weights
     with torch.no_grad():
         entropy = torch.special.entr(log_probs.exp()).sum(-1)
         right = log_probs.argmax(-1) == labels

@@ -34,7 +34,7 @@ IGNORE_INDEX = -100
 FLEX_BLOCK = 128
 
 
-def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share=True):
+def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share=True, weights=None):
     """Pack pairs into rows to train on, loss on the answers only.
 
     Args:
@@ -45,6 +45,7 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share
             a `max_row_tokens` that is a multiple too, no row is longer than `max_row_tokens`; but where that is 64
             more than a multiple of 128, rows may be one step longer (see `_pack`).
         share: without it sequences stand one after the other, whole, as packing has them: to measure against.
+        weights: the weight of each pair in the loss; 1 by default.
 
     Returns:
         A dict of int64 tensors of shape (rows, length), all indices relative to the row:
@@ -52,6 +53,7 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share
             position_ids: the depth of each node; 0 where padded.
             exit: the end of each node's subtree; its own index + 1 where padded.
             shift_labels: the token to predict at each node; -100 where there is none.
+        of the same shape, in float32, `shift_weights`: the weight of each token to predict;
         and of ints, for the logs: `pairs`, `sequence_tokens` (what separate sequences would feed, unpadded) and
         `trie_tokens` (the nodes); `trie_tokens / input_ids.numel()` is the fill rate.
 
@@ -78,6 +80,11 @@ def pack_training(prompts, answers, max_row_tokens, pad_to_multiple_of=16, share
     labelled = targets >= 0
     shift_labels.view(-1)[nodes[torch.from_numpy(labelled)]] = torch.from_numpy(targets[labelled]).long()
     batch["shift_labels"] = shift_labels
+    of_pairs = np.ones(len(prompts)) if weights is None else np.asarray(weights)
+    shift_weights = torch.zeros_like(batch["input_ids"], dtype=torch.float32)
+    repeated = np.broadcast_to(of_pairs[:, None], targets.shape)[labelled]
+    shift_weights.view(-1)[nodes[torch.from_numpy(labelled)]] = torch.from_numpy(repeated).float()
+    batch["shift_weights"] = shift_weights
     return {**batch, "pairs": len(prompts), "sequence_tokens": int(lengths.sum())}
 
 

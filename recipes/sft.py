@@ -59,6 +59,7 @@ from nli_sft.runs import (
     write_trained_pairs,
 )
 from nli_sft.tracking import open_run
+from nli_sft.training.batches import TokenRows, class_weights
 from nli_sft.training.checkpoints import AUTO, find_checkpoint, is_finished
 from nli_sft.training.folders import check_folder, check_resumption, clear
 from nli_sft.training.launchers import check_launch, launched_with
@@ -114,6 +115,8 @@ def train(args):
         if checkpoint is not None:
             check_resumption(checkpoint, recipe, encoder.prompt, data)
         rows = encode(args, encoder, limits, pairs, data["dropped"])
+        gold = TokenRows(rows["train"], encoder.answers).gold
+        weights = class_weights(args.data.class_weights, gold, encoder.prompt.labels)
         plan = plan_memory(
             args.model, args.training, args.batch, precision, encoder.prompt, encoder=encoder, rows=rows["train"]
         )
@@ -126,7 +129,9 @@ def train(args):
             train_dataset=rows["train"],
             eval_dataset=rows["validation"],  # only recipes/eval.py reads the test split
             peft_config=adapter_config(args.model),
+            class_weights=weights,
         )
+    data["class_weights"] = weights and dict(zip(encoder.prompt.labels, weights, strict=True))
     facts = describe(args, encoder, data, trainer, precision, plan)
     trainer.made_from = recipe, encoder.prompt, facts
     print_start(args, encoder, pairs, rows, data, checkpoint)
@@ -296,6 +301,8 @@ def print_start(args, encoder, pairs, rows, data, checkpoint):
     print_main(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
     for source, counts in data["sources"].items():
         print_main(f"  {source}: {describe_source(counts)}")
+    if weights := data["class_weights"]:
+        print_main(f"  class weights: {', '.join(f'{label} {weight:.3g}' for label, weight in weights.items())}")
     if repeated := data["train_validation_overlap"]:
         print_main(
             f"Warning: {repeated:,} validation pairs are also training pairs; validation accuracy is too optimistic."

@@ -381,7 +381,7 @@ def test_batches_pass_through_workers_and_accelerate():
     assert [batch["pairs"] for batch in batches] == [4, 4, 3]
     assert {key: value.dtype for key, value in batches[0].items() if torch.is_tensor(value)} == dict.fromkeys(
         ("input_ids", "position_ids", "exit", "shift_labels"), torch.int64
-    )
+    ) | {"shift_weights": torch.float32}
 
 
 def test_all_types_of_sequences_pack_the_same():

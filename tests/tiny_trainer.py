@@ -13,8 +13,19 @@ from nli_sft.training.trainer import NLITrainer
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, batch_options=None, **options):
-    encoder = PromptEncoder(PROMPTS["plain"], chatml)
+def trainer(
+    chatml,
+    tmp_path,
+    *,
+    model=None,
+    batching="trie",
+    peft_config=None,
+    batch_options=None,
+    class_weights=None,
+    prompt=PROMPTS["plain"],
+    **options,
+):
+    encoder = PromptEncoder(prompt, chatml)
     options = {
         "output_dir": str(tmp_path),
         "use_cpu": True,
@@ -36,6 +47,7 @@ def trainer(chatml, tmp_path, *, model=None, batching="trie", peft_config=None, 
         train_dataset=encoder.encode_rows(few_pairs(3), max_length=None),
         eval_dataset=encoder.encode_rows(few_pairs(), max_length=None),
         peft_config=copy.deepcopy(peft_config),  # PEFT changes it
+        class_weights=class_weights,
     )
 
 

@@ -107,6 +107,12 @@ class TrainDataConfig(DataConfig):
             "choices": ["label", "premise"],
         },
     )
+    class_weights: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the labels in the loss: balanced (rare labels weigh more), or a number for each label."
+        },
+    )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of premises to hold out if the source has no validation split."}
     )

@@ -214,6 +214,8 @@ def refuse_keys(values: Mapping[str, object], defaults: Mapping[str, object]) ->
         UserError: for a key of `REFUSED`, a number out of range, or a key that has no effect on tries.
     """
     is_training = "max_steps" in values  # recipes/push.py has keys of the same names
+    if values.get("class_weights") and values.get("label_smoothing_factor"):
+        raise UserError("label_smoothing_factor would have no effect with class_weights; remove one of the two")
     for key, value in _given(values, defaults).items():
         if is_training and key in REFUSED and value != _PLAIN.get(key, MISSING):
             raise UserError(f"remove {key}: {REFUSED[key]}")

@@ -65,7 +65,8 @@ def against_annotators(counts: np.ndarray, probabilities: np.ndarray) -> dict[st
 
     Returns:
         Means over pairs: `js_divergence` and `kl_divergence` (of the model from the annotators) in nats, and
-        `js_distance`, the square root of the first, which ChaosNLI reports as JSD; `entropy_correlation`, Spearman's
+        `js_distance`, the square root of the first, which ChaosNLI reports as JSD; `brier`, the squared distance
+        between probabilities and shares, summed over labels, 0 to 2; `entropy_correlation`, Spearman's
         correlation of the entropies of annotators and model, `None` if one of them is constant;
         `annotators_per_pair`; `n`.
     """
@@ -83,6 +84,7 @@ def against_annotators(counts: np.ndarray, probabilities: np.ndarray) -> dict[st
         "annotators_per_pair": float(counts.sum(axis=1).mean()),
         "js_divergence": float((distance**2).mean()),
         "js_distance": float(distance.mean()),
+        "brier": float(((probabilities - annotators) ** 2).sum(axis=1).mean()),
         "kl_divergence": float(entropy(annotators, model, axis=1).mean()),
         "entropy_correlation": correlation,
     }

@@ -282,6 +282,13 @@ class Evaluation:
             for key, name in (("nll", "Log loss"), ("ece", "Calibration error")):
                 values = (f"{t[key]:.3f}" if key in t else NONE for t in calibrated)
                 rows.append([f"{name} at that temperature", *values])
+        annotators = [self.summary.get(model, {}).get("annotators", {}) for model in ("base", "tuned")]
+        for key, name in (
+            ("kl_divergence", "KL divergence from annotators, nats"),
+            ("brier", "Brier score against annotators"),
+        ):
+            if all(key in figures for figures in annotators):
+                rows.append([name, *(f"{figures[key]:.3f}" for figures in annotators)])
         masses = (base["label_mass"], tuned["label_mass"])
         rows.append(["Label mass", *(f"{mass:.2%}" if mass >= 1e-4 else f"{mass:.1e}" for mass in masses)])
         by_probability = (f"{self._unconstrained_accuracy(model):.2%}" for model in ("base", "tuned"))

@@ -1,5 +1,8 @@
 """Batches: which pairs each holds, and how they are packed into tries."""
 
+import math
+from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain, repeat
 from typing import Any
 
@@ -8,8 +11,57 @@ import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from .. import graph, trie
+from .. import UserError, graph, trie
 from ..graph import prefetch
+
+# Tensors of `trie.pack_training` with one entry for each node.
+ROW_TENSORS = ("input_ids", "position_ids", "exit", "shift_labels", "shift_weights")
+
+
+def class_weights(wanted: Sequence[str] | None, gold: np.ndarray, labels: Sequence[str]) -> list[float] | None:
+    """The weight of each label in the loss of training, in the order of `labels`.
+
+    The loss of a step is the sum over its pairs of weight times negative log-likelihood of the answer's tokens,
+    divided by the number of these tokens. Weights are scaled so that their mean over the n training pairs is 1: the
+    size of the loss, and with it the learning rate, stay as they are. No weight depends on a batch, so the gradient
+    is the same however a step is divided. The losses of evaluations are not weighted.
+
+    Args:
+        wanted: `["balanced"]`, scikit-learn's n / (K * n_label) for the K labels that occur; or a number per label.
+        gold: (n,) label ids of the training pairs.
+
+    Returns:
+        `None` if nothing is wanted.
+
+    Raises:
+        UserError: unless `wanted` is one of the two, with numbers above 0.
+    """
+    if not wanted:
+        return None
+    counts = np.bincount(gold, minlength=len(labels))
+    if list(wanted) == ["balanced"]:
+        given = 1 / np.maximum(counts, 1)
+    else:
+        given = np.array([_weight(text) for text in wanted])
+        if len(given) != len(labels):
+            raise UserError(
+                f"class_weights has {len(given)} entries; give balanced, or one each for {', '.join(labels)}"
+            )
+    return (given * counts.sum() / (given @ counts)).tolist()
+
+
+def _weight(text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (weight := float(text)) < math.inf:
+            return weight
+    raise UserError(f"class_weights: {text!r} is not a number above 0; give balanced, or a number for each label")
+
+
+def row_weights(labels: torch.Tensor, answers: list[list[int]], weights: Sequence[float]) -> torch.Tensor:
+    """(rows,) the weight of each row of a padded batch, whose `labels` of (rows, length) hold its answer's tokens."""
+    label_of = {tuple(answer): label for label, answer in enumerate(answers)}
+    gold = [label_of[tuple(row[row != trie.IGNORE_INDEX].tolist())] for row in labels]
+    return torch.tensor([weights[label] for label in gold], device=labels.device)
 
 
 class GroupShuffleSampler(Sampler):
@@ -93,6 +145,7 @@ class TrieCollator:
         answers: the token ids of the answers.
         max_row_tokens: the longest row of a trie, but for batches with long pairs (`trie.fit_row`).
         max_batch_tokens: the most tokens of a forward pass, padding included; a single row may hold more.
+        weights: the weight of each label in the loss, from `class_weights`.
 
     Attributes:
         usual: set to pad micro-batches to the few shapes of `graph.pass_shape`.
@@ -103,12 +156,19 @@ class TrieCollator:
           the items of a batch in the second;
         - `micro_batches`, one dict for each forward pass: `input_ids`, `position_ids` and `exit` of some rows of
           `trie.pack_training`; `predict`, (p,), the nodes that have a label, as indices into the flattened
-          (rows * length); `shift_labels`, (1, p), their labels; and `tokens`, the number of tokens in separate
-          sequences (of the whole batch, in its first micro-batch; 0 in the others).
+          (rows * length); `shift_labels` and `shift_weights`, (1, p), their labels and weights; and `tokens`, the
+          number of tokens in separate sequences (of the whole batch, in its first micro-batch; 0 in the others).
     """
 
-    def __init__(self, answers: list[list[int]], max_row_tokens: int, max_batch_tokens: int):
+    def __init__(
+        self,
+        answers: list[list[int]],
+        max_row_tokens: int,
+        max_batch_tokens: int,
+        weights: Sequence[float] | None = None,
+    ):
         self.answers = answers
+        self.weights = [1.0] * len(answers) if weights is None else weights
         self.max_row_tokens = max_row_tokens
         self.max_batch_tokens = max_batch_tokens
         self.usual: tuple[int, int] | None = None
@@ -117,14 +177,15 @@ class TrieCollator:
         prompts, gold = zip(*rows, strict=True)
         answers = [self.answers[label] for label in gold]
         longest = max(map(len, prompts)) + max(map(len, answers))
-        batch = trie.pack_training(prompts, answers, trie.fit_row(self.max_row_tokens, longest))
+        weights = [self.weights[label] for label in gold]
+        batch = trie.pack_training(prompts, answers, trie.fit_row(self.max_row_tokens, longest), weights=weights)
         n_rows, length = batch["input_ids"].shape
         count = -(-n_rows // max(1, self.max_batch_tokens // length))
         tokens = chain([batch["sequence_tokens"]], repeat(0))
         micro_batches = [
             self._micro_batch(*tensors)
             for tensors in zip(
-                *(batch[name].tensor_split(count) for name in ("input_ids", "position_ids", "exit", "shift_labels")),
+                *(batch[name].tensor_split(count) for name in ROW_TENSORS),
                 tokens,
                 strict=False,
             )
@@ -139,7 +200,7 @@ class TrieCollator:
         return {"micro_batches": micro_batches, "labels": labels, "shift_labels": labels}
 
     @staticmethod
-    def _micro_batch(input_ids, position_ids, exit, shift_labels, tokens):
+    def _micro_batch(input_ids, position_ids, exit, shift_labels, shift_weights, tokens):
         predict = (shift_labels.flatten() != trie.IGNORE_INDEX).nonzero().flatten()
         return {
             "input_ids": input_ids,
@@ -147,6 +208,7 @@ class TrieCollator:
             "exit": exit,
             "predict": predict,
             "shift_labels": shift_labels.flatten()[predict][None],
+            "shift_weights": shift_weights.flatten()[predict][None],
             "tokens": tokens,
         }
 
@@ -175,7 +237,8 @@ def split_micro_batch(micro_batch: dict, most_tokens: int) -> list[dict]:
         end = start + piece["input_ids"].numel()
         inside = (start <= predict) & (predict < end)
         piece["predict"] = predict[inside] - start
-        piece["shift_labels"] = micro_batch["shift_labels"][:, inside]
+        for name in ("shift_labels", "shift_weights"):
+            piece[name] = micro_batch[name][:, inside]
         piece["tokens"] = tokens
         start, tokens = end, 0
     return pieces

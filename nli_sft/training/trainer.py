@@ -3,7 +3,7 @@
 import copy
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -33,6 +33,7 @@ from .batches import (
     ShardedBatchSampler,
     TokenRows,
     TrieCollator,
+    row_weights,
     split_micro_batch,
     without_labels,
 )
@@ -57,6 +58,7 @@ class NLITrainer(ResumableTrainer):
     Args:
         encoder: the encoder that made the rows.
         batch_args: whether to pack tries, how long their rows may be, and how pairs are grouped into batches.
+        class_weights: the weight of each label in the loss, from `batches.class_weights`.
         **kwargs: as for `SFTTrainer`.
     """
 
@@ -75,6 +77,7 @@ class NLITrainer(ResumableTrainer):
         encoder: PromptEncoder,
         batch_args: BatchConfig,
         train_dataset: Dataset,
+        class_weights: Sequence[float] | None = None,
         **kwargs,
     ):
         refuse_keys(*field_values((args, batch_args)))
@@ -91,7 +94,8 @@ class NLITrainer(ResumableTrainer):
         )
         if self.max_row_tokens is not None:
             most_tokens = int(batch_args.max_batch_tokens)
-            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, most_tokens)
+            kwargs["data_collator"] = TrieCollator(encoder.answers, self.max_row_tokens, most_tokens, class_weights)
+        self.class_weights = class_weights
         self.group_by_premise = batch_args.group_by_premise
         self.most_tokens: int | None = None  # of a pass, after a larger one ran out of memory
         self._step_ended = True
@@ -110,9 +114,14 @@ class NLITrainer(ResumableTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, processing_class=encoder.tokenizer, **kwargs
         )
+        if class_weights is not None and self.max_row_tokens is None and self.aux_loss_enabled:
+            raise UserError(
+                "class_weights would leave the router's loss out; set router_aux_loss_coef: 0 to do without"
+            )
         if args.tf32 is False:  # accelerate turns it on for torch_compile in fp32, whatever is asked for
             torch.backends.cuda.matmul.allow_tf32 = False
-        if self.max_row_tokens is not None:
+        self.has_own_loss = self.max_row_tokens is not None or class_weights is not None
+        if self.has_own_loss:
             self.model_accepts_loss_kwargs = True  # `compute_loss` divides by the labelled tokens of the whole step
         # Sums over the labelled tokens since the last log: see `graph.label_loss`.
         self._figures = torch.zeros(3, dtype=torch.float64, device=args.device)
@@ -390,11 +399,15 @@ class NLITrainer(ResumableTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """TRL's loss, or that of a trie's micro-batch."""
-        if "exit" not in inputs:
+        """TRL's loss, or that of a trie's micro-batch or of a weighted batch."""
+        if not self.has_own_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._tokens += inputs["tokens"]
-        loss, figures = self._trie_loss(model, inputs, num_items_in_batch)
+        if "exit" in inputs:
+            self._tokens += inputs["tokens"]
+            loss, figures = self._trie_loss(model, inputs, num_items_in_batch)
+        else:
+            self._tokens += int(inputs["attention_mask"].sum())
+            loss, figures = self._padded_loss(model, inputs, num_items_in_batch)
         self._figures += figures
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients
@@ -405,7 +418,17 @@ class NLITrainer(ResumableTrainer):
         self._scale_noise(micro_batch["input_ids"].shape[1])
         with trie.exact_logits(self.model, micro_batch["predict"]):
             logits = model(**trie.model_inputs(self.model, micro_batch), use_cache=False).logits[0]
-        return graph.label_loss(logits, micro_batch["shift_labels"][0], labelled, self.args.loss_type)
+        labels, weights = micro_batch["shift_labels"][0], micro_batch["shift_weights"][0]
+        return graph.label_loss(logits, labels, labelled, self.args.loss_type, weights)
+
+    def _padded_loss(self, model, batch, labelled):
+        """As `_trie_loss`, of a padded batch with class weights, which TRL's loss does not have."""
+        logits = model(**{name: values for name, values in batch.items() if name != "labels"}, use_cache=False).logits
+        targets = batch["labels"][:, 1:]
+        known = targets != trie.IGNORE_INDEX
+        weights = row_weights(batch["labels"], self.encoder.answers, self.class_weights)
+        of_tokens = weights[:, None].expand_as(targets)[known]
+        return graph.label_loss(logits[:, :-1][known], targets[known], labelled, self.args.loss_type, of_tokens)
 
     def _scale_noise(self, row_length: int) -> None:
         """Scale NEFTune's noise by the mean length of a pair, where transformers scales it by that of a row."""
@@ -421,7 +444,7 @@ class NLITrainer(ResumableTrainer):
 
     def _collect_figures(self) -> None:
         """Add the figures of tries to TRL's metrics. Every process must take part."""
-        if self.max_row_tokens is None:
+        if not self.has_own_loss:
             return
         entropy, right, labelled, tokens = self._summed_figures()
         self._figures.zero_()

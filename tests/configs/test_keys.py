@@ -119,6 +119,13 @@ def test_refused_keys_may_hold_their_defaults(tmp_path):
         parse("--config", path)
 
 
+def test_class_weights_do_not_go_with_label_smoothing():
+    smoothed = "--batching=padded", "--label_smoothing_factor=0.1"
+    with pytest.raises(UserError, match="label_smoothing_factor would have no effect with class_weights; remove one"):
+        parse(*smoothed, "--class_weights", "balanced")
+    parse(*smoothed)
+
+
 @pytest.mark.parametrize(("key", "value"), [("pad_to_multiple_of", 8), ("label_smoothing_factor", 0.1)])
 def test_keys_for_padded_batches_only(key, value):
     with pytest.raises(UserError, match=rf"{key}: .*; set batching: padded, or remove {key}"):

@@ -46,6 +46,7 @@ def test_distances_by_hand():
     annotators = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
     assert result["js_divergence"] == pytest.approx((annotators + np.log(1 / 0.75)) / 2)
     assert result["js_distance"] == pytest.approx(np.sqrt(result["js_divergence"]))
+    assert result["brier"] == pytest.approx(0.5**2 + 0.5**2)
     assert 10 < result["kl_divergence"] < 20, "a label of probability 0 costs much, but not infinity"
     assert result["entropy_correlation"] is None, "a single pair has no correlation"
 

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from sklearn.utils.class_weight import compute_class_weight
 from tiny import CHATML, CLAIMS, DOCUMENT, chatml_tokenizer, few_pairs, tiny_llama
 from tiny_bases import make_base
 from tiny_trainer import LORA, logged, trainer
@@ -12,12 +14,12 @@ from trl import ModelConfig, SFTConfig
 from nli_sft import UserError
 from nli_sft.configs import BatchConfig
 from nli_sft.configs.keys import METRICS, field_values, refuse_keys
-from nli_sft.data.prompts import PROMPTS, PromptEncoder
+from nli_sft.data.prompts import PROMPTS, PromptEncoder, load_prompt
 from nli_sft.data.sources import pairs_dataset
 from nli_sft.evaluation.scoring import generate_labels
 from nli_sft.labels import LABELS
 from nli_sft.models.loading import apply_template, load_model, load_tokenizer
-from nli_sft.training.batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator
+from nli_sft.training.batches import GroupShuffleSampler, ShardedBatchSampler, TokenRows, TrieCollator, class_weights
 from nli_sft.training.trainer import NLITrainer
 
 
@@ -43,6 +45,72 @@ def test_tries_train_as_padded_batches_do(chatml, tmp_path, peft_config, options
     assert fewer == [8, 16, 24]
     for name, parameter in both["trie"].model.named_parameters():
         torch.testing.assert_close(parameter, both["padded"].model.get_parameter(name), rtol=1e-3, atol=2e-4)
+
+
+WEIGHTS = [0.25, 2.0, 0.75]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batching": "padded"},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "batching": "padded"},
+        {"batch_options": {"max_batch_tokens": 128}},
+    ],
+    ids=["trie", "padded", "accumulated", "accumulated and padded", "in parts"],
+)
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_class_weights_multiply_the_loss_of_each_pair(chatml, tmp_path, options, loss_type):
+    """The gradient of a step of 8 pairs is that of the weighted losses of the pairs, computed one by one."""
+    model = tiny_llama(len(chatml))
+    options = {"loss_type": loss_type, "max_steps": 1, "max_grad_norm": 0.0, **options}
+    options |= {"prompt": load_prompt("plain", ["yes", "unclear", "certainly not"]), "class_weights": WEIGHTS}
+    run = trainer(chatml, tmp_path, model=model, optim="sgd", learning_rate=1.0, **options)
+    rows = [run.train_dataset[index] for index in list(run._get_train_sampler())[:8]]
+    answers = run.encoder.answers
+    assert len({len(answer) for answer in answers}) > 1, "labels of different length"
+    expected, tokens = tiny_llama(len(chatml)), 0
+    for row in rows:
+        answer = [token for token in row["labels"] if token != -100]
+        logits = expected(torch.tensor([row["input_ids"]])).logits[0, -len(answer) - 1 : -1]
+        chosen = logits.log_softmax(-1)[range(len(answer)), answer]
+        chosen = chosen * chosen.detach().exp() if loss_type == "dft" else chosen
+        (-WEIGHTS[answers.index(answer)] * chosen.sum()).backward()
+        tokens += len(answer)
+    run.train()
+    for name, parameter in model.named_parameters():
+        start = expected.get_parameter(name)
+        torch.testing.assert_close(parameter, start - start.grad / tokens, rtol=1e-4, atol=1e-5)
+
+
+def test_class_weights():
+    gold = np.array([0] * 6 + [1] * 3 + [2])
+    labels = ("a", "b", "c")
+    assert class_weights(None, gold, labels) is None
+    balanced = class_weights(["balanced"], gold, labels)
+    assert balanced == pytest.approx(compute_class_weight("balanced", classes=np.arange(3), y=gold))
+    given = class_weights(["1", "2", "4"], gold, labels)
+    assert given == pytest.approx(np.array([1, 2, 4]) * 10 / (6 + 6 + 4))
+    for weights in (balanced, given):
+        assert np.mean([weights[label] for label in gold]) == pytest.approx(1)
+    assert class_weights(["balanced"], gold[:9], labels)[:2] == pytest.approx([9 / (2 * 6), 9 / (2 * 3)])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["1", "2"], "class_weights has 2 entries; give balanced, or one each for a, b, c"),
+        (["1", "2", "0"], "class_weights: '0' is not a number above 0"),
+        (["1", "2", "inf"], "class_weights: 'inf' is not a number above 0"),
+        (["1", "2", "nan"], "class_weights: 'nan' is not a number above 0"),
+        (["even"], "class_weights: 'even' is not a number above 0; give balanced, or a number for each label"),
+    ],
+)
+def test_invalid_class_weights(wanted, message):
+    with pytest.raises(UserError, match=message):
+        class_weights(wanted, np.array([0, 1, 2]), ("a", "b", "c"))
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
