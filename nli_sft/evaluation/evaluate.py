@@ -384,7 +384,7 @@ def write_evaluation(
     if trained_on is not None and trained_on.any():
         table["trained_on"] = trained_on
     for model, score in scores.items():
-        table[f"{model}_prediction"] = [labels[label] for label in score.choice]
+        table[f"{model}_prediction"] = [labels[label] for label in score.choice.tolist()]
         for index, label in enumerate(labels):
             table[f"{model}_p_{label}"] = score.log_probs[:, index].exp().numpy()
             table[f"{model}_unconstrained_{label}"] = score.unconstrained[:, index].numpy()
