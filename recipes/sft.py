@@ -115,32 +115,15 @@ def train(args):
         if checkpoint is not None:
             check_resumption(checkpoint, recipe, encoder.prompt, data)
         rows = encode(args, encoder, limits, pairs, data["dropped"])
-        gold = TokenRows(rows["train"], encoder.answers).gold
-        weights = class_weights(args.data.class_weights, gold, encoder.prompt.labels)
-        plan = plan_memory(
-            args.model, args.training, args.batch, precision, encoder.prompt, encoder=encoder, rows=rows["train"]
-        )
-        print_main(f"{precision}\n{plan}")
-        trainer = NLITrainer(
-            encoder=encoder,
-            batch_args=replace(args.batch, max_batch_tokens=plan.max_batch_tokens),
-            model=load_model(args.model, args.training.trust_remote_code),
-            args=args.training,
-            train_dataset=rows["train"],
-            eval_dataset=rows["validation"],  # only recipes/eval.py reads the test split
-            peft_config=adapter_config(args.model),
-            class_weights=weights,
-        )
-    data["class_weights"] = weights and dict(zip(encoder.prompt.labels, weights, strict=True))
+        trainer, plan = build_trainer(args, encoder, rows, precision)
+    if trainer.class_weights:
+        data["class_weights"] = dict(zip(encoder.prompt.labels, trainer.class_weights, strict=True))
     facts = describe(args, encoder, data, trainer, precision, plan)
     trainer.made_from = recipe, encoder.prompt, facts
     print_start(args, encoder, pairs, rows, data, checkpoint)
     print_main(f"{count_parameters(trainer.model)}.\n")
 
-    if trainer.is_world_process_zero():
-        if args.machine.overwrite_output_dir:
-            clear(args.training.output_dir)
-        write_trained_pairs(args.training.output_dir, pair_hashes(pairs["train"]))
+    prepare_folder(args, trainer, pairs)
     tracker = open_run(
         args.training.output_dir,
         report_to=args.training.report_to,
@@ -235,6 +218,34 @@ def encode(args, encoder, limits, pairs, dropped):
     return rows
 
 
+def build_trainer(args, encoder, rows, precision):
+    """The trainer with its model, and the plan of its memory."""
+    plan = plan_memory(
+        args.model, args.training, args.batch, precision, encoder.prompt, encoder=encoder, rows=rows["train"]
+    )
+    print_main(f"{precision}\n{plan}")
+    gold = TokenRows(rows["train"], encoder.answers).gold
+    trainer = NLITrainer(
+        encoder=encoder,
+        batch_args=replace(args.batch, max_batch_tokens=plan.max_batch_tokens),
+        model=load_model(args.model, args.training.trust_remote_code),
+        args=args.training,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],  # only recipes/eval.py reads the test split
+        peft_config=adapter_config(args.model),
+        class_weights=class_weights(args.data.class_weights, gold, encoder.prompt.labels),
+    )
+    return trainer, plan
+
+
+def prepare_folder(args, trainer, pairs):
+    """Delete an earlier run if requested, and record the training pairs."""
+    if trainer.is_world_process_zero():
+        if args.machine.overwrite_output_dir:
+            clear(args.training.output_dir)
+        write_trained_pairs(args.training.output_dir, pair_hashes(pairs["train"]))
+
+
 def describe(args, encoder, data, trainer, precision, plan):
     """The entries of run.json known before training."""
     return {
@@ -301,7 +312,7 @@ def print_start(args, encoder, pairs, rows, data, checkpoint):
     print_main(f"\n{len(rows['train']):,} training pairs, {len(rows['validation']):,} validation pairs.")
     for source, counts in data["sources"].items():
         print_main(f"  {source}: {describe_source(counts)}")
-    if weights := data["class_weights"]:
+    if weights := data.get("class_weights"):
         print_main(f"  class weights: {', '.join(f'{label} {weight:.3g}' for label, weight in weights.items())}")
     if repeated := data["train_validation_overlap"]:
         print_main(
