@@ -423,6 +423,7 @@ class NLITrainer(ResumableTrainer):
 
     def _padded_loss(self, model, batch, labelled):
         """As `_trie_loss`, of a padded batch with class weights, which TRL's loss does not have."""
+        assert self.class_weights is not None  # see `has_own_loss`
         logits = model(**{name: values for name, values in batch.items() if name != "labels"}, use_cache=False).logits
         targets = batch["labels"][:, 1:]
         known = targets != trie.IGNORE_INDEX
