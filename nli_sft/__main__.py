@@ -84,6 +84,7 @@ def predict(args: argparse.Namespace, stdout: TextIO) -> None:
             adapter=args.adapter,
             prompt=args.prompt,
             label_words=args.label_words,
+            labels=args.labels,
         )
         labels = source.prompt.labels
         gold = _gold(file, args, labels)
@@ -355,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     command.add_argument("--adapter", help="adapter to put on the model: a folder or a Hub id")
     command.add_argument("--prompt", help="of a model that is no run: a built-in prompt or a file; plain by default")
+    command.add_argument("--labels", nargs="+", help="of a model that is no run: the labels; SNLI's by default")
     command.add_argument("--label_words", nargs="+", help="of a model that is no run: the words for the labels")
     command.add_argument("--premise")
     command.add_argument("--hypothesis")

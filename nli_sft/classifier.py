@@ -99,6 +99,7 @@ class NLIClassifier:
         adapter: str | Path | None = None,
         prompt: str | None = None,
         label_words: Sequence[str] | None = None,
+        labels: Sequence[str] | None = None,
         temperature: float | None = None,
         device: str | torch.device | None = None,
         dtype: str | None = None,
@@ -115,7 +116,8 @@ class NLIClassifier:
             adapter: folder or Hub id of an adapter to put on the model.
             prompt: for models that are no run, a built-in prompt such as `plain` or `few_shot`, or a .yaml or .json
                 file. By default their prompt.json if they have one, else `plain`.
-            label_words: for models that are no run, the words that answer for the labels.
+            label_words, labels: for models that are no run, the words that answer for the labels, and the labels, by
+                default SNLI's.
             temperature: as for the class; by default the one that an evaluation of the run has fitted, else 1.
             device: by default an accelerator if there is one.
             dtype: of weights and computation: `float32`, `bfloat16`, `float16` or `auto`. By default as in an
@@ -126,7 +128,9 @@ class NLIClassifier:
             UserError: if there is no such folder or repository, a file is missing, or a run is given a prompt, label
                 words or an adapter.
         """
-        source = find_model(name, revision=revision, adapter=adapter, prompt=prompt, label_words=label_words)
+        source = find_model(
+            name, revision=revision, adapter=adapter, prompt=prompt, label_words=label_words, labels=labels
+        )
         return cls.from_source(source, temperature=temperature, device=device, dtype=dtype, batch_size=batch_size)
 
     @classmethod

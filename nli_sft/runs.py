@@ -100,8 +100,10 @@ def launch_command(script: str | Path, *arguments: object, record: Mapping = {})
 
 
 def training_command(run: str | Path, record: Mapping) -> str:
-    """The command that repeats a run in a new folder beside it."""
+    """The command that repeats a run in a new folder beside it, or the evaluation of a model that was not trained."""
     recipe = Path(run) / "recipe.yaml"
+    if not is_trained(record):
+        return launch_command("recipes/eval.py", "--config", recipe, record=record)
     return launch_command("recipes/sft.py", "--config", recipe, "--output_dir", f"{Path(run)}-again", record=record)
 
 
@@ -201,9 +203,19 @@ def read_recipe(path: str | Path) -> dict:
         UserError: if it is damaged.
     """
     recipe = _read(Path(path) / "recipe.yaml", yaml.safe_load, RECIPE_TYPES)
+    if "model" in recipe:  # of recipes/eval.py, for a model that is no run
+        recipe |= {
+            "model_name_or_path": recipe["model"],
+            "dataset_name": recipe.get("dataset_name", recipe.get("suite")),
+        }
     for key in RECIPE_TYPES:
         recipe[key]  # must be there
     return recipe
+
+
+def is_trained(record: Mapping) -> bool:
+    """Whether a run was trained; else recipes/eval.py has evaluated a model that is no run, and keeps its results."""
+    return record.get("trained", True)
 
 
 def is_run(path: Path) -> bool:
@@ -395,6 +407,11 @@ def _git(*arguments: str, folder: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
 
 
+def _of_a_model(prompt: Prompt, record: Mapping) -> dict[str, object]:
+    """What a config says of a model that was only evaluated. Its recipe may call an adapter `model`."""
+    return {"trained": False, "model": record["model"], "adapter": record["adapter"], "prompt": prompt.name}
+
+
 def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, object]:
     """A run's config for W&B and comparisons: flat, with stable keys without periods.
 
@@ -416,6 +433,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         "label_words": list(prompt.label_words),
         "seed": 42,  # the Trainer's default, where the recipe says nothing else
         **recipe,
+        **(_of_a_model(prompt, record) if not is_trained(record) else {}),
         **{f"parameters_{name}": number for name, number in parameters.items()},
         **{f"dropped_{reason}": number for reason, number in data.get("dropped", {}).items()},
         **{f"pairs_of_{source}": counts["pairs"] for source, counts in sources.items() if len(sources) > 1},
@@ -426,7 +444,7 @@ def run_config(recipe: Mapping, prompt: Prompt, record: Mapping) -> dict[str, ob
         **{f"version_{package}": version for package, version in record["versions"].items()},
     }
     for split in ("train", "validation"):
-        config |= {f"{split}_{key}": value for key, value in data[split].items()}
+        config |= {f"{split}_{key}": value for key, value in data.get(split, {}).items()}
     return {re.sub(r"\W", "_", key): value for key, value in config.items()}
 
 

@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.integrations import WandbCallback
 
 from . import UserError
-from .runs import COMPARED_FILES, evaluation_folders, read_json, run_cost, write_json
+from .runs import COMPARED_FILES, evaluation_folders, is_trained, read_json, run_cost, write_json
 
 if TYPE_CHECKING:
     from .configs import TrackingConfig
@@ -77,6 +77,8 @@ def open_run(
         if config.get("gpu") is None and torch.cuda.is_available():
             config["gpu"] = torch.cuda.get_device_name()
         method = "full" if not config.get("use_peft") else "lora" if config["quantisation"] == "none" else "qlora"
+        if config.get("trained") is False:
+            method = "not-trained"
         base, source = (Path(str(config[key])).name for key in ("model", "dataset_name"))
         about = {
             "entity": settings.wandb_entity,
@@ -149,13 +151,15 @@ class Tracker:
 
 def training_figures(record: Mapping) -> dict[str, float]:
     """The summary of a training: `validation/...` of the kept checkpoint, and `cost/...`."""
+    if not is_trained(record):
+        return {}
     figures = {f"validation/{key.removeprefix('eval_')}": value for key, value in record["validation"].items()}
     return figures | {f"cost/{key}": value for key, value in run_cost(record).items()}
 
 
 def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
-    """The figures of one evaluation, such as `snli-test/accuracy`; of the tuned model unless a name says otherwise."""
-    tuned, comparison = evaluation.metrics["tuned"], evaluation.comparison
+    """The figures of one evaluation, such as `snli-test/accuracy`; of the main model unless a name says otherwise."""
+    tuned = evaluation.metrics[evaluation.main]
     low, high = tuned["accuracy_interval"]
     figures = {
         "pairs": tuned["n"],
@@ -164,13 +168,17 @@ def evaluation_figures(evaluation: "Evaluation") -> dict[str, float]:
         "accuracy_high": high,
         **{key: tuned[key] for key in ("macro_f1", "nll", "ece", "label_mass")},
         **{f"f1_{label}".replace("-", "_"): per_label["f1"] for label, per_label in tuned["per_label"].items()},
-        "difference": comparison.difference,
-        "difference_low": comparison.interval[0],
-        "difference_high": comparison.interval[1],
-        "mcnemar_p": comparison.p_value,
     }
+    if len(evaluation.compared) == 2:
+        comparison = evaluation.comparison
+        figures |= {
+            "difference": comparison.difference,
+            "difference_low": comparison.interval[0],
+            "difference_high": comparison.interval[1],
+            "mcnemar_p": comparison.p_value,
+        }
     for model in evaluation.models:
-        if model != "tuned":
+        if model != evaluation.main:
             figures[f"{model}_accuracy"] = evaluation.metrics[model]["accuracy"]
         if answers := evaluation.unconstrained(model):
             figures[f"{model}_names_no_label"] = answers["invalid_share"]
@@ -369,7 +377,9 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
 
     At most `MAX_ROWS` pairs are taken, evenly spaced; a warning is logged if there are more.
     """
-    table = evaluation.table.assign(bucket=evaluation.bucket)
+    table = evaluation.table
+    if len(evaluation.compared) == 2:
+        table = table.assign(bucket=evaluation.bucket)
     if len(table) > MAX_ROWS:
         logger.warning(
             "The W&B table of %s shows %s of %s pairs; the predictions artifact holds all.",
@@ -379,9 +389,10 @@ def evaluation_tables(evaluation: "Evaluation") -> dict[str, list[dict[str, obje
         )
         table = table.take(np.linspace(0, len(table) - 1, MAX_ROWS).astype(int))
     columns = {"uid": "uid", "premise": "premise", "hypothesis": "hypothesis", "label": "gold", "bucket": "bucket"}
-    for model in ("base", "tuned"):
+    for model in evaluation.compared:
         columns[f"{model}_prediction"] = model
         columns |= {f"{model}_p_{label}": f"{model}_p_{label}" for label in evaluation.labels}
+    columns = {column: name for column, name in columns.items() if column in table}
     per_label, confusion = [], []
     for model in evaluation.models:
         figures = evaluation.metrics[model]

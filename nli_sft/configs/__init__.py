@@ -231,6 +231,44 @@ class EvalConfig(DataConfig):
     """Evaluation."""
 
     run: str = field(default="", metadata={"help": "Run folder made by recipes/sft.py."})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Any causal language model or PEFT adapter instead of a run: a folder or a Hub id."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of model on the Hub."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to put on model: a folder or a Hub id. Its base is evaluated too."}
+    )
+    prompt: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to ask model with, built in or files. Several are compared: plain few_shot my.yaml. By "
+            "default its prompt.json, or plain."
+        },
+    )
+    labels: list[str] | None = field(
+        default=None, metadata={"help": f"The labels of model, two or more. SNLI's by default: {' '.join(LABELS)}."}
+    )
+    label_words: list[str] | None = field(
+        default=None, metadata={"help": "Words that model answers, in the order of labels. The labels by default."}
+    )
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for the results of model, outputs/<model>-<prompt> by default. Each of several prompts "
+            "gets a folder in it."
+        },
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Of the weights of model. By default as saved, or as precision needs it."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "Attention implementation of model."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise model to 8 bits."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantise model to 4 bits."})
+    report_to: list[str] | None = field(
+        default=None,
+        metadata={"help": "wandb logs the evaluation of model to W&B. A run is logged as its recipe says."},
+    )
     dataset_name: str | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={"help": "Data set to evaluate on: a Hub id, a folder, a file or a URL. The run's own by default."},
@@ -281,12 +319,36 @@ class EvalConfig(DataConfig):
     )
 
     def __post_init__(self):
-        if not self.run:
-            raise RecipeError("run is missing; give the run folder as --run outputs/<model>-<method>")
+        if not self.run and self.model is None:
+            raise RecipeError(
+                "run is missing; give the run folder as --run outputs/<model>-<method>, or any model as --model"
+            )
+        if self.run and self.model is not None:
+            raise RecipeError("run and model are both given; a run is evaluated with its own model, so leave out one")
+        if self.model is not None and self.dataset_name is None and self.suite is None:
+            raise RecipeError(
+                "dataset_name is missing; give the pairs to evaluate model on as --dataset_name, or a --suite"
+            )
+        if self.run:
+            refuse_with_run({key: getattr(self, key) for key in OF_A_MODEL})
         if self.suite is not None and (self.dataset_name or self.split or self.sources):
             raise RecipeError("suite lists its own sets; leave out dataset_name, split and sources")
         if self.suite_root is not None and self.suite is None:
             raise RecipeError("suite_root holds the sets of a suite; name one with --suite")
+
+
+# Keys of an evaluation of a model. A run has its own values.
+OF_A_MODEL = (
+    *("adapter", "prompt", "labels", "label_words", "model_revision", "output_dir", "dtype", "attn_implementation"),
+    *("load_in_8bit", "load_in_4bit", "report_to"),
+)
+
+
+def refuse_with_run(values: Mapping[str, object]) -> None:
+    """Raise `RecipeError` for the first of these keys that is given beside a run."""
+    for key, value in values.items():
+        if value:
+            raise RecipeError(f"{key} is given, but a run has its own; leave it out, or evaluate a --model")
 
 
 MACHINE = ("precision", "bf16", "fp16", "use_cpu")

@@ -217,7 +217,7 @@ def evaluate_run(
         checks = None  # other prompts show premises, which this model was trained without
 
     evaluation = _RunEvaluation(sets, calibration_pairs, batch_size, batch_args)
-    evaluation.add("tuned", model, encoder, unconstrained_samples, checks)
+    evaluation.add("tuned", model, encoder, unconstrained_samples, checks, with_shuffled=True)
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             evaluation.add("base", model, encoder, unconstrained_samples, checks)
@@ -230,6 +230,41 @@ def evaluate_run(
         model = load_tuned(baseline, model_args, trust_remote_code)
         evaluation.add(HYPOTHESIS_ONLY, model, baseline_encoder)
     return evaluation.results
+
+
+def evaluate_prompts(
+    model: PreTrainedModel | PeftModel,
+    encoders: Sequence[PromptEncoder],
+    sets: list[EvaluationSet],
+    *,
+    batch_size: int,
+    batch_args: BatchConfig,
+    unconstrained_samples: int,
+    calibration_pairs: Dataset | None = None,
+    checks: Checks | None = None,
+) -> list[list[dict[str, Result]]]:
+    """Evaluate a model that is no run with each prompt: for each prompt and set, scores and metrics by model.
+
+    A model with an adapter is `tuned`, and its base is evaluated too; a model without one is `base`. On the first set,
+    `shuffled` is the same model with shuffled premises.
+
+    Args:
+        encoders: one for each prompt. The other arguments are those of `evaluate_run`.
+    """
+    evaluations = [_RunEvaluation(sets, calibration_pairs, batch_size, batch_args) for _ in encoders]
+
+    def add(name: str, is_main: bool = False) -> None:
+        for evaluation, encoder in zip(evaluations, encoders, strict=True):
+            own_checks = checks if encoder.prompt.reads_premise else None
+            evaluation.add(name, model, encoder, unconstrained_samples, own_checks, with_shuffled=is_main)
+
+    if isinstance(model, PeftModel):
+        add("tuned", is_main=True)
+        with model.disable_adapter():
+            add("base")
+    else:
+        add("base", is_main=True)
+    return [evaluation.results for evaluation in evaluations]
 
 
 class _RunEvaluation:
@@ -255,6 +290,7 @@ class _RunEvaluation:
         encoder: PromptEncoder,
         unconstrained_samples: int = 0,
         checks: Checks | None = None,
+        with_shuffled: bool = False,
     ) -> None:
         """Evaluate one model on all sets, with what else its metrics need, in one pass."""
         first = self.sets[0].pairs
@@ -263,7 +299,7 @@ class _RunEvaluation:
         extra: dict[str | tuple[str, str], EvalTask] = {}
         if self.calibration_pairs is not None:
             extra["calibration"] = EvalTask("calibration", self.calibration_pairs, encoder)
-        if name == "tuned" and encoder.prompt.reads_premise:
+        if with_shuffled and encoder.prompt.reads_premise:
             extra["shuffled"] = EvalTask("shuffled premises", shuffle_premises(first), encoder)
         variants, refused = _prompt_variants(encoder, first, checks or Checks())
         extra |= variants

@@ -35,7 +35,7 @@ MIN_PAIRS_TO_CALIBRATE = 100
 def load_calibration_pairs(
     args: EvalConfig,
     *,
-    trained_on: TrainDataConfig,
+    trained_on: TrainDataConfig | None,
     labels: Sequence[str] = LABELS,
     seed: int,
     sets: Iterable["EvaluationSet"],
@@ -45,15 +45,19 @@ def load_calibration_pairs(
     Pairs whose premise is in one of `sets` are left out: ChaosNLI, for one, consists of SNLI validation pairs.
 
     Args:
+        trained_on: that source, or the one that a model is evaluated on; `None` for a model on a suite.
         labels: the label set of the run.
         seed: for the sample.
     """
     if not args.calibration_pairs:
         return None
+    if trained_on is None:
+        logger.warning("no temperature is fitted: a suite has no validation pairs; give a dataset_name instead")
+        return None
     try:
         validation = load_validation(trained_on, labels)
     except SourceMissing as error:
-        logger.warning("no temperature is fitted: the validation pairs of the run cannot be loaded (%s)", error)
+        logger.warning("no temperature is fitted: the validation pairs cannot be loaded (%s)", error)
         return None
     evaluated = set().union(*(one.pairs["premise"][:] for one in sets))
     premises = validation["premise"][:]

@@ -20,9 +20,9 @@ from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 from .. import UserError
 from ..configs import from_recipe
 from ..data.demo import is_demo
-from ..data.prompts import Prompt, PromptEncoder, control_tokens, load_prompt
+from ..data.prompts import PROMPTS, Prompt, PromptEncoder, control_tokens, load_prompt
 from ..hub.download import download_tuned
-from ..runs import REPAIR, is_run, read_run, weight_files
+from ..runs import REPAIR, is_run, is_trained, read_run, weight_files
 from .bases import (
     DEQUANTIZED_ON_LOADING,
     base_name,
@@ -346,6 +346,7 @@ def find_model(
     adapter: str | Path | None = None,
     prompt: str | None = None,
     label_words: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
     settings: ModelConfig | None = None,
 ) -> ModelSource:
     """Find a run, an adapter with its base, or any causal language model, in a folder or on the Hub.
@@ -354,13 +355,27 @@ def find_model(
         name: a run, an adapter, whose base is the one that its adapter_config.json names, or a model.
         revision: of `name` on the Hub.
         adapter: an adapter to put on the model `name`.
-        prompt, label_words: for models that are no run, as for `load_prompt`. By default those of prompt.json if the
-            folder has one, else the prompt `plain`.
+        prompt, label_words, labels: for models that are no run, as for `load_prompt`. By default the prompt is the
+            folder's prompt.json if it has one, else `plain`.
         settings: dtype, quantisation and attention of models that are no run.
 
     Raises:
-        UserError: if there is no such model, or a run is given an adapter, a prompt or label words.
+        UserError: if there is no such model, or a run is given an adapter, a prompt or labels.
     """
+    source = _locate(name, revision, adapter, settings)
+    if not source.record:
+        folder = source.tuned or Path(base_name(source.model_args)).expanduser()
+        return replace(source, prompt=_prompt_for(adapter or name, folder, prompt, label_words, labels))
+    own = {"prompt": prompt, "label_words": label_words, "labels": labels}
+    if given := next((key for key, value in own.items() if value is not None), None):
+        raise UserError(f"{adapter or name} is a run, which is asked as it was trained; leave out {given}")
+    return source
+
+
+def _locate(
+    name: str | Path, revision: str | None, adapter: str | Path | None, settings: ModelConfig | None
+) -> ModelSource:
+    """As `find_model`, with the prompt `plain` for models that are no run."""
     if Path(name).expanduser().exists():
         name = Path(name).expanduser()
     folder = _find_folder(name, revision)
@@ -370,26 +385,22 @@ def find_model(
     if adapter is not None and (tuned is None or not is_adapter(tuned)):
         raise UserError(f"adapter {adapter} has no adapter_config.json, so it is not an adapter; give one")
     if tuned is not None and is_run(tuned):
-        if prompt is not None or label_words is not None:
-            given = "prompt" if prompt is not None else "label_words"
-            raise UserError(f"{adapter or name} is a run, which is asked as it was trained; leave out {given}")
-        source = _run_source(tuned)
+        source = run_source(tuned)
         return source if adapter is None else replace(source, model_args=_named(source.model_args, name, revision))
     # The weights stay frozen, as under an adapter: `Precision.suit` may choose 16 bits for them.
     settings = replace(settings or ModelConfig(dtype="auto"), use_peft=True)
-    asked = _prompt_for(adapter or name, tuned, prompt, label_words)
     if tuned is None or not is_adapter(tuned):
-        return ModelSource(_named(settings, name, revision), None, asked)
+        return ModelSource(_named(settings, name, revision), None, PROMPTS["plain"])
     config = _adapter_config(adapter or name, tuned)
     base = config.base_model_name_or_path
     if adapter is not None:
         if base and Path(base).name != Path(name).name:
             logger.warning("%s was trained on %s, but is put on %s.", adapter, base, name)
-        return ModelSource(_named(settings, name, revision), tuned, asked)
+        return ModelSource(_named(settings, name, revision), tuned, PROMPTS["plain"])
     if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
         missing = f"its base {base} does not exist here" if base else "adapter_config.json names no base"
         raise UserError(f"{name}: {missing}; give the base as the model, and {name} as its adapter")
-    return ModelSource(_named(settings, base, config.revision), tuned, asked)
+    return ModelSource(_named(settings, base, config.revision), tuned, PROMPTS["plain"])
 
 
 def _find_folder(name: str | Path, revision: str | None = None) -> Path | None:
@@ -400,20 +411,19 @@ def _find_folder(name: str | Path, revision: str | None = None) -> Path | None:
     return download_tuned(str(name), revision)
 
 
-def _run_source(folder: Path) -> ModelSource:
-    """A run, whose weights are in its folder; those of a run that was only evaluated are elsewhere."""
+def run_source(folder: Path) -> ModelSource:
+    """A run. If it was not trained, but only evaluated, its weights are those of the model that its recipe names.
+
+    Raises:
+        UserError: if the folder is not a run.
+    """
     recipe, prompt, record = read_run(folder)
     model_args = from_recipe(ModelConfig, recipe)
-    if record.get("trained", True):
+    if is_trained(record):
         return ModelSource(model_args, folder, prompt, recipe, record)
-    source = find_model(
-        recipe["model"],
-        revision=recipe.get("model_revision"),
-        adapter=recipe.get("adapter"),
-        prompt=str(folder / "prompt.json"),
-        settings=model_args,
-    )
-    return replace(source, recipe=recipe, record=record)
+    settings = from_recipe(ModelConfig, {"dtype": "auto"} | recipe)
+    source = _locate(recipe["model"], recipe.get("model_revision"), recipe.get("adapter"), settings)
+    return replace(source, prompt=prompt, recipe=recipe, record=record)
 
 
 def _named(model_args: ModelConfig, name: str | Path, revision: str | None) -> ModelConfig:
@@ -421,15 +431,19 @@ def _named(model_args: ModelConfig, name: str | Path, revision: str | None) -> M
 
 
 def _prompt_for(
-    name: str | Path, folder: Path | None, prompt: str | None, label_words: Sequence[str] | None
+    name: str | Path,
+    folder: Path,
+    prompt: str | None,
+    label_words: Sequence[str] | None,
+    labels: Sequence[str] | None,
 ) -> Prompt:
-    own = folder / "prompt.json" if folder is not None else None
-    if prompt is None and own is not None and own.is_file():
-        prompt = str(own)
+    """The prompt for a model that is no run; `folder` is that of its prompt.json, if it has one."""
+    if prompt is None and (folder / "prompt.json").is_file():
+        prompt = str(folder / "prompt.json")
     if prompt is None:
         prompt = "plain"
         logger.warning("%s has no prompt.json: it is asked with the prompt plain; give another with prompt.", name)
-    return load_prompt(prompt, label_words)
+    return load_prompt(prompt, label_words, labels)
 
 
 @contextmanager
@@ -464,7 +478,7 @@ def load_encoder(run: str | Path, trust_remote_code: bool = False) -> PromptEnco
     Raises:
         UserError: if files are damaged, or prompt or answers are rendered differently than in training.
     """
-    return _run_source(Path(run)).load_encoder(trust_remote_code)
+    return run_source(Path(run)).load_encoder(trust_remote_code)
 
 
 def load_tuned(

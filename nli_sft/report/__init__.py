@@ -27,6 +27,7 @@ def write_report(report: Report) -> Path:
     """
     plots = {evaluation.key: evaluation_plots(evaluation) for evaluation in report.evaluations}
     plots["training"] = training_plots(report.training)
+    name = "report" if len(report.own.compared) == 2 else "single"  # one model has no before and after
     table, table_note = pairs_table(report.evaluations)
 
     in_suites = {key for suite in report.suites for key in suite["evaluated"].values()}
@@ -50,10 +51,10 @@ def write_report(report: Report) -> Path:
         "suite_tables": [table for suite in report.suites for table in suite_tables(suite, report.evaluations)],
     }
     (report.folder / "report.md").write_text(
-        jinja_environment(finalize=escape_markdown).get_template("report.md.jinja").render(content), encoding="utf-8"
+        jinja_environment(finalize=escape_markdown).get_template(f"{name}.md.jinja").render(content), encoding="utf-8"
     )
     path = report.folder / "report.html"
-    page = jinja_environment(autoescape=True).get_template("report.html.jinja").render(content)
+    page = jinja_environment(autoescape=True).get_template(f"{name}.html.jinja").render(content)
     path.write_text(page, encoding="utf-8")
     return path
 

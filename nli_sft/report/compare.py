@@ -10,8 +10,9 @@ import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ..runs import (
     COMPARED_FILES,
     DEFAULT,
     evaluation_folders,
+    is_trained,
     label_sets,
     read_metrics,
     read_predictions,
@@ -75,13 +77,22 @@ class EvaluationRecord:
         self._predictions = folder / "predictions.parquet"
 
     @property
+    def main(self) -> str:
+        """The model that the run is about: `tuned`, or `base` if nothing was tuned."""
+        return "tuned" if "tuned" in self.summary else "base"
+
+    @property
     def models(self) -> list[str]:
         """The models evaluated: `base`, `tuned` and the controls."""
         return [name for name, figures in self.summary.items() if isinstance(figures, dict) and "accuracy" in figures]
 
-    def accuracy(self, model: str = "tuned") -> Estimate | None:
-        """Accuracy of `base`, `tuned` or a control with Wilson's interval; `None` if it was not evaluated."""
-        figures = self.summary.get(model)
+    def accuracy(self, model: str | None = None) -> Estimate | None:
+        """Accuracy of `base`, `tuned` or a control with Wilson's interval; `None` if it was not evaluated.
+
+        Args:
+            model: `main` by default.
+        """
+        figures = self.summary.get(model or self.main)
         if not figures:
             return None
         low, high = figures["accuracy_interval"]
@@ -123,6 +134,11 @@ class RunRecord:
         return run_config(self.recipe, self.prompt, self.record)
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the run was trained; else a model was evaluated as it is, and there is no validation."""
+        return is_trained(self.record)
+
+    @property
     def validation(self) -> Estimate:
         """Label accuracy of the kept checkpoint on the validation pairs, with Wilson's interval."""
         return self._on_validation(self.record["validation"]["eval_accuracy"])
@@ -144,8 +160,8 @@ class RunRecord:
 
     @property
     def cost(self) -> dict[str, float]:
-        """See `run_cost`."""
-        return run_cost(self.record)
+        """See `run_cost`; nothing for a run that was not trained."""
+        return run_cost(self.record) if self.is_trained else {}
 
     @property
     def base(self) -> str:
@@ -169,7 +185,7 @@ class Replicates:
     def validation(self) -> Estimate:
         return _mean([run.validation for run in self.runs])
 
-    def accuracy(self, key: str, model: str = "tuned") -> Estimate | None:
+    def accuracy(self, key: str, model: str | None = None) -> Estimate | None:
         """The mean on one evaluation; `None` unless all runs were evaluated on the same pairs."""
         if not all(key in run.evaluations for run in self.runs):
             return None
@@ -207,30 +223,41 @@ def _mean(estimates: Sequence[Estimate]) -> Estimate:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Runs that can be ranked together: same validation pairs, same prompt.
+    """Runs that can be ranked together: same validation pairs, same prompt; or models that were not trained.
 
     Attributes:
-        runs: by validation accuracy, the best first.
+        runs: by validation accuracy, the best first; without training by accuracy on the first evaluation.
         differing: the config keys in which they differ.
         replicates: groups of two or more runs that differ only in their seeds, by mean validation accuracy.
         learning_curves: groups of runs that differ only in the number of training pairs and in their seeds.
+        baselines: models that were not trained, on evaluations of these runs, the best first.
     """
 
     runs: list[RunRecord]
     differing: list[str]
     replicates: list[Replicates]
     learning_curves: list[LearningCurve]
+    baselines: list[RunRecord] = field(default_factory=list)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether these runs were trained."""
+        return self.runs[0].is_trained
 
     @property
     def methods(self) -> list[Replicates]:
         """Groups of replicates and single runs, by validation accuracy."""
+        if not self.is_trained:
+            return [Replicates(run.name, [run]) for run in self.runs]
         repeated = {run.name for group in self.replicates for run in group.runs}
         single = [Replicates(run.name, [run]) for run in self.runs if run.name not in repeated]
         return sorted([*self.replicates, *single], key=lambda method: -method.validation.value)
 
     @property
     def bases(self) -> list[str]:
-        """The names of the base models."""
+        """The names of the base models of trained runs."""
+        if not self.is_trained:
+            return []
         return list(dict.fromkeys(run.base for run in self.runs))
 
     def base_validation(self, base: str) -> Estimate | None:
@@ -348,20 +375,39 @@ def rank(runs: Sequence[RunRecord]) -> list[Ranking]:
     if not runs:
         raise UserError("no runs to compare; give run folders such as outputs/*, or a W&B project as entity/project")
     groups: dict[tuple, list[RunRecord]] = {}
-    for run in runs:
+    untrained = _by_accuracy([run for run in runs if not run.is_trained])
+    for run in (run for run in runs if run.is_trained):
         groups.setdefault(tuple(run.config[key] for key in RANKED_BY), []).append(run)
     rankings = []
     for group in groups.values():
         group.sort(key=lambda run: -run.validation.value)
-        rankings.append(Ranking(group, differing_keys(group), _replicates(group), _learning_curves(group)))
-    return sorted(rankings, key=lambda ranking: -len(ranking.runs))
+        keys = {key for run in group for key in run.evaluations}
+        baselines = [run for run in untrained if keys & run.evaluations.keys()]
+        rankings.append(Ranking(group, differing_keys(group), _replicates(group), _learning_curves(group), baselines))
+    rankings.sort(key=lambda ranking: -len(ranking.runs))
+    placed = {run.name for ranking in rankings for run in ranking.baselines}
+    if alone := [run for run in untrained if run.name not in placed]:
+        rankings.append(Ranking(alone, differing_keys(alone), [], []))
+    return rankings
+
+
+def _by_accuracy(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Runs by accuracy on the evaluation that most of them have, the best first."""
+    counts = Counter(key for run in runs for key in run.evaluations)
+    key = max(sorted(counts), key=counts.__getitem__, default="")
+    found = {run.name: run.evaluations[key].accuracy() for run in runs if key in run.evaluations}
+    return sorted(runs, key=lambda run: -estimate.value if (estimate := found.get(run.name)) else 0.0)
 
 
 def explain_separation(first: Ranking, second: Ranking) -> str:
     """A sentence that names the keys because of which two groups of runs are not ranked together."""
+    names = ", ".join(run.name for run in second.runs)
+    if not second.is_trained:
+        return (
+            f"Not ranked with {first.runs[0].name}: {names}. They were not trained, and share no evaluation with it."
+        )
     one, other = first.runs[0].config, second.runs[0].config
     keys = [f"{key} ({one[key]} and {other[key]})" for key in RANKED_BY if one[key] != other[key]]
-    names = ", ".join(run.name for run in second.runs)
     return f"Not ranked with {first.runs[0].name}: {names}. They differ in {' and '.join(keys)}."
 
 
@@ -505,10 +551,10 @@ def paired_tests(ranking: Ranking) -> list[PairedTest]:
 
 
 def _predictors(ranking: Ranking, key: str) -> list[tuple[str, EvaluationRecord, str]]:
-    """(name, evaluation, model) of the bases, then of the runs, the worst first."""
-    bases = [(base, ranking.base_evaluation(base, key), "base") for base in ranking.bases]
-    runs = [(run.name, run.evaluations.get(key), "tuned") for run in reversed(ranking.runs)]
-    return [(name, evaluation, model) for name, evaluation, model in [*bases, *runs] if evaluation is not None]
+    """(name, evaluation, model) of the bases, then of baselines and runs, the worst first."""
+    bases = [(base, found, "base") for base in ranking.bases if (found := ranking.base_evaluation(base, key))]
+    runs = [*reversed(ranking.baselines), *reversed(ranking.runs)]
+    return [*bases, *((run.name, found, found.main) for run in runs if (found := run.evaluations.get(key)))]
 
 
 def _predictions_of(table: pd.DataFrame, model: str) -> pd.DataFrame:

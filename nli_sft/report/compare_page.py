@@ -75,13 +75,13 @@ def build_views(rankings: Sequence[Ranking]) -> list[View]:
 
 
 def _tables(ranking: Ranking, tests: Sequence[PairedTest]) -> list[Table]:
-    tables = [_accuracies(ranking), _costs(ranking)]
+    tables = [_accuracies(ranking), *([_costs(ranking)] if ranking.is_trained else [])]
     if ranking.differing:
         rows = [[run.name, *map(_text, ranking.differences(run).values())] for run in ranking.runs]
         tables.append(Table("Settings that differ", ["run", *ranking.differing], rows))
     if ranking.replicates:
         tables.append(_replicates(ranking))
-    names = [*ranking.bases, *(run.name for run in ranking.runs)]
+    names = [*ranking.bases, *(run.name for run in (*ranking.baselines, *ranking.runs))]
     matrices = (
         _matrix(key, names, [test for test in tests if test.evaluation == key]) for key in ranking.evaluation_keys
     )
@@ -92,24 +92,26 @@ def _accuracies(ranking: Ranking) -> Table:
     measured = [
         (key, model)
         for key in ranking.evaluation_keys
-        for model in ("tuned", "hypothesis_only")
+        for model in (None, "hypothesis_only")  # None is the model that the run is about
         if any(_accuracy(run.evaluations.get(key), model) for run in ranking.runs)
     ]
-    columns = [
-        "run",
-        "validation",
-        *(key if model == "tuned" else f"{key}, hypothesis-only" for key, model in measured),
-    ]
+    columns = ["run", *(key if model is None else f"{key}, hypothesis-only" for key, model in measured)]
     rows = []
+    if not ranking.is_trained:
+        for run in ranking.runs:
+            results = (_accuracy(run.evaluations.get(key), model) for key, model in measured)
+            rows.append([run.name, *map(_estimate, results)])
+        title = f"{len(rows)} {'model' if len(rows) == 1 else 'models'} that were not trained here"
+        return Table(title, columns, rows, "Accuracy with its 95% interval.")
+    columns.insert(1, "validation")
     for base in ranking.bases:
         results = (
-            _accuracy(ranking.base_evaluation(base, key), "base") if model == "tuned" else None
-            for key, model in measured
+            _accuracy(ranking.base_evaluation(base, key), "base") if model is None else None for key, model in measured
         )
         rows.append([base, *map(_estimate, [ranking.base_validation(base), *results])])
-    for run in ranking.runs:
+    for run in (*ranking.baselines, *ranking.runs):
         results = (_accuracy(run.evaluations.get(key), model) for key, model in measured)
-        rows.append([run.name, *map(_estimate, [run.validation, *results])])
+        rows.append([run.name, *map(_estimate, [run.validation if run.is_trained else None, *results])])
     data = ranking.runs[0].config
     title = f"{len(ranking.runs)} {'run' if len(ranking.runs) == 1 else 'runs'} by validation accuracy"
     note = (
@@ -119,7 +121,7 @@ def _accuracies(ranking: Ranking) -> Table:
     return Table(title, columns, rows, note)
 
 
-def _accuracy(evaluation: EvaluationRecord | None, model: str) -> Estimate | None:
+def _accuracy(evaluation: EvaluationRecord | None, model: str | None = None) -> Estimate | None:
     return evaluation and evaluation.accuracy(model)
 
 
@@ -170,10 +172,11 @@ def _matrix(key: str, names: Sequence[str], tests: Sequence[PairedTest]) -> Tabl
 
 
 def _claims(ranking: Ranking, tests: Sequence[PairedTest]) -> list[str]:
-    """The best run against its base and against the next method; replicates; unequal pairs."""
+    """The best run against its base, the next method and the best baseline; replicates; unequal pairs."""
     best = ranking.runs[0]
     seeds = next(method.runs for method in ranking.methods if best in method.runs)
     rivals = {best.base, *[run.name for run in ranking.runs if run not in seeds][:1]}
+    rivals |= {run.name for run in ranking.baselines[:1]}
     claims = [str(test) for test in tests if test.second == best.name and test.first in rivals]
     return [*claims, *compare_replicates(ranking), *explain_unequal_pairs(ranking)]
 
@@ -193,7 +196,8 @@ def _plots(ranking: Ranking, prefix: str) -> list[Plot]:
             plots.append(accuracy_plot(ranking, key, f"{prefix}{key}"))
         if any(_accuracies_by_pairs(curve, key) for curve in ranking.learning_curves):
             plots.append(pairs_plot(ranking, key, f"{prefix}{key}-by-pairs"))
-    plots.append(cost_plot(ranking, f"{prefix}cost"))
+    if ranking.is_trained:
+        plots.append(cost_plot(ranking, f"{prefix}cost"))
     if any(len(run.curve) > 1 for run in ranking.runs):
         plots.append(epochs_plot(ranking, f"{prefix}epochs"))
     return plots
@@ -205,6 +209,8 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
     methods.sort(key=lambda pair: pair[1].value)
     bases = _base_accuracies(ranking, key)
     rows = [(base, bases[base], BEFORE) for base in reversed(bases)]
+    baselines = [(run.name, _accuracy(run.evaluations.get(key))) for run in reversed(ranking.baselines)]
+    rows += [(name, accuracy, BEFORE) for name, accuracy in baselines if accuracy is not None]
     first = len(rows)
     rows += [(method.name, accuracy, AFTER) for method, accuracy in methods]
     with mpl.rc_context(STYLE):
@@ -217,7 +223,7 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
             axes.annotate(
                 f"{accuracy.value:.1%}", place, (0, 6), textcoords="offset points", ha="center", fontsize=7.5
             )
-        baselines = [
+        hypothesis_only = [
             (found.value, y)
             for y, (method, _) in enumerate(methods, first)
             if (found := method.accuracy(key, "hypothesis_only")) is not None
@@ -228,9 +234,9 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
             for run in method.runs
             if len(method.runs) > 1 and (found := run.evaluations[key].accuracy()) is not None
         ]
-        if baselines:
+        if hypothesis_only:
             axes.plot(
-                *zip(*baselines, strict=True), "D", color=CONTROL, markersize=5, label="hypothesis-only baseline"
+                *zip(*hypothesis_only, strict=True), "D", color=CONTROL, markersize=5, label="hypothesis-only baseline"
             )
         if seeds:
             axes.plot(*zip(*seeds, strict=True), "|", color=INK, markersize=6, label="one seed")
@@ -239,7 +245,7 @@ def accuracy_plot(ranking: Ranking, key: str, name: str) -> Plot:
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.grid(axis="x")
-        if baselines or seeds:
+        if hypothesis_only or seeds:
             _legend(figure, axes)
     best, accuracy = methods[-1]
     title = f"Highest on {key}: {best.name}, {accuracy.value:.1%}"
@@ -392,20 +398,8 @@ def _ranking_figures(view: View) -> dict[str, object]:
     return {
         "not_ranked_with_the_first": view.separation or None,
         "bases": {base: _figures(ranking.base_validation(base)) for base in ranking.bases},
-        "runs": [
-            {
-                "name": run.name,
-                "source": run.source,
-                "validation": _figures(run.validation),
-                "evaluations": {
-                    key: {model: _figures(evaluation.accuracy(model)) for model in evaluation.models}
-                    for key, evaluation in run.evaluations.items()
-                },
-                "differs": ranking.differences(run),
-                "cost": run.cost,
-            }
-            for run in ranking.runs
-        ],
+        "runs": [_run_figures(run, ranking) for run in ranking.runs],
+        "baselines": [_run_figures(run, ranking) for run in ranking.baselines],
         "replicates": [_replicate_figures(group, ranking) for group in ranking.replicates],
         "tests": [
             {
@@ -419,6 +413,20 @@ def _ranking_figures(view: View) -> dict[str, object]:
             for test in view.tests
         ],
         "claims": view.claims,
+    }
+
+
+def _run_figures(run: RunRecord, ranking: Ranking) -> dict[str, object]:
+    return {
+        "name": run.name,
+        "source": run.source,
+        "validation": _figures(run.validation) if run.is_trained else None,
+        "evaluations": {
+            key: {model: _figures(evaluation.accuracy(model)) for model in evaluation.models}
+            for key, evaluation in run.evaluations.items()
+        },
+        "differs": ranking.differences(run),
+        "cost": run.cost,
     }
 
 

@@ -21,6 +21,7 @@ from ..labels import LABELS, counts_as
 from ..runs import (
     HYPOTHESIS_ONLY,
     evaluation_folders,
+    is_trained,
     label_sets,
     launch_command,
     read_json,
@@ -98,6 +99,9 @@ class Evaluation:
         table: the content of predictions.parquet, in the labels of the set (`in_own_labels`).
         metrics: {model: metrics}, a part of `summary`.
         labels, label_names: the label sets of the models and of the set.
+        main: the model that is evaluated: `tuned`, or `base` if nothing was tuned.
+        compared: `base` and `tuned`, or `base` alone: then there is no comparison.
+        names: {model: its name in tables and plots}.
     """
 
     def __init__(self, folder: Path):
@@ -112,6 +116,9 @@ class Evaluation:
         self.is_two_way = self.labels != self.label_names
         self.models = [name for name in MODEL_NAMES if f"{name}_prediction" in self.table]
         self.metrics = {name: self.summary[name] for name in self.models}
+        self.main = "tuned" if "tuned" in self.models else "base"
+        self.compared = [name for name in ("base", "tuned") if name in self.models]
+        self.names = MODEL_NAMES if self.main == "tuned" else {"base": "the model", "shuffled": "shuffled premises"}
 
     @property
     def _gold(self) -> np.ndarray:
@@ -153,6 +160,13 @@ class Evaluation:
 
     @cached_property
     def headline(self) -> str:
+        if len(self.compared) == 1:
+            metrics, (label, share) = self.metrics[self.main], self.most_frequent_label
+            low, high = metrics["accuracy_interval"]
+            return (
+                f"{metrics['accuracy']:.1%} of {metrics['n']:,} {self.name} pairs are right (95% interval {low:.1%} "
+                f"to {high:.1%}). Always {label} would be right on {share:.1%}."
+            )
         return headline(self.comparison, pairs=f"{self.name} pairs")
 
     @cached_property
@@ -178,6 +192,8 @@ class Evaluation:
 
     @cached_property
     def slices(self) -> list[Slice]:
+        if len(self.compared) == 1:
+            return []
         return slice_changes(self.table, self.right("base"), self.right("tuned"), self.label_names)
 
     @cached_property
@@ -219,12 +235,12 @@ class Evaluation:
         return PairList(title, order, len(rows), pairs)
 
     def controls(self) -> list[str]:
-        """Whether the tuned model reads the premise: a sentence per control that was run."""
+        """Whether the model reads the premise: a sentence per control that was run."""
         sentences = []
         if "shuffled" in self.models:
-            c = self.compare("shuffled", "tuned")
+            c, model = self.compare("shuffled", self.main), "tuned model" if self.main == "tuned" else "model"
             figures = (
-                f"With shuffled premises, the tuned model is right on {c.before:.1%} of pairs instead of "
+                f"With shuffled premises, the {model} is right on {c.before:.1%} of pairs instead of "
                 f"{c.after:.1%} ({points(-c.difference)} points, 95% interval {points(-c.interval[1])} to "
                 f"{points(-c.interval[0])}) and gives the same answer on {c.agreement:.1%}"
             )
@@ -246,6 +262,10 @@ class Evaluation:
     def unconstrained_generation(self) -> str | None:
         """The outcome of unconstrained generation on a sample, in a sentence; `None` if it was not done."""
         base, tuned = self.unconstrained("base"), self.unconstrained("tuned")
+        if base and len(self.compared) == 1:
+            wrong, right = (round(base["n"] * base[share]) for share in ("invalid_share", "accuracy"))
+            answers = f"no valid label in {wrong} of {base['n']} answers and was right in {right}"
+            return f"Unconstrained, the model gave {answers}."
         if not (base and tuned):
             return None
 
@@ -263,11 +283,11 @@ class Evaluation:
         return self.summary.get(model, {}).get("unconstrained_generation")
 
     def figures(self) -> list[list[str]]:
-        """Rows of the table of metrics: (name, before, after)."""
-        base, tuned = self.metrics["base"], self.metrics["tuned"]
+        """Rows of the table of metrics: the name, and the figure of each model of `compared`."""
+        shown = [self.metrics[model] for model in self.compared]
         rows = [
-            ["Accuracy", f"{base['accuracy']:.2%}", f"{tuned['accuracy']:.2%}"],
-            ["95% interval", *("{:.1%} to {:.1%}".format(*metrics["accuracy_interval"]) for metrics in (base, tuned))],
+            ["Accuracy", *(f"{metrics['accuracy']:.2%}" for metrics in shown)],
+            ["95% interval", *("{:.1%} to {:.1%}".format(*metrics["accuracy_interval"]) for metrics in shown)],
         ]
         for key, name in (
             ("macro_f1", "Macro-F1"),
@@ -275,30 +295,43 @@ class Evaluation:
             ("brier", "Brier score, 0 to 2"),
             ("ece", "Calibration error (ECE)"),
         ):
-            rows.append([name, f"{base[key]:.3f}", f"{tuned[key]:.3f}"])
-        calibrated = [self.summary.get(model, {}).get("calibrated") for model in ("base", "tuned")]
+            rows.append([name, *(f"{metrics[key]:.3f}" for metrics in shown)])
+        calibrated = [self.summary.get(model, {}).get("calibrated") for model in self.compared]
         if all(calibrated):
             rows.append(["Temperature fitted on validation", *map(temperature_text, calibrated)])
             for key, name in (("nll", "Log loss"), ("ece", "Calibration error")):
                 values = (f"{t[key]:.3f}" if key in t else NONE for t in calibrated)
                 rows.append([f"{name} at that temperature", *values])
-        annotators = [self.summary.get(model, {}).get("annotators", {}) for model in ("base", "tuned")]
+        annotators = [self.summary.get(model, {}).get("annotators", {}) for model in self.compared]
         for key, name in (
             ("kl_divergence", "KL divergence from annotators, nats"),
             ("brier", "Brier score against annotators"),
         ):
             if all(key in figures for figures in annotators):
                 rows.append([name, *(f"{figures[key]:.3f}" for figures in annotators)])
-        masses = (base["label_mass"], tuned["label_mass"])
-        rows.append(["Label mass", *(f"{mass:.2%}" if mass >= 1e-4 else f"{mass:.1e}" for mass in masses)])
-        by_probability = (f"{self._unconstrained_accuracy(model):.2%}" for model in ("base", "tuned"))
+        rows.append(["Label mass", *(mass_text(metrics["label_mass"]) for metrics in shown)])
+        by_probability = (f"{self._unconstrained_accuracy(model):.2%}" for model in self.compared)
         rows.append(["Accuracy by unconstrained probability", *by_probability])
-        answers = [found for model in ("base", "tuned") if (found := self.unconstrained(model))]
-        if len(answers) == 2:
+        answers = [found for model in self.compared if (found := self.unconstrained(model))]
+        if len(answers) == len(self.compared):
             invalid = (f"{found['invalid_share']:.1%}" for found in answers)
             rows.append(["Unconstrained accuracy", *(f"{found['accuracy']:.1%} of {found['n']}" for found in answers)])
             rows.append(["Unconstrained answers without a valid label", *invalid])
         return rows
+
+    def mistakes(self) -> list[Mapping[str, Any]]:
+        """The wrong answers of `main` of which it is most confident: uid, texts, label, answer and its probability."""
+        answers = self.table[f"{self.main}_prediction"].to_numpy()
+        confidence = self._own_probabilities(self.main)[np.arange(len(answers)), _ids(answers, self.label_names)]
+        wrong = np.flatnonzero(~self.right(self.main))
+        first = wrong[np.argsort(-confidence[wrong], kind="stable")[:MAX_LISTED]]
+        rows = self.table.assign(answer=answers, probability=confidence).iloc[first]
+        return rows[["uid", "premise", "hypothesis", "label", "answer", "probability"]].to_dict("records")
+
+
+def mass_text(mass: float) -> str:
+    """Label mass as a share, or in scientific notation if it is tiny."""
+    return f"{mass:.2%}" if mass >= 1e-4 else f"{mass:.1e}"
 
 
 @dataclass(frozen=True)
@@ -409,8 +442,16 @@ class Report:
         return self.evaluations[0]
 
     @property
+    def is_trained(self) -> bool:
+        """Whether the run was trained, not only evaluated."""
+        return is_trained(self.record)
+
+    @property
     def method(self) -> str:
         """How the base was tuned, such as `QLoRA r=64` or `all parameters`."""
+        if not is_trained(self.record):
+            adapter = self.record.get("adapter")
+            return f"with the adapter {adapter}" if adapter else "as it is, not tuned"
         if not self.recipe.get("use_peft"):
             return "all parameters"
         quantised = self.recipe.get("load_in_4bit") or self.recipe.get("load_in_8bit")
@@ -420,6 +461,8 @@ class Report:
         """Rows of the table on the model's size."""
         counts = self.record["parameters"]
         total, trainable, stored = counts["total"], counts["trainable"], counts["stored"]
+        if not is_trained(self.record):
+            return [("Parameters", f"{total:,}"), ("Stored elements", f"{stored:,}")]
         rows = [
             ("Parameters", f"{total:,}"),
             ("Trainable parameters", f"{trainable:,} ({trainable / total:.2%} of all)"),
@@ -453,7 +496,7 @@ class Report:
                 figures = evaluation.summary.get(model, {})
                 if "seconds" in figures:
                     speed = f"{duration(figures['seconds'])}, {figures['pairs_per_second']:,.0f} pairs/s"
-                    rows.append((f"Scoring {evaluation.name}, {MODEL_NAMES[model]}", speed))
+                    rows.append((f"Scoring {evaluation.name}, {evaluation.names[model]}", speed))
         return rows
 
     def provenance(self) -> list[tuple[str, str]]:
@@ -471,7 +514,8 @@ class Report:
         for source, counts in data.get("sources", {}).items():
             rows.append((f"Train pairs of {source}", describe_source(counts)))
         dropped = ", ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in data.get("dropped", {}).items() if n)
-        rows.append(("Rows dropped before training", dropped or "none"))
+        if is_trained(self.record):
+            rows.append(("Rows dropped before training", dropped or "none"))
         for evaluation in self.evaluations:
             summary = evaluation.summary
             text = f"{summary['pairs']:,}, fingerprint {summary['data_fingerprint']}"

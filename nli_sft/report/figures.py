@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ..evaluation.calibration import accuracy_at
 from ..evaluation.comparison import points
-from .content import MODEL_NAMES, Evaluation, Training
+from .content import Evaluation, Training
 
 BEFORE, AFTER, CONTROL, INK = "#8c8c8c", "#0072B2", "#D55E00", "#222222"
 BLUES = LinearSegmentedColormap.from_list("blues", ["#ffffff", "#cfe3f1", "#56a0d0", "#0072B2", "#00466e"])
@@ -89,6 +89,13 @@ class Plot:
 
 def evaluation_plots(evaluation: Evaluation) -> dict[str, Plot]:
     """{name: plot} of one split; without `slices` if no slice is large enough."""
+    if len(evaluation.compared) == 1:
+        return {
+            "accuracies": accuracies(evaluation),
+            "confusion": confusion(evaluation, evaluation.main),
+            "reliability": reliability(evaluation),
+            "abstention": abstention(evaluation),
+        }
     plots = {
         "accuracies": accuracies(evaluation),
         "confusion_before": confusion(evaluation, "base"),
@@ -118,14 +125,15 @@ def accuracies(evaluation: Evaluation) -> Plot:
     best_control = max(
         [(f"always {label}", share)]
         + [
-            (MODEL_NAMES[m], evaluation.metrics[m]["accuracy"])
+            (evaluation.names[m], evaluation.metrics[m]["accuracy"])
             for m in evaluation.models
             if m not in ("base", "tuned")
         ],
         key=lambda control: control[1],
     )
-    above = evaluation.metrics["tuned"]["accuracy"] - best_control[1]
-    title = f"After tuning: {points(above)} points against the best baseline ({best_control[0]})"
+    above = evaluation.metrics[evaluation.main]["accuracy"] - best_control[1]
+    name = evaluation.names[evaluation.main].capitalize()
+    title = f"{name}: {points(above)} points against the best baseline ({best_control[0]})"
     rows = [
         ("tuned", AFTER, "o"),
         ("base", BEFORE, "s"),
@@ -145,13 +153,13 @@ def accuracies(evaluation: Evaluation) -> Plot:
             )
         axes.plot(share, 0, "|", color=INK, markersize=12, markeredgewidth=1.5)
         axes.annotate(f"{share:.1%}", (share, 0), (0, 7), textcoords="offset points", ha="center", fontsize=8.5)
-        axes.set_yticks(range(len(rows) + 1), [f"always {label}", *(MODEL_NAMES[model] for model, *_ in rows)])
+        axes.set_yticks(range(len(rows) + 1), [f"always {label}", *(evaluation.names[model] for model, *_ in rows)])
         axes.set(xlim=(-0.01, 1.02), ylim=(-0.5, len(rows) + 0.7))
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.xaxis.set_major_formatter(PercentFormatter(1))
     description = "Accuracy with 95% intervals: " + ", ".join(
-        f"{MODEL_NAMES[model]} {evaluation.metrics[model]['accuracy']:.1%}" for model, *_ in rows[::-1]
+        f"{evaluation.names[model]} {evaluation.metrics[model]['accuracy']:.1%}" for model, *_ in rows[::-1]
     )
     return make_plot(f"{evaluation.key}-accuracies", figure, title, f"{description}, always {label} {share:.1%}.")
 
@@ -162,7 +170,7 @@ def confusion(evaluation: Evaluation, model: str) -> Plot:
     names = evaluation.label_names
     shares = counts / np.maximum(1, counts.sum(axis=1, keepdims=True))
     predicted = counts.sum(axis=0) / counts.sum()
-    when = MODEL_NAMES[model].capitalize()
+    when = evaluation.names[model].capitalize()
     if predicted.max() > 0.8:
         title = f"{when}, the answer is {names[predicted.argmax()]} for {predicted.max():.0%} of pairs"
     else:
@@ -197,19 +205,21 @@ def confusion(evaluation: Evaluation, model: str) -> Plot:
 
 def reliability(evaluation: Evaluation) -> Plot:
     """Accuracy by confidence, before and after tuning, and the distribution of confidence."""
-    after = evaluation.metrics["tuned"]
+    after = evaluation.metrics[evaluation.main]
     gap = after["mean_confidence"] - after["accuracy"]
     manner = "well calibrated" if abs(gap) < 0.02 else "overconfident" if gap > 0 else "underconfident"
     sure = f"{after['mean_confidence']:.0%} confident"
-    title = f"After tuning, the model is {manner}: {sure}, {after['accuracy']:.0%} right"
+    when = "After tuning, the" if evaluation.main == "tuned" else "The"
+    title = f"{when} model is {manner}: {sure}, {after['accuracy']:.0%} right"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.6))
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         axes.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, linestyle=(0, (4, 3)))
-        for model, colour, marker, shift in (("base", BEFORE, "s", -1), ("tuned", AFTER, "o", 1)):
+        styles = (("base", BEFORE, "s", -1), ("tuned", AFTER, "o", 1))
+        for model, colour, marker, shift in (style for style in styles if style[0] in evaluation.compared):
             metrics = evaluation.metrics[model]
             bins = metrics["reliability"]
-            label = f"{MODEL_NAMES[model]}: ECE {metrics['ece']:.3f}"
+            label = f"{evaluation.names[model]}: ECE {metrics['ece']:.3f}"
             confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
             axes.plot(confidence, accuracy, marker=marker, markersize=4.5, linewidth=1.5, color=colour, label=label)
             # Two bars side by side in each bin.
@@ -224,22 +234,24 @@ def reliability(evaluation: Evaluation) -> Plot:
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         below.yaxis.set_major_locator(MaxNLocator(2))
     description = "; ".join(
-        f"{MODEL_NAMES[m]}: mean confidence {evaluation.metrics[m]['mean_confidence']:.1%}, accuracy "
+        f"{evaluation.names[m]}: mean confidence {evaluation.metrics[m]['mean_confidence']:.1%}, accuracy "
         f"{evaluation.metrics[m]['accuracy']:.1%}, expected calibration error {evaluation.metrics[m]['ece']:.3f}"
-        for m in ("base", "tuned")
+        for m in evaluation.compared
     )
     return make_plot(f"{evaluation.key}-reliability", figure, title, f"Reliability diagram. {description}.")
 
 
 def abstention(evaluation: Evaluation) -> Plot:
     """Accuracy by the share of pairs answered, the most confident first."""
-    after = evaluation.abstention("tuned")
+    after = evaluation.abstention(evaluation.main)
     most = accuracy_at(0.8, after), accuracy_at(1, after)
-    title = f"After tuning: {most[0]:.1%} right on the 80% most confident answers, {most[1]:.1%} on all"
+    name = evaluation.names[evaluation.main].capitalize()
+    title = f"{name}: {most[0]:.1%} right on the 80% most confident answers, {most[1]:.1%} on all"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2))
         axes = figure.add_subplot()
-        for model, colour, style in (("base", BEFORE, (0, (4, 2))), ("tuned", AFTER, "-")):
+        styles = (("base", BEFORE, (0, (4, 2))), ("tuned", AFTER, "-"))
+        for model, colour, style in (one for one in styles if one[0] in evaluation.compared):
             coverage, accuracy = evaluation.abstention(model)
             shown = np.unique(np.linspace(0, len(coverage) - 1, 500).astype(int))  # keeps the SVG small
             axes.plot(
@@ -248,7 +260,7 @@ def abstention(evaluation: Evaluation) -> Plot:
                 linewidth=1.5,
                 color=colour,
                 linestyle=style,
-                label=MODEL_NAMES[model],
+                label=evaluation.names[model],
             )
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="pairs answered, most confident first", ylabel="accuracy")
         axes.legend(loc="lower left")
@@ -256,9 +268,9 @@ def abstention(evaluation: Evaluation) -> Plot:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
     description = "; ".join(
-        f"{MODEL_NAMES[model]}: "
+        f"{evaluation.names[model]}: "
         + ", ".join(f"{accuracy_at(c, evaluation.abstention(model)):.1%} of {c:.0%}" for c in (0.2, 0.5, 0.8, 1))
-        for model in ("base", "tuned")
+        for model in evaluation.compared
     )
     return make_plot(f"{evaluation.key}-abstention", figure, title, f"Accuracy against coverage. {description}.")
 

@@ -1,11 +1,12 @@
 """The table that the terminal shows after an evaluation: accuracy by model and by part of the set, and cost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ..data.sources import SPLIT_NAMES
 from ..evaluation.slices import source_slices
-from .content import Evaluation, duration, size_text
+from .content import Evaluation, duration, mass_text, size_text
 from .tables import NONE, Table
 
 COLUMNS = {
@@ -46,7 +47,35 @@ def outcome_table(evaluation: Evaluation, trained: Mapping) -> Table:
     note = ". ".join(f"{what}: {_cost(resources)}" for what, resources in costs if resources)
     if any(unconstrained):
         note = f"{UNCONSTRAINED} {note}".strip()
-    return Table(f"{evaluation.name}: accuracy", ["", "pairs", *(COLUMNS[model] for model in models)], rows, note)
+    columns = COLUMNS if evaluation.main == "tuned" else evaluation.names
+    return Table(f"{evaluation.name}: accuracy", ["", "pairs", *(columns[model] for model in models)], rows, note)
+
+
+def prompt_table(prompts: Sequence[str], evaluations: Sequence[Evaluation]) -> Table:
+    """The metrics of one model with several prompts on one set, in their order; the best one is marked."""
+    metrics = [evaluation.metrics[evaluation.main] for evaluation in evaluations]
+    best = max(range(len(metrics)), key=lambda index: metrics[index]["accuracy"])
+    rows = []
+    for index, (prompt, figures) in enumerate(zip(prompts, metrics, strict=True)):
+        low, high = figures["accuracy_interval"]
+        rows.append(
+            [
+                f"{prompt} (best)" if index == best else prompt,
+                f"{figures['accuracy']:.1%}",
+                f"{100 * low:.1f}–{100 * high:.1f}",
+                *(f"{figures[key]:.3f}" for key in ("macro_f1", "nll", "ece")),
+                mass_text(figures["label_mass"]),
+            ]
+        )
+    own = evaluations[0]
+    note = f"{metrics[0]['n']:,} pairs. Label mass: what the model would give the label words without constraints."
+    if own.summary["split"] not in SPLIT_NAMES["validation"]:
+        note += (
+            f" The best prompt is chosen on these pairs, so its accuracy on them is too high by chance: choose on "
+            f"validation pairs (--split validation), and evaluate that prompt alone on {own.summary['split']}."
+        )
+    columns = ["prompt", "accuracy", "95% interval", "macro-F1", "log loss, nats", "ECE", "label mass"]
+    return Table(f"{own.name}: prompts", columns, rows, note)
 
 
 def _row(name: str, inside: np.ndarray, right: Mapping[str, np.ndarray]) -> list[str]:

@@ -1,6 +1,7 @@
 """The searchable table of all pairs: DataTables, embedded in the page (itables, offline)."""
 
 import itables
+import numpy as np
 import pandas as pd
 from itables.javascript import generate_init_offline_itables_html
 
@@ -13,7 +14,7 @@ SEED = 0
 # The buttons of DataTables' ColumnControl get a row below the heading; beside it, columns would be too wide.
 CHOOSE = [{"target": 1, "content": ["order", ["searchList"]]}]
 TYPE = [{"target": 1, "content": ["order", ["search"]]}]
-CHOICES = ("gold", "before", "after", "change", "split")
+CHOICES = ("gold", "before", "after", "answer", "change", "outcome", "split")
 
 
 def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
@@ -40,7 +41,7 @@ def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
     choices = [columns.index(name) for name in CHOICES if name in columns]
     html = itables.to_html_datatable(
         rows,
-        "Predictions before and after tuning",
+        "Predictions before and after tuning" if len(evaluations[0].compared) == 2 else "Predictions",
         connected=False,
         allow_html=False,
         display_logo_when_loading=False,
@@ -65,6 +66,19 @@ def pairs_table(evaluations: list[Evaluation]) -> tuple[str, str]:
 
 def _rows(evaluation: Evaluation) -> pd.DataFrame:
     table = evaluation.table
+    if len(evaluation.compared) == 1:
+        return pd.DataFrame(
+            {
+                "premise": table["premise"],
+                "hypothesis": table["hypothesis"],
+                "gold": table["label"],
+                "answer": table[f"{evaluation.main}_prediction"],
+                "outcome": np.where(evaluation.right(evaluation.main), "right", "wrong"),
+                "p(gold)": evaluation.p_gold(evaluation.main).round(2),
+                "split": evaluation.name,
+                "uid": table["uid"],
+            }
+        )
     p_before, p_after = evaluation.p_gold("base"), evaluation.p_gold("tuned")
     return pd.DataFrame(
         {
@@ -87,6 +101,6 @@ def _stratified(rows: pd.DataFrame, most: int) -> pd.DataFrame:
         return rows
     shuffled = rows.sample(frac=1, random_state=SEED)
     # Each stratum's rows are spread evenly over (0, 1): the first `most` hold every stratum in proportion.
-    strata = shuffled.groupby(["split", "gold", "change"])
+    strata = shuffled.groupby(["split", "gold", "change" if "change" in shuffled else "outcome"])
     place = (strata.cumcount() + 0.5) / strata["uid"].transform("size")
     return shuffled.loc[place.sort_values(kind="stable").index[:most]].sort_index()

@@ -40,11 +40,11 @@ def _accuracies(suite: Mapping, evaluated: Mapping[str, Evaluation]) -> Table:
             rows.append([name, "missing", *[NONE] * (len(columns) - 2)])
     note = (
         "Rows with a dot are parts of the set above. Majority: always the most frequent label. The interval (Wilson) "
-        "is that of the accuracy after tuning; the report has intervals of the changes."
+        "is that of the accuracy after tuning, if there is one; the report has intervals of the changes."
     )
-    if all(row[-1] == NONE for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    else:
+    measured = [index for index in range(len(columns)) if any(row[index] not in (NONE, "missing") for row in rows)]
+    columns, *rows = ([cells[index] for index in measured] for cells in (columns, *rows))
+    if "hypothesis-only" in columns:
         note += " Hypothesis-only: the same base tuned without the premises."
     summary = next(iter(evaluated.values())).summary
     speeds = [f"{MODEL_NAMES[m]} {summary[m]['pairs_per_second']:,.0f}" for m in SCORED if m in summary]
@@ -53,27 +53,27 @@ def _accuracies(suite: Mapping, evaluated: Mapping[str, Evaluation]) -> Table:
 
 
 def _set_rows(name: str, evaluation: Evaluation) -> list[list[str]]:
-    summary, metrics, c = evaluation.summary, evaluation.metrics, evaluation.comparison
+    summary, metrics, is_tuned = evaluation.summary, evaluation.metrics, evaluation.main == "tuned"
     row = [
         name,
-        f"{c.pairs:,}",
-        f"{c.before:.1%}",
-        f"{c.after:.1%}",
-        _interval(metrics["tuned"]),
-        points(c.difference),
+        f"{metrics[evaluation.main]['n']:,}",
+        f"{metrics['base']['accuracy']:.1%}",
+        f"{metrics['tuned']['accuracy']:.1%}" if is_tuned else NONE,
+        _interval(metrics[evaluation.main]),
+        points(evaluation.comparison.difference) if is_tuned else NONE,
         f"{evaluation.most_frequent_label[1]:.1%}",
         f"{metrics['hypothesis_only']['accuracy']:.1%}" if "hypothesis_only" in metrics else NONE,
     ]
     rows = [row]
     if "shuffled" in metrics:
-        shuffled = metrics["shuffled"]
-        after = f"{shuffled['accuracy']:.1%}"
-        rows.append(["· shuffled premises", f"{shuffled['n']:,}", NONE, after, _interval(shuffled), *[NONE] * 3])
+        shuffled, after = metrics["shuffled"], [NONE, f"{metrics['shuffled']['accuracy']:.1%}"]
+        shown = after if is_tuned else after[::-1]
+        rows.append(["· shuffled premises", f"{shuffled['n']:,}", *shown, _interval(shuffled), *[NONE] * 3])
     parts = {model: summary.get(model, {}).get("by_subset", {}) for model in SCORED}
-    for part in parts["tuned"]:
+    for part, figures in parts[evaluation.main].items():
         base, tuned, control = (f"{p[part]['accuracy']:.1%}" if part in p else NONE for p in parts.values())
-        change = points(parts["tuned"][part]["accuracy"] - parts["base"][part]["accuracy"])
-        rows.append([f"· {part}", f"{parts['tuned'][part]['n']:,}", base, tuned, NONE, change, NONE, control])
+        change = points(figures["accuracy"] - parts["base"][part]["accuracy"]) if is_tuned else NONE
+        rows.append([f"· {part}", f"{figures['n']:,}", base, tuned, NONE, change, NONE, control])
     return rows
 
 

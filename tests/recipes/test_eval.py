@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import write_jsonl
 
 from nli_sft.labels import LABELS
+from nli_sft.report.compare import load_runs, rank
+from nli_sft.report.compare_page import build_views
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +186,39 @@ def test_a_suite_is_evaluated_and_lists_missing_sets(lora_run, workspace, tmp_pa
         assert "Compared with all annotators" in text
         assert "pairs with different answers" in text
         assert "the run has no hypothesis-only baseline" in text
+
+
+def test_a_model_that_is_no_run_is_asked_with_two_prompts(evaluated, lora_run, workspace):
+    arguments = ["--model", workspace / "base", "--prompt", "plain", "few_shot", "--dataset_name", workspace / "data"]
+    arguments += ["--unconstrained_samples", "4", "--report_to", "wandb", "--output_dir", workspace / "asked"]
+    result = launch("eval.py", *arguments, cwd=workspace, COLUMNS="200")
+    assert result.returncode == 0, result.output
+    said = " ".join(result.output.split())
+    assert "data test: prompts" in said
+    assert "The best prompt is chosen on these pairs, so its accuracy on them is too high by chance" in said
+    assert f"recipes/compare.py {workspace}/asked/plain {workspace}/asked/few_shot" in said
+    tuned = pd.read_parquet(evaluated[0] / "predictions.parquet")
+    table = pd.read_parquet(workspace / "asked" / "plain" / "eval" / "data-test" / "predictions.parquet")
+    assert table["base_p_neutral"].to_numpy() == pytest.approx(tuned["base_p_neutral"].to_numpy(), abs=1e-5)
+    assert "tuned_prediction" not in table
+    metrics = json.loads((workspace / "asked" / "few_shot" / "eval" / "data-test" / "metrics.json").read_text())
+    assert metrics["train_test_overlap"] is None
+    assert metrics["base"]["unconstrained_generation"]["n"] == 4
+    assert metrics["shuffled"]["n"] == 36
+    for page in ("report.md", "report.html"):
+        text = (workspace / "asked" / "few_shot" / page).read_text()
+        assert "data test pairs are right (95% interval" in text
+        assert "With shuffled premises, the model is right on" in text
+    runs = load_runs([workspace / "asked" / "plain", workspace / "asked" / "few_shot", lora_run[0]])
+    (ranking,) = rank(runs)
+    assert [run.name for run in ranking.runs] == ["lora"]
+    assert {run.name for run in ranking.baselines} == {"plain", "few_shot"}
+    (view,) = build_views([ranking])
+    assert {row[0] for row in view.tables[0].rows} == {"base base", "plain", "few_shot", "lora"}
+    assert len([test for test in view.tests if test.evaluation == "data-test"]) == 6
+    (alone,) = build_views(rank(runs[:2]))
+    assert [row[0] for row in alone.tables[0].rows] == [run.name for run in alone.ranking.runs]
+    again = launch("eval.py", "--run", workspace / "asked" / "plain", "--max_samples=9", cwd=workspace)
+    assert again.returncode == 0, again.output
+    metrics = json.loads((workspace / "asked" / "plain" / "eval" / "data-test" / "metrics.json").read_text())
+    assert metrics["pairs"] == 9
