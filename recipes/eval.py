@@ -27,7 +27,7 @@ from nli_sft.configs import (
 )
 from nli_sft.data.sources import fingerprint, pair_hashes
 from nli_sft.evaluation.evaluate import evaluate_prompts, evaluate_run, write_evaluation
-from nli_sft.evaluation.models import AskedModel, find_asked
+from nli_sft.evaluation.models import EvalTarget, find_targets
 from nli_sft.evaluation.sets import load_calibration_pairs, load_evaluation_sets
 from nli_sft.evaluation.suites import load_suite, load_suite_sets, write_suite
 from nli_sft.hub.decision import write_decision_files
@@ -56,8 +56,8 @@ def main(args, tracking):
     datasets.disable_progress_bars()  # only the bars of the evaluation are of interest
     PartialState(cpu=default_device().type == "cpu")  # accelerate needs cpu=True to join processes on a CPU
     resources = ResourceRecorder()
-    asked = find_run(args, tracking) if args.run else find_asked(args, tracking)
-    recipe, labels = asked[0].recipe, asked[0].source.prompt.labels
+    targets = find_run(args, tracking) if args.run else find_targets(args, tracking)
+    recipe, labels = targets[0].recipe, targets[0].source.prompt.labels
     train_data = find_train_data(args, recipe)
     if args.suite is None:
         suite, sets, missing = None, load_evaluation_sets(args, trained_on=train_data, labels=labels), {}
@@ -77,12 +77,12 @@ def main(args, tracking):
     precision = choose_precision(args.precision, device)
     if PartialState().is_main_process:
         print(f"{precision}.")
-    evaluate = evaluate_trained if args.run and is_trained(asked[0].source.record) else evaluate_any
+    evaluate = evaluate_trained if args.run and is_trained(targets[0].source.record) else evaluate_any
     with resources.phase("evaluation") as phase, precision.autocast(device):
         results = evaluate(
-            asked,
+            targets,
             args,
-            precision.suit(asked[0].source.model_args),
+            precision.suit(targets[0].source.model_args),
             sets,
             batch_size=args.per_device_eval_batch_size,
             batch_args=from_recipe(BatchConfig, recipe | ({"batching": args.batching} if args.batching else {})),
@@ -92,21 +92,21 @@ def main(args, tracking):
         )
         passes = [len(one.pairs) * len(m) for with_prompt in results for one, m in zip(sets, with_prompt, strict=True)]
         phase.count(pairs=sum(passes))
-    used = resources.summary(run=asked[0].folder)
+    used = resources.summary(run=targets[0].folder)
 
     if not PartialState().is_main_process:
         return
     reports = []
-    for one, with_prompt in zip(asked, results, strict=True):
-        evaluated = write_results(one, sets, with_prompt, used)
+    for target, with_prompt in zip(targets, results, strict=True):
+        evaluated = write_results(target, sets, with_prompt, used)
         if suite is not None:
-            write_suite(one.folder, suite, sets, missing)
-        reports.append(Report(one.folder))
-        publish(reports[-1], evaluated, suite, is_alone=len(asked) == 1)
-    if len(asked) > 1:
+            write_suite(target.folder, suite, sets, missing)
+        reports.append(Report(target.folder))
+        publish(reports[-1], evaluated, suite, is_alone=len(targets) == 1)
+    if len(targets) > 1:
         for of_set in zip(*(evaluations_of(report, sets) for report in reports), strict=True):
             show(prompt_table([report.prompt.name for report in reports], of_set))
-        print(f"To compare them: {launch_command('recipes/compare.py', *(one.folder for one in asked))}")
+        print(f"To compare them: {launch_command('recipes/compare.py', *(target.folder for target in targets))}")
 
 
 def find_run(args, tracking):
@@ -117,10 +117,10 @@ def find_run(args, tracking):
         raise UserError(
             f"{args.run} was trained with code that came with its base; --trust_remote_code true runs it here"
         )
-    run = AskedModel(source, Path(args.run), source.recipe)
+    target = EvalTarget(source, Path(args.run), source.recipe)
     if not is_trained(source.record):
-        run.check_folder()
-    return [run]
+        target.check_folder()
+    return [target]
 
 
 def find_train_data(args, recipe):
@@ -130,26 +130,26 @@ def find_train_data(args, recipe):
     return None if args.dataset_name is None else from_recipe(TrainDataConfig, vars(args))
 
 
-def evaluate_trained(asked, args, model_args, sets, **options):
+def evaluate_trained(targets, args, model_args, sets, **options):
     """Evaluate a run beside its base and its baseline."""
-    (run,) = asked
-    return [evaluate_run(run.folder, model_args, sets, trust_remote_code=args.trust_remote_code, **options)]
+    (target,) = targets
+    return [evaluate_run(target.folder, model_args, sets, trust_remote_code=args.trust_remote_code, **options)]
 
 
-def evaluate_any(asked, args, model_args, sets, **options):
+def evaluate_any(targets, args, model_args, sets, **options):
     """Evaluate a model that is no run with each prompt."""
-    encoders = [one.source.load_encoder(args.trust_remote_code) for one in asked]  # before the weights
-    model = asked[0].source.load_model(model_args, args.trust_remote_code)
+    encoders = [target.source.load_encoder(args.trust_remote_code) for target in targets]  # before the weights
+    model = targets[0].source.load_model(model_args, args.trust_remote_code)
     results = evaluate_prompts(model, encoders, sets, **options)
     if PartialState().is_main_process:
-        for one, encoder in zip(asked, encoders, strict=True):
-            one.write(encoder, count_parameters(model))
+        for target, encoder in zip(targets, encoders, strict=True):
+            target.write(encoder, count_parameters(model))
     return results
 
 
-def write_results(asked, sets, results, used):
+def write_results(target, sets, results, used):
     """Write metrics and predictions of each set. Returns the names of the folders."""
-    folder = asked.folder
+    folder = target.folder
     evaluated = set()
     for one, by_model in zip(sets, results, strict=True):
         metrics = {model: result for model, (_, result) in by_model.items()}
@@ -163,7 +163,7 @@ def write_results(asked, sets, results, used):
             "unlinked_edits_dropped": one.unlinked,
             "train_test_overlap": None if overlap is None else int(overlap.sum()),
             "data_fingerprint": fingerprint(one.pairs),
-            "prompt_fingerprint": asked.source.prompt.fingerprint,
+            "prompt_fingerprint": target.source.prompt.fingerprint,
             "weights": fingerprints(folder),
             **metrics,
             "resources": used,
@@ -171,14 +171,14 @@ def write_results(asked, sets, results, used):
         }
         scores = {model: score for model, (score, _) in by_model.items()}
         path = evaluation_folder(folder, one.name or one.source, one.split)
-        write_evaluation(path, one.pairs, scores, summary, overlap, asked.source.prompt.labels)
+        write_evaluation(path, one.pairs, scores, summary, overlap, target.source.prompt.labels)
         evaluated.add(path.name)
     main_model = "tuned" if "tuned" in results[0] else "base"
     if calibrated := results[0][main_model][1].get("calibrated"):
         temperature = calibrated["temperature"] or 1.0  # None if the search ended at a bound
         keep_temperature(folder, temperature)
         if weight_files(folder):
-            write_decision_files(folder, asked.source.load_encoder(), temperature)
+            write_decision_files(folder, target.source.load_encoder(), temperature)
     return evaluated
 
 

@@ -111,7 +111,7 @@ def test_any_model_and_a_plain_adapter(tmp_path, run, caplog):
         for label in LABELS:
             found = [p.probabilities[label] for p in predictions]
             assert found == pytest.approx(table[f"{model}_p_{label}"], abs=1e-5)
-    assert caplog.text.count(f"{base} has no prompt.json: it is asked with the prompt plain") == 1
+    assert caplog.text.count(f"{base} has no prompt.json, so the prompt plain is used") == 1
     asked = NLIClassifier.from_pretrained(base, prompt="few_shot", label_words=["yes", "maybe", "no"], **options)
     assert (asked.encoder.prompt.name, asked.encoder.prompt.label_words) == ("few_shot", ("yes", "maybe", "no"))
     with pytest.raises(UserError, match="no model before tuning is known"):
@@ -337,8 +337,8 @@ def test_weights_and_precision_are_those_of_an_evaluation(tmp_path, run, monkeyp
         ({"batch_size": 0}, "batch_size is 0; give a number of pairs, at least 1"),
         ({"batch_size": "8"}, "batch_size is '8'; give"),
         ({"temperature": 0}, "temperature is 0; give a number above 0"),
-        ({"prompt": "plain"}, "is a run, which is asked as it was trained; leave out prompt"),
-        ({"label_words": ["a", "b", "c"]}, "is a run, which is asked as it was trained; leave out label_words"),
+        ({"prompt": "plain"}, "is a run and keeps the prompt it was trained with; leave out prompt"),
+        ({"label_words": ["a", "b", "c"]}, "is a run and keeps the prompt it was trained with; leave out label_words"),
         ({"dtype": "bf16"}, "dtype is 'bf16'; give one of .*float32.* or auto"),
     ],
 )
@@ -454,7 +454,7 @@ def test_the_command_line_asks_any_model(run, tmp_path, capsys):
     words = ["--prompt", "definitions", "--label_words", "yes", "maybe", "no"]
     predict(adapter, "--premise", "A man sleeps.", "--hypothesis", "He rests.", *words)
     assert json.loads(capsys.readouterr().out)["prediction"] in LABELS
-    with pytest.raises(SystemExit, match="is a run, which is asked as it was trained; leave out prompt"):
+    with pytest.raises(SystemExit, match="is a run and keeps the prompt it was trained with; leave out prompt"):
         predict(run, tmp_path / "pairs.csv", *words)
 
 

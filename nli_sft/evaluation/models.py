@@ -23,7 +23,7 @@ MODEL_KEYS = ("model", "model_revision", "adapter", "dtype", "attn_implementatio
 
 
 @dataclass(frozen=True)
-class AskedModel:
+class EvalTarget:
     """A model with one prompt, and the run folder for its results.
 
     Attributes:
@@ -79,7 +79,7 @@ class AskedModel:
         write_run(self.folder, recipe=self.recipe, prompt=encoder.prompt, record=record)
 
 
-def find_asked(args: EvalConfig, tracking: TrackingConfig) -> list[AskedModel]:
+def find_targets(args: EvalConfig, tracking: TrackingConfig) -> list[EvalTarget]:
     """The model with each of its prompts, in the order given.
 
     Raises:
@@ -94,7 +94,7 @@ def find_asked(args: EvalConfig, tracking: TrackingConfig) -> list[AskedModel]:
         load_in_8bit=args.load_in_8bit,
         load_in_4bit=args.load_in_4bit,
     )
-    asked: dict[str, AskedModel] = {}
+    targets: dict[str, EvalTarget] = {}
     for prompt in args.prompt or [None]:
         source = find_model(
             args.model,
@@ -106,15 +106,15 @@ def find_asked(args: EvalConfig, tracking: TrackingConfig) -> list[AskedModel]:
             settings=settings,
         )
         name = source.prompt.name
-        if name in asked:
+        if name in targets:
             raise UserError(f"prompt: two of them are called {name}; give each a name of its own")
         folder = _folder(args, name)
         own_args = replace(args, prompt=None if prompt is None else [prompt], output_dir=str(folder))
         values, defaults = field_values((own_args, tracking))
         recipe = {key: value for key, value in values.items() if value != defaults[key]}
-        asked[name] = AskedModel(source, folder, recipe)
-        asked[name].check_folder()
-    return list(asked.values())
+        targets[name] = EvalTarget(source, folder, recipe)
+        targets[name].check_folder()
+    return list(targets.values())
 
 
 def _folder(args: EvalConfig, prompt: str) -> Path:

@@ -368,7 +368,7 @@ def find_model(
         return replace(source, prompt=_prompt_for(adapter or name, folder, prompt, label_words, labels))
     own = {"prompt": prompt, "label_words": label_words, "labels": labels}
     if given := next((key for key, value in own.items() if value is not None), None):
-        raise UserError(f"{adapter or name} is a run, which is asked as it was trained; leave out {given}")
+        raise UserError(f"{adapter or name} is a run and keeps the prompt it was trained with; leave out {given}")
     return source
 
 
@@ -442,7 +442,7 @@ def _prompt_for(
         prompt = str(folder / "prompt.json")
     if prompt is None:
         prompt = "plain"
-        logger.warning("%s has no prompt.json: it is asked with the prompt plain; give another with prompt.", name)
+        logger.warning("%s has no prompt.json, so the prompt plain is used; set another with prompt.", name)
     return load_prompt(prompt, label_words, labels)
 
 

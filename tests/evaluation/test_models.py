@@ -4,7 +4,7 @@ from tiny_run import make_base, make_run
 from nli_sft import UserError
 from nli_sft.configs import EvalConfig, TrackingConfig, parse_recipe
 from nli_sft.data.prompts import PROMPTS
-from nli_sft.evaluation.models import find_asked
+from nli_sft.evaluation.models import find_targets
 from nli_sft.models.loading import count_parameters, run_source
 from nli_sft.runs import read_run
 
@@ -14,8 +14,8 @@ def base(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("models") / "base")
 
 
-def asked(base, *more):
-    return find_asked(
+def targets(base, *more):
+    return find_targets(
         *parse_recipe((EvalConfig, TrackingConfig), ["--model", str(base), "--dataset_name", "demo", *map(str, more)])
     )
 
@@ -27,21 +27,21 @@ def write(one):
 def test_every_prompt_has_a_folder(base, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text('user: "{premise} So: {hypothesis}"\n')
-    found = asked(base, "--prompt", "plain", "few_shot", own, "--label_words", "yes", "maybe", "no")
+    found = targets(base, "--prompt", "plain", "few_shot", own, "--label_words", "yes", "maybe", "no")
     assert [str(one.folder) for one in found] == ["outputs/base-plain", "outputs/base-few_shot", "outputs/base-own"]
     assert {one.source.prompt.label_words for one in found} == {("yes", "maybe", "no")}
-    found = asked(base, "--prompt", "plain", own, "--output_dir", tmp_path / "x")
+    found = targets(base, "--prompt", "plain", own, "--output_dir", tmp_path / "x")
     assert [one.folder for one in found] == [tmp_path / "x" / "plain", tmp_path / "x" / "own"]
-    (one,) = asked(base, "--output_dir", tmp_path / "x")
+    (one,) = targets(base, "--output_dir", tmp_path / "x")
     assert one.folder == tmp_path / "x"
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "own.yaml").write_text(own.read_text())
     with pytest.raises(UserError, match="two of them are called own; give each a name of its own"):
-        asked(base, "--prompt", own, tmp_path / "a" / "own.yaml")
+        targets(base, "--prompt", own, tmp_path / "a" / "own.yaml")
 
 
 def test_the_folder_opens_the_model_again_and_repeats_its_evaluation(base, tmp_path):
-    (one,) = asked(base, "--prompt", "few_shot", "--output_dir", tmp_path / "x", "--max_samples", 5)
+    (one,) = targets(base, "--prompt", "few_shot", "--output_dir", tmp_path / "x", "--max_samples", 5)
     write(one)
     recipe, prompt, record = read_run(tmp_path / "x")
     assert prompt == PROMPTS["few_shot"]
@@ -56,21 +56,21 @@ def test_the_folder_opens_the_model_again_and_repeats_its_evaluation(base, tmp_p
 
 def test_a_folder_holds_results_of_one_model_and_prompt(base, tmp_path):
     folder = tmp_path / "x"
-    write(asked(base, "--output_dir", folder)[0])
-    asked(base, "--output_dir", folder, "--max_samples", 5)  # more results of the same
+    write(targets(base, "--output_dir", folder)[0])
+    targets(base, "--output_dir", folder, "--max_samples", 5)  # more results of the same
     with pytest.raises(UserError, match=r"holds results with another prompt \("):
-        asked(base, "--output_dir", folder, "--prompt", "few_shot")
+        targets(base, "--output_dir", folder, "--prompt", "few_shot")
     with pytest.raises(UserError, match=r"holds results with another load_in_4bit \(None\); give another folder"):
-        asked(base, "--output_dir", folder, "--load_in_4bit")
+        targets(base, "--output_dir", folder, "--load_in_4bit")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; give a new folder"):
-        asked(base, "--output_dir", tmp_path / "notes")
+        targets(base, "--output_dir", tmp_path / "notes")
     run = make_run(tmp_path / "run", base, evaluated=False)
     with pytest.raises(UserError, match="holds a trained run; give another folder"):
-        asked(base, "--output_dir", run)
+        targets(base, "--output_dir", run)
     with pytest.raises(UserError, match=f"model {run} is a run; give it as --run {run}"):
-        asked(run)
+        targets(run)
 
 
 @pytest.mark.parametrize(

@@ -421,7 +421,7 @@ def test_a_run_on_a_base_that_moved(found, tmp_path, caplog):
     shutil.copytree(found / "base", tmp_path / "elsewhere")
     source = find_model(tmp_path / "elsewhere", adapter=found / "run")
     assert source.model_args.model_name_or_path == str(tmp_path / "elsewhere")
-    assert source.load_encoder().train_on_end, "a run is asked as it was trained"
+    assert source.load_encoder().train_on_end, "a run keeps the prompt it was trained with"
     find_model(tmp_path / "elsewhere", adapter=found / "moved", prompt="plain")
     assert "was trained on /no/such/base, but is put on" in caplog.text
 
@@ -435,7 +435,7 @@ def test_a_run_on_a_base_that_moved(found, tmp_path, caplog):
         (
             "base",
             {"adapter": "run", "prompt": "plain"},
-            "is a run, which is asked as it was trained; leave out prompt",
+            "is a run and keeps the prompt it was trained with; leave out prompt",
         ),
         ("prompt-learning", {}, "is a prompt-learning adapter, which is not supported"),
         ("of-a-class", {}, "is an adapter for SEQ_CLS; give one for a causal language model"),
