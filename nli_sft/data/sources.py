@@ -198,7 +198,8 @@ def load_pairs(
         )
     if unlabelled:
         level = logging.WARNING if unlabelled > len(pairs["uid"]) * MANY_UNLABELLED else logging.INFO
-        logger.log(level, "%s %s: %s rows without a gold label are left out", source, split or "", f"{unlabelled:,}")
+        where, rows = f"{source} {split}" if split else source, "1 row" if unlabelled == 1 else f"{unlabelled:,} rows"
+        logger.log(level, "%s: %s without a gold label left out", where, rows)
     if dropped is not None:
         dropped["unlabelled"] += unlabelled
     return pairs_dataset(pairs, labels)

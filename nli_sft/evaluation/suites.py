@@ -27,7 +27,7 @@ from ..data.demo import is_demo
 from ..data.files import SUFFIXES
 from ..data.sources import URL, SourceMissing, fetch, has_split, load_pairs, pairs_dataset, subsample
 from ..labels import LABELS, UnknownLabel
-from ..runs import HYPOTHESIS_ONLY, evaluation_folder, write_json
+from ..runs import HYPOTHESIS_ONLY, evaluation_folder, is_trained, read_json, write_json
 from .evaluate import Checks
 from .sets import EvaluationSet
 
@@ -263,7 +263,8 @@ def _check_keys(where: object, content: dict, known: list[str]) -> None:
 def write_suite(run: str | Path, suite: Suite, sets: list[EvaluationSet], missing: dict[str, str]) -> None:
     """Write `eval/<suite>.json`: the evaluations of the run that belong to the suite, and why others are missing."""
     order = [one.name for one in suite.sets]
-    if not (Path(run) / HYPOTHESIS_ONLY).is_dir():
+    record = read_json(Path(run) / "run.json")
+    if is_trained(record) and not (Path(run) / HYPOTHESIS_ONLY).is_dir():
         order.append(HYPOTHESIS_ONLY)
         reason = "the run has no hypothesis-only baseline; hypothesis_only_control: true trains one"
         missing = missing | {HYPOTHESIS_ONLY: reason}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from ..evaluation.calibration import temperature_text
 from ..evaluation.comparison import points
-from .content import MODEL_NAMES, Evaluation
+from .content import Evaluation
 from .tables import NONE, Table
 
 SCORED = ("base", "tuned", "hypothesis_only")
@@ -38,16 +38,20 @@ def _accuracies(suite: Mapping, evaluated: Mapping[str, Evaluation]) -> Table:
             rows += _set_rows(name, evaluated[name])
         else:
             rows.append([name, "missing", *[NONE] * (len(columns) - 2)])
+    first = next(iter(evaluated.values()))
+    is_tuned = first.main == "tuned"
+    if not is_tuned:
+        columns[2] = "accuracy"
     note = (
         "Rows with a dot are parts of the set above. Majority: always the most frequent label. The interval (Wilson) "
-        "is that of the accuracy after tuning, if there is one; the report has intervals of the changes."
     )
+    note += "is that of the accuracy"
+    note += " after tuning; the report has intervals of the changes." if is_tuned else "."
     measured = [index for index in range(len(columns)) if any(row[index] not in (NONE, "missing") for row in rows)]
     columns, *rows = ([cells[index] for index in measured] for cells in (columns, *rows))
     if "hypothesis-only" in columns:
         note += " Hypothesis-only: the same base tuned without the premises."
-    summary = next(iter(evaluated.values())).summary
-    speeds = [f"{MODEL_NAMES[m]} {summary[m]['pairs_per_second']:,.0f}" for m in SCORED if m in summary]
+    speeds = [f"{first.names[m]} {first.summary[m]['pairs_per_second']:,.0f}" for m in SCORED if m in first.summary]
     note += f" Pairs per second, in one pass over all sets: {', '.join(speeds)}."
     return Table(f"Suite {suite['suite']}", columns, rows, note)
 
@@ -104,7 +108,7 @@ def _annotators(evaluated: Mapping[str, Evaluation]) -> Table | None:
     columns = ["set and model", "pairs", "annotators per pair", "JS divergence", "JS distance", "KL divergence"]
     rows = [
         [
-            f"{name}, {MODEL_NAMES[model]}",
+            f"{name}, {evaluated[name].names[model]}",
             f"{figures['n']:,}",
             f"{figures['annotators_per_pair']:.0f}",
             *(f"{figures[key]:.3f}" for key in ("js_divergence", "js_distance", "kl_divergence")),
@@ -120,7 +124,7 @@ def _annotators(evaluated: Mapping[str, Evaluation]) -> Table | None:
 def _edits(evaluated: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
-            f"{name}, {MODEL_NAMES[model]}",
+            f"{name}, {evaluated[name].names[model]}",
             f"{figures['n']:,}",
             *(f"{figures[k]:.1%}" for k in ("original_right", "edit_right", "both_right")),
         ]
@@ -133,7 +137,7 @@ def _edits(evaluated: Mapping[str, Evaluation]) -> Table | None:
 def _calibration(evaluated: Mapping[str, Evaluation]) -> Table | None:
     rows = [
         [
-            f"{name}, {MODEL_NAMES[model]}",
+            f"{name}, {evaluated[name].names[model]}",
             temperature_text(figures),
             *(
                 f"{evaluated[name].metrics[model][key]:.3f} → {f'{figures[key]:.3f}' if key in figures else NONE}"
@@ -153,7 +157,7 @@ def _check(evaluation: Evaluation, check: str) -> Table | None:
     figures = {m: evaluation.summary[m][check] for m in ("base", "tuned") if check in evaluation.summary.get(m, {})}
     if not figures:
         return None
-    columns = ["prompt", *(MODEL_NAMES[model] for model in figures)]
+    columns = ["prompt", *(evaluation.names[model] for model in figures)]
     first = next(iter(figures.values()))
     rows = [[variant, *(f"{f['accuracy'][variant]:.1%}" for f in figures.values())] for variant in first["accuracy"]]
     rows.append(["mean", *(f"{f['mean']:.1%}" for f in figures.values())])

@@ -187,8 +187,15 @@ def test_a_suite_is_evaluated_and_lists_missing_sets(lora_run, workspace, tmp_pa
         assert "pairs with different answers" in text
         assert "the run has no hypothesis-only baseline" in text
 
+    model = ["--model", workspace / "base", "--output_dir", tmp_path / "model"]
+    result = launch("eval.py", *model, *arguments, cwd=workspace, COLUMNS="200")
+    assert result.returncode == 0, result.output
+    assert "the model" in result.output
+    for of_a_run in ("tuning", "before", "hypothesis-only"):
+        assert of_a_run not in result.output.partition("Suite few")[2].partition("Calibration")[0], of_a_run
 
-def test_a_model_that_is_no_run_is_asked_with_two_prompts(evaluated, lora_run, workspace):
+
+def test_a_model_that_is_no_run_is_evaluated_with_two_prompts(evaluated, lora_run, workspace):
     arguments = ["--model", workspace / "base", "--prompt", "plain", "few_shot", "--dataset_name", workspace / "data"]
     arguments += ["--unconstrained_samples", "4", "--report_to", "wandb", "--output_dir", workspace / "asked"]
     result = launch("eval.py", *arguments, cwd=workspace, COLUMNS="200")
